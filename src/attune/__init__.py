@@ -1,0 +1,1 @@
+"""attune: post-train language models from their own attention to the prompt."""

@@ -1,0 +1,89 @@
+"""What to keep of the attention while a model runs: each accumulator takes one tile and forgets it.
+
+A tile is `[b, H, rows, columns]`: post-softmax attention of some response rows (queries) of `b` sequences, starting at
+sequence `start` of the batch, to the prompt columns, for one layer. Nothing here keeps a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attune.errors import UserError
+
+
+class Accumulator(Protocol):
+    """Anything that reads tiles one at a time."""
+
+    def wants(self, layer: int) -> bool:
+        """Whether the tiles of this layer are needed at all."""
+        ...
+
+    def add(self, layer: int, start: int, tile: Tensor) -> None:
+        """Take `tile` [b, H, rows, columns] of sequences `start … start + b` of layer `layer`."""
+        ...
+
+
+class WeightedMap:
+    """Σ_{l,h} w_{l,h} a^{(l,h)}: the prompt attention of every row, `[B, rows, columns]` float32.
+
+    `weights` is `[L, H]` float32 and sums to 1; None weighs every layer and head alike.
+
+    Raises `UserError` when the weights were measured on a model of another shape.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device, weights: Tensor | None = None) -> None:
+        self._sum = torch.zeros(shape, device=device)
+        self._weights = weights
+        self._layers: set[int] = set()
+        self._heads = 0
+
+    def wants(self, layer: int) -> bool:
+        return self._weights is None or layer >= len(self._weights) or bool(self._weights[layer].any())
+
+    def add(self, layer: int, start: int, tile: Tensor) -> None:
+        heads = tile.shape[1]
+        self._layers.add(layer)
+        self._heads = heads
+        if self._weights is None:
+            weights = tile.new_ones(heads)
+        elif layer < len(self._weights) and self._weights.shape[1] == heads:
+            weights = self._weights[layer].to(tile)
+        else:
+            raise UserError(
+                f"head weights are [L, H] = {list(self._weights.shape)}, but the model has layer {layer} with {heads} heads",
+                fix="measure the head weights on this very model",
+            )
+        self._sum[start : start + len(tile)] += torch.matmul(weights, tile.flatten(2)).view(len(tile), *tile.shape[2:])
+
+    def result(self) -> Tensor:
+        """`[B, rows, columns]` float32."""
+        return self._sum / (len(self._layers) * self._heads) if self._weights is None else self._sum
+
+
+class CopyHits:
+    """How often the most-attended prompt token of a head *is* the token being generated (Σ over `counted` rows).
+
+    `prompt_ids` [B, columns], `prompt_mask` [B, columns] bool, `targets` [B, rows] the token each row generates,
+    `counted` [B, rows] bool. The tile's padding columns carry no attention, so they never win.
+    """
+
+    def __init__(self, prompt_ids: Tensor, targets: Tensor, counted: Tensor) -> None:
+        self._prompt_ids, self._targets, self._counted = prompt_ids, targets, counted
+        self._hits: dict[int, Tensor] = {}
+
+    def wants(self, layer: int) -> bool:
+        return True
+
+    def add(self, layer: int, start: int, tile: Tensor) -> None:
+        rows = slice(start, start + len(tile))
+        best = tile.argmax(-1)  # [b, H, rows]
+        ids = self._prompt_ids[rows, None, :].expand(-1, tile.shape[1], -1)
+        hit = (ids.gather(-1, best) == self._targets[rows, None, :]) & self._counted[rows, None, :]
+        self._hits[layer] = self._hits.get(layer, 0) + hit.sum((0, 2))
+
+    def result(self) -> Tensor:
+        """`[L, H]` int64."""
+        return torch.stack([self._hits[layer] for layer in sorted(self._hits)])

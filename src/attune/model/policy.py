@@ -1,0 +1,287 @@
+"""The policy: a network and its tokenizer behind encode, sample and replay, causal or encoder–decoder alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from attune.errors import UserError
+from attune.model import capture, prefix
+from attune.model.accumulate import Accumulator, CopyHits, WeightedMap
+from attune.model.encode import Prompt, encode_prompts, encode_responses
+from attune.model.families import shareable
+from attune.model.load import load
+from attune.model.logits import token_logprobs, token_spread
+from attune.model.sampling import Sampling, draw
+from attune.types import Prompts, Replay, Rollout
+
+# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
+REPLAY_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: int = 32
+    """Scale: the update is multiplied by alpha / rank."""
+
+
+class Policy:
+    """A language model that can be sampled from and replayed.
+
+    >>> from attune.world import model_path
+    >>> policy = Policy.load(str(model_path("causal")))
+    >>> policy.is_encoder_decoder
+    False
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        adapter: bool = True,
+        eager: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.network: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.eager = eager
+        self._adapter = adapter
+        self._verified = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        lora: Lora | None = None,
+        attention: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Policy:
+        """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
+        bypass transformers' attention interface. Raises `UnsupportedModel` (see `attune.model.load`)."""
+        model, tokenizer = load(
+            str(path), dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
+        )
+        if lora is None:
+            return cls(model, tokenizer, eager=attention == "eager")
+        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=task)
+        return cls(get_peft_model(model, config).eval(), tokenizer, eager=attention == "eager")
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.network.config.is_encoder_decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the prompt of a group is computed once (else: the plain batch)."""
+        return shareable(self.network) and not self.eager
+
+    def reference(self) -> Policy:
+        """A frozen policy that stays what this one is now: the adapter switched off, or a copy without gradients."""
+        if isinstance(self.model, PeftModel):
+            return Policy(self.model, self.tokenizer, adapter=False, eager=self.eager)
+        frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
+        return Policy(frozen, self.tokenizer, eager=self.eager)
+
+    def encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]] | None = None) -> Prompts:
+        """Tokenise prompts (texts, or lists of chat messages) for this model.
+
+        Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
+        encoded = encode_prompts(self.tokenizer, self.network, prompts, answers)
+        return self._moved(encoded)
+
+    def respond(self, prompts: Prompts, responses: Sequence[str], prompt_index: Tensor) -> Rollout:
+        """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing)."""
+        ids, mask = encode_responses(self.tokenizer, responses)
+        ended = torch.ones(len(responses), dtype=torch.bool, device=self.device)
+        return Rollout(
+            prompts, prompt_index.to(self.device), ids.to(self.device), mask.to(self.device), ended, tuple(responses)
+        )
+
+    def sample(
+        self, prompts: Prompts, num_samples: int = 1, *, sampling: Sampling | None = None, seed: int = 0
+    ) -> Rollout:
+        """`num_samples` responses to each prompt, drawn with `seed`; log-probs of the drawn tokens come along."""
+        sampling = sampling or Sampling()
+        ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
+        with self._active():
+            ids, mask, ended, logprobs = draw(
+                self.network, prompts, num_samples, sampling, ends, int(self.tokenizer.pad_token_id), seed
+            )
+        texts = self.tokenizer.batch_decode([row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True)
+        index = torch.arange(len(prompts), device=self.device).repeat_interleave(num_samples)
+        return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+
+    def replay(
+        self,
+        rollout: Rollout | Sequence[Prompt],
+        responses: Sequence[str] | None = None,
+        *,
+        attention: bool = True,
+        copy_weights: Tensor | None = None,
+    ) -> Replay:
+        """One teacher-forced forward: log-probs, entropy, certainty and (where asked) attention together.
+
+        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too.
+        """
+        if not isinstance(rollout, Rollout):
+            if responses is None or len(responses) != len(rollout):
+                raise UserError("replay needs one response to each prompt", fix="pass replay(prompts, responses)")
+            rollout = self.paired(rollout, responses)
+        size, width = rollout.response_ids.shape
+        like = {"dtype": torch.float32, "device": self.device}
+        logprobs, entropy, certainty = (torch.zeros(size, width, **like) for _ in range(3))
+        shape = (size, width, rollout.prompts.ids.shape[1])
+        maps = _maps(shape, like, attention, copy_weights)
+        for part, rows, columns, span in rollout.chunks(REPLAY_TOKENS):
+            kept = part.response_mask
+            for name, values in self._read(part, attention, copy_weights).items():
+                if name in maps:
+                    maps[name][rows, columns, span] = values * kept[..., None]
+                else:
+                    target = {"logprobs": logprobs, "entropy": entropy, "certainty": certainty}[name]
+                    target[rows, columns] = values.masked_fill(~kept, 0.0)
+        return Replay(rollout, logprobs, entropy, certainty, maps.get("attention"), maps.get("copy_attention"))
+
+    def paired(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
+        """The rollout of given pairs; neighbours with the same prompt form a group."""
+        starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+        index = torch.zeros(len(prompts), dtype=torch.long)
+        index[starts[1:]] = 1
+        return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
+
+    @torch.no_grad()
+    def copy_hits(self, rollout: Rollout, counted: Tensor) -> Tensor:
+        """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
+        attends to most *is* the token generated there."""
+        total: Tensor | None = None
+        for part, rows, columns, _ in rollout.chunks(REPLAY_TOKENS):
+            prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
+            hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
+            list(self._parts(part, share=False, watchers=lambda _window, hits=hits: [hits]))
+            total = hits.result() if total is None else total + hits.result()
+        assert total is not None
+        return total
+
+    def save(self, folder: Path) -> None:
+        """Write weights (adapters merged) and tokenizer so that AutoModel loads them without attune."""
+        network = self.network
+        if isinstance(self.model, PeftModel):
+            network = copy.deepcopy(self.model).merge_and_unload()
+        network.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+    def _read(self, part: Rollout, attention: bool, copy_weights: Tensor | None) -> dict[str, Tensor]:
+        """Statistics [b, r] and maps [b, r, p] of one chunk."""
+        wanted: dict[str, Tensor | None] = {}
+        if attention:
+            wanted["attention"] = None
+        if copy_weights is not None:
+            wanted["copy_attention"] = copy_weights.to(self.device)
+        windows: list[tuple[prefix.Window, dict[str, WeightedMap]]] = []
+
+        def watchers(window: prefix.Window) -> list[Accumulator]:
+            shape = (window.batch, window.rows.stop - window.rows.start, window.columns.stop)
+            maps = {name: WeightedMap(shape, self.device, weights) for name, weights in wanted.items()}
+            windows.append((window, maps))
+            return list(maps.values())
+
+        with torch.no_grad():
+            found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "certainty": []}
+            for piece in self._parts(part, self.shares_prefixes, watchers if wanted else None):
+                targets = part.response_ids[:, piece.response]
+                found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
+                for name, values in zip(("entropy", "certainty"), token_spread(piece.logits, part.temperature), strict=True):
+                    found[name].append(values)
+        for window, maps in windows:
+            expand = window.batch != len(part)
+            for name, kept in maps.items():
+                found.setdefault(name, []).append(kept.result()[part.prompt_index] if expand else kept.result())
+        return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
+
+    def _parts(self, part: Rollout, share: bool, watchers: Any | None) -> Iterator[prefix.Part]:
+        """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
+        with self._active():
+            if watchers is None:
+                yield from (prefix.shared_parts if share else prefix.plain_parts)(self.network, part)
+                return
+            if self.eager:
+                yield from self._eager_parts(part, watchers)
+                return
+            if not self._verified:
+                capture.verify(self.network)
+                self._verified = True
+
+            def around(window: prefix.Window) -> AbstractContextManager[None]:
+                return capture.capture(self.network, window.rows, window.columns, watchers(window))
+
+            yield from (prefix.shared_parts if share else prefix.plain_parts)(self.network, part, around)
+
+    def _eager_parts(self, part: Rollout, watchers: Any) -> Iterator[prefix.Part]:
+        windows: list[prefix.Window] = []
+        outputs: list[Any] = []
+
+        def around(window: prefix.Window) -> AbstractContextManager[None]:
+            windows.append(window)
+            return nullcontext()
+
+        handle = self.network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            yield from prefix.plain_parts(self.network, part, around, output_attentions=True)
+        finally:
+            handle.remove()
+        window = windows[0]
+        capture.capture_eager(outputs[0], self.is_encoder_decoder, window.rows, window.columns, watchers(window))
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """The adapter off while this policy is a reference."""
+        if isinstance(self.model, PeftModel) and not self._adapter:
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    def _end_tokens(self) -> set[int]:
+        ends = {int(self.tokenizer.eos_token_id)}
+        configured = getattr(self.network.generation_config, "eos_token_id", None)
+        return ends.union(configured if isinstance(configured, list) else [configured] if configured is not None else [])
+
+    def _moved(self, prompts: Prompts) -> Prompts:
+        return Prompts(
+            prompts.texts,
+            prompts.ids.to(self.device),
+            prompts.mask.to(self.device),
+            prompts.template.to(self.device),
+            prompts.answers,
+        )
+
+
+def _maps(
+    shape: tuple[int, int, int], like: dict[str, Any], attention: bool, copy_weights: Tensor | None
+) -> dict[str, Tensor]:
+    names = (["attention"] if attention else []) + (["copy_attention"] if copy_weights is not None else [])
+    return {name: torch.zeros(shape, **like) for name in names}
+
+
