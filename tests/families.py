@@ -52,7 +52,7 @@ _T5 = {
     "d_model": 32,
     "d_kv": 8,
     "d_ff": 48,
-    "num_layers": 2,
+    "num_layers": 3,
     "num_decoder_layers": 3,
     "num_heads": 4,
     "decoder_start_token_id": 0,

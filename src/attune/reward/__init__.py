@@ -1,0 +1,1 @@
+"""What a response is worth: tensors in, numbers out. Start at `named`, where signals become rewards."""
