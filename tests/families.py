@@ -117,7 +117,7 @@ def build(family: str) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or "sinks" in name:
-                parameter.normal_(0, 0.25)
+                parameter.normal_(0, 0.2)
     return model.eval()
 
 

@@ -73,7 +73,7 @@ def coverage(evidence: Evidence) -> Tensor:
 def soft_coverage(evidence: Evidence) -> Tensor:
     """Share of the salient prompt that was looked at: Σ_i s_i min(1, Σ_t a[t, i]) / Σ_i s_i. [B] in [0, 1].
 
-    See et al. 2017 (arXiv 1704.04368), eq. 11–13, as a reward: what one token gets beyond 1 counts for nothing.
+    The coverage vector of See et al. 2017 (arXiv 1704.04368), as a reward: what a token gets beyond 1 counts for nothing.
     """
     looked = (evidence.attention * evidence.replay.response_mask.unsqueeze(-1)).sum(1).clamp(max=1.0)
     return (evidence.salience * looked).sum(-1) / _positive(evidence.salience.sum(-1))
