@@ -65,7 +65,9 @@ def test_pairing_takes_out_what_prompts_have_in_common() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(numbers, min_size=1, max_size=30), numbers, st.integers(0, 5))
-def test_the_mean_lies_in_the_interval_and_a_shift_moves_all_three(values: list[float], shift: float, seed: int) -> None:
+def test_the_mean_lies_in_the_interval_and_a_shift_moves_all_three(
+    values: list[float], shift: float, seed: int
+) -> None:
     figure = bootstrap(values, seed=seed, resamples=2_000)
     slack = 1e-9 * (1 + max(abs(v) for v in values))
     assert min(values) - slack <= figure.low <= figure.high <= max(values) + slack
@@ -124,8 +126,12 @@ def test_drawn_patterns_agree_with_scipy() -> None:
     a = generator.normal(0.25, 1.0, size=60)
     b = np.zeros(60)
     theirs = scipy.stats.permutation_test(
-        (a, b), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", n_resamples=20_000,
-        vectorized=True, rng=np.random.default_rng(3),
+        (a, b),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        n_resamples=20_000,
+        vectorized=True,
+        rng=np.random.default_rng(3),
     ).pvalue
     assert permutation_test(a.tolist(), b.tolist(), seed=1, resamples=20_000) == pytest.approx(theirs, abs=0.012)
 
@@ -137,7 +143,9 @@ def test_drawn_p_is_never_zero_and_has_the_correction() -> None:
 
 def test_p_is_uniform_where_nothing_differs() -> None:
     generator = np.random.default_rng(11)
-    small = [permutation_test(generator.normal(size=20).tolist(), [0.0] * 20, seed=i, resamples=200) for i in range(400)]
+    small = [
+        permutation_test(generator.normal(size=20).tolist(), [0.0] * 20, seed=i, resamples=200) for i in range(400)
+    ]
     # 0.05 is the size; three standard errors of 400 trials are 0.033.
     assert 0.015 <= float(np.mean(np.asarray(small) <= 0.05)) <= 0.085
 

@@ -2,8 +2,8 @@
 
 Each returns a list as long as its input; None stands where a prompt gives no figure (no answers, nothing to compare)
 and is left out of means by the caller. Nothing here is a reward, and nothing reads a model: log-probs are passed in.
-Words are found by Unicode class, so languages written without blanks come out as runs (Thai, Khmer, …) or, for Chinese and
-Japanese, as single characters.
+Words are found by Unicode class, so languages written without blanks come out as runs (Thai, Khmer, …) or, for
+Chinese and Japanese, as single characters.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
+from attune.errors import UserError
 from attune.reward.rivals import normalise_answer
 from attune.reward.salience import FUNCTION_WORDS
 
+A = TypeVar("A")
+B = TypeVar("B")
 Values = Sequence[float | None]
 """One figure a prompt; None where the prompt has none."""
 
@@ -39,7 +43,9 @@ METRICS: dict[str, Metric] = {
     "exact_match": Metric("Exact match", 1, "share of greedy responses that are an accepted answer"),
     "f1": Metric("Answer F1", 1, "word overlap of the greedy response with the nearest accepted answer"),
     "rouge_l": Metric("ROUGE-L", 1, "longest common subsequence of words with the reference text, F1"),
-    "faithfulness": Metric("Faithfulness", 1, "where prompt and prior disagree: right answers / (right answers + prior)"),
+    "faithfulness": Metric(
+        "Faithfulness", 1, "where prompt and prior disagree: right answers / (right answers + prior)"
+    ),
     "prior_rate": Metric("Prior answers", -1, "where prompt and prior disagree: share of responses that are the prior"),
     "relevance": Metric("Relevance", 1, "cosine between the content words of prompt and response"),
     "overlap": Metric("Word overlap", 0, "share of the response's content words that occur in the prompt"),
@@ -130,7 +136,8 @@ def prior_rate(
 def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Σ_w p_w r_w / (‖p‖ ‖r‖) over counts of content words, in [0, 1]; 0 where either has none.
 
-    Lexical: a paraphrase scores low and a copied prompt 1, so it says that a response is on the subject, not that it is right.
+    Lexical: a paraphrase scores low and a copied prompt 1, so it says that a response is on the subject, not that it
+    is right.
     """
     return [_cosine(Counter(content_words(p)), Counter(content_words(r))) for p, r in _paired(prompts, responses)]
 
@@ -183,7 +190,59 @@ def kl(logprobs: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
     return [math.fsum(ours - theirs for ours, theirs in _paired(a, b)) for a, b in pairs]
 
 
-def _against[T: (float, bool)](
-    judge: Callable[[str, Sequence[str]], T], responses: Sequence[str], known: Sequence[Sequence[str]]
+def _against(
+    judge: Callable[[str, Sequence[str]], float], responses: Sequence[str], known: Sequence[Sequence[str]]
 ) -> list[float | None]:
     return [float(judge(response, accepted)) if accepted else None for response, accepted in _paired(responses, known)]
+
+
+def _under_conflict(
+    judge: Callable[[str, Sequence[str], str], float | None],
+    responses: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    priors: Sequence[str | None],
+) -> list[float | None]:
+    figures: list[float | None] = []
+    for (response, known), prior in _paired(_paired(responses, answers), priors):
+        found = None if not known or prior is None or _is_one_of(prior, known) else judge(response, known, prior)
+        figures.append(None if found is None else float(found))
+    return figures
+
+
+def _is_one_of(response: str, known: Sequence[str]) -> bool:
+    return normalise_answer(response) in {normalise_answer(answer) for answer in known}
+
+
+def _cosine(first: Counter[str], second: Counter[str]) -> float:
+    norms = math.sqrt(sum(c * c for c in first.values()) * sum(c * c for c in second.values()))
+    return min(1.0, sum(count * second[word] for word, count in first.items()) / norms) if norms else 0.0
+
+
+def _lcs_f1(first: Sequence[str], second: Sequence[str]) -> float:
+    total = len(first) + len(second)
+    return 2 * _lcs(first, second) / total if total else 1.0
+
+
+def _lcs(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a row of the table in one integer (Hyyrö 2004): bit i of `row` is 0
+    where the best length grows at first[i]."""
+    places: dict[str, int] = {}
+    for place, token in enumerate(first):
+        places[token] = places.get(token, 0) | 1 << place
+    full = (1 << len(first)) - 1
+    row = full
+    for token in second:
+        shared = row & places.get(token, 0)
+        row = ((row + shared) | (row - shared)) & full
+    return len(first) - row.bit_count()
+
+
+def _variety(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
+    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
+    return len(set(grams)) / len(grams)
+
+
+def _paired(first: Sequence[A], second: Sequence[B]) -> list[tuple[A, B]]:
+    if len(first) != len(second):
+        raise UserError(f"{len(first)} entries against {len(second)}", fix="give one of each for every prompt")
+    return list(zip(first, second, strict=True))

@@ -40,8 +40,8 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000, l
     """Mean of `values` [n] (one a prompt) with its percentile bootstrap interval.
 
     Draw n values with replacement, `resamples` times; the interval runs from the (1 − level)/2 to the
-    (1 + level)/2 quantile of the means (Efron & Tibshirani 1993, section 13.3). With fewer than about twenty prompts it is too
-    narrow, and with one it is a point: `n` comes along so that nobody overlooks it.
+    (1 + level)/2 quantile of the means (Efron & Tibshirani 1993, section 13.3). With fewer than about twenty
+    prompts it is too narrow, and with one it is a point: `n` comes along so that nobody overlooks it.
 
     >>> bootstrap([1.0, 1.0, 1.0])
     Figure(mean=1.0, low=1.0, high=1.0, n=3)
@@ -79,8 +79,8 @@ def permutation_test(a: Sequence[float], b: Sequence[float], seed: int = 0, resa
         p = share of sign patterns s ∈ {−1, 1}^n with |Σ s_i d_i| ≥ |Σ d_i|,   d = a − b
 
     Prompts without a difference cannot change the sum under any flip and are left out first; up to 14 that remain,
-    all patterns are counted and p is exact. Beyond, `resamples` patterns are drawn and p = (1 + hits) / (1 + resamples),
-    which never is 0 and keeps the test valid (Phipson & Smyth 2010, eq. 2).
+    all patterns are counted and p is exact. Beyond, `resamples` patterns are drawn and p = (1 + hits) /
+    (1 + resamples), which never is 0 and keeps the test valid (Phipson & Smyth 2010, eq. 2).
 
     >>> permutation_test([1.0, 1.0, 1.0], [0.0, 0.0, 0.0])  # 2 of the 8 patterns are as far out
     0.25

@@ -1,17 +1,31 @@
 """What to keep of the attention while a model runs: each accumulator takes one tile and forgets it.
 
-A tile is `[b, H, rows, columns]`: post-softmax attention of some response rows (queries) of `b` sequences, starting at
-sequence `start` of the batch, to the prompt columns, for one layer. Nothing here keeps a tile.
+Tiles are cut from the attention of one layer, over sequences and over response rows. Nothing here keeps one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from attune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Post-softmax attention of some response rows to every key."""
+
+    values: Tensor
+    """[b, H, r, S] float32."""
+    batch: slice
+    """Sequences of the batch."""
+    rows: slice
+    """Response rows, counted from the first one wanted."""
+    columns: slice
+    """The keys, of S, that are the prompt."""
 
 
 class Accumulator(Protocol):
@@ -21,8 +35,8 @@ class Accumulator(Protocol):
         """Whether the tiles of this layer are needed at all."""
         ...
 
-    def add(self, layer: int, start: int, tile: Tensor) -> None:
-        """Take `tile` [b, H, rows, columns] of sequences `start … start + b` of layer `layer`."""
+    def add(self, layer: int, tile: Tile) -> None:
+        """Take a tile of layer `layer`."""
         ...
 
 
@@ -43,20 +57,23 @@ class WeightedMap:
     def wants(self, layer: int) -> bool:
         return self._weights is None or layer >= len(self._weights) or bool(self._weights[layer].any())
 
-    def add(self, layer: int, start: int, tile: Tensor) -> None:
-        heads = tile.shape[1]
+    def add(self, layer: int, tile: Tile) -> None:
+        values = tile.values
+        heads = values.shape[1]
         self._layers.add(layer)
         self._heads = heads
         if self._weights is None:
-            weights = tile.new_ones(heads)
+            weights = values.new_ones(heads)
         elif layer < len(self._weights) and self._weights.shape[1] == heads:
-            weights = self._weights[layer].to(tile)
+            weights = self._weights[layer].to(values)
         else:
             raise UserError(
                 f"head weights are [L, H] = {list(self._weights.shape)}, but the model has layer {layer} with {heads} heads",
                 fix="measure the head weights on this very model",
             )
-        self._sum[start : start + len(tile)] += torch.matmul(weights, tile.flatten(2)).view(len(tile), *tile.shape[2:])
+        # Over all keys and cut afterwards: the product wants the tile in one piece, and the prompt is most of it.
+        mixed = torch.matmul(weights, values.flatten(2)).view(len(values), *values.shape[2:])
+        self._sum[tile.batch, tile.rows] += mixed[..., tile.columns]
 
     def result(self) -> Tensor:
         """`[B, rows, columns]` float32."""
@@ -77,12 +94,12 @@ class CopyHits:
     def wants(self, layer: int) -> bool:
         return True
 
-    def add(self, layer: int, start: int, tile: Tensor) -> None:
-        rows = slice(start, start + len(tile))
-        best = tile.argmax(-1)  # [b, H, rows]
-        ids = self._prompt_ids[rows, None, :].expand(-1, tile.shape[1], -1)
-        hit = (ids.gather(-1, best) == self._targets[rows, None, :]) & self._counted[rows, None, :]
-        self._hits[layer] = self._hits.get(layer, 0) + hit.sum((0, 2))
+    def add(self, layer: int, tile: Tile) -> None:
+        best = tile.values[..., tile.columns].argmax(-1)  # [b, H, r]
+        ids = self._prompt_ids[tile.batch, None, :].expand(-1, best.shape[1], -1)
+        hit = ids.gather(-1, best) == self._targets[tile.batch, None, tile.rows]
+        counted = hit & self._counted[tile.batch, None, tile.rows]
+        self._hits[layer] = self._hits.get(layer, 0) + counted.sum((0, 2))
 
     def result(self) -> Tensor:
         """`[L, H]` int64."""

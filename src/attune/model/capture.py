@@ -24,11 +24,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from attune.errors import UnsupportedModel
-from attune.model.accumulate import Accumulator, WeightedMap
+from attune.model.accumulate import Accumulator, Tile, WeightedMap
 from attune.model.families import attention_layers, bypasses, prompt_attention_modules
 
 IMPLEMENTATION = "attune"
-# Scores of this many elements fit in a core's cache on CPU and keep a GPU busy; larger tiles only cost memory.
+# Scores of this many elements stay near the core on a CPU and keep a GPU busy; larger tiles only cost memory.
 TILE_ELEMENTS = 1 << 19
 
 
@@ -76,8 +76,9 @@ def capture_eager(
     families that bypass the attention interface. Holds every full map of the forward."""
     maps = outputs.cross_attentions if is_encoder_decoder else outputs.attentions
     for layer, attention in enumerate(maps):
+        values = attention[:, :, rows].float()
         for accumulator in accumulators:
-            accumulator.add(layer, 0, attention[:, :, rows, columns].float())
+            accumulator.add(layer, Tile(values, slice(0, len(values)), slice(0, values.shape[2]), columns))
 
 
 @contextmanager
@@ -134,13 +135,17 @@ def _attention(
 
 def _feed(accumulators: Sequence[Accumulator], layer: int, scores: _Scores, rows: slice, columns: slice) -> None:
     batch, heads, queries, _ = scores.query.shape
-    rows = slice(*rows.indices(queries))
-    elements = heads * max(1, rows.stop - rows.start) * scores.key.shape[2]
-    step = max(1, TILE_ELEMENTS // elements)
-    for start in range(0, batch, step):
-        tile = scores.probabilities(slice(start, start + step), rows)[..., columns]
-        for accumulator in accumulators:
-            accumulator.add(layer, start, tile)
+    first, last, _ = rows.indices(queries)
+    row = heads * scores.key.shape[2]
+    height = max(1, min(last - first, TILE_ELEMENTS // row))
+    depth = max(1, TILE_ELEMENTS // (row * height))
+    for start in range(0, batch, depth):
+        some = slice(start, min(start + depth, batch))
+        for top in range(first, last, height):
+            values = scores.probabilities(some, slice(top, min(top + height, last)))
+            tile = Tile(values, some, slice(top - first, top - first + values.shape[2]), columns)
+            for accumulator in accumulators:
+                accumulator.add(layer, tile)
 
 
 @dataclass(frozen=True)
@@ -166,27 +171,28 @@ class _Scores:
         # Keys arrive unrepeated (GQA): the queries of one key head stand in line for it.
         grouped = query.reshape(size, kv_heads, heads // kv_heads * count, dim)
         scores = torch.matmul(grouped * self.scaling, key.transpose(2, 3)).view(size, heads, count, keys).float()
+        # In place from here on: a pass that allocates costs twice one that does not.
         if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if self.position_bias is not None:
-            scores = scores + _part(self.position_bias, batch, rows).float()
-        scores = self._masked(scores, batch, rows)
+            scores.add_(_part(self.position_bias, batch, rows))
+        self._mask(scores, batch, rows)
         if self.sinks is None:
             return scores.softmax(-1)
         sinks = self.sinks.float().view(1, heads, 1, 1).expand(size, heads, count, 1)
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
 
-    def _masked(self, scores: Tensor, batch: slice, rows: slice) -> Tensor:
+    def _mask(self, scores: Tensor, batch: slice, rows: slice) -> None:
         floor = torch.finfo(scores.dtype).min
         if self.mask is not None:
             mask = _part(self.mask, batch, rows)[..., : scores.shape[-1]]
-            return scores.masked_fill(~mask, floor) if mask.dtype == torch.bool else scores + mask.float()
-        queries, keys = self.query.shape[2], self.key.shape[2]
-        if self.is_causal and queries > 1:
-            places = torch.arange(queries, device=scores.device)[rows]
-            future = torch.arange(keys, device=scores.device)[None, :] > places[:, None]
-            return scores.masked_fill(future, floor)
-        return scores
+            _ = scores.masked_fill_(~mask, floor) if mask.dtype == torch.bool else scores.add_(mask)
+        elif self.is_causal and self.query.shape[2] > 1:
+            places = torch.arange(self.query.shape[2], device=scores.device)[rows]
+            # No row can see past itself, and every row sees the keys up to the first row: only the rest needs a mask.
+            late = scores[..., rows.start + 1 :]
+            keys = torch.arange(rows.start + 1, self.key.shape[2], device=scores.device)
+            late.masked_fill_(keys[None, :] > places[:, None], floor)
 
     def attend(self, value: Tensor) -> Tensor:
         """The attention output `[B, Q, H, D]` for what SDPA cannot express, a few sequences at a time."""
@@ -196,7 +202,7 @@ class _Scores:
         outputs = []
         for start in range(0, batch, step):
             part = slice(start, start + step)
-            weights = self.probabilities(part, slice(None)).to(value.dtype)
+            weights = self.probabilities(part, slice(0, queries)).to(value.dtype)
             grouped = weights.reshape(len(weights), kv_heads, heads // kv_heads * queries, -1)
             outputs.append(torch.matmul(grouped, value[part]).view(len(weights), heads, queries, -1))
         return torch.cat(outputs).transpose(1, 2).contiguous()

@@ -41,7 +41,7 @@ def copy_weights(hits: Tensor, total: int | Tensor) -> Tensor:
     fix = "give more prompts or samples, or choose a reward without `grounding`"
     if looked <= 0:
         raise UserError("copy heads cannot be measured: the samples hold no content token", fix=fix)
-    assert 0 <= int(hits.min()) and int(hits.max()) <= looked, f"hits of {looked} tokens out of range"
+    assert int(hits.min()) >= 0 and int(hits.max()) <= looked, f"hits of {looked} tokens out of range"
     if not hits.any():
         raise UserError(
             f"copy heads cannot be measured: in {looked} content tokens no head's most-attended prompt token "

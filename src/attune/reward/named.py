@@ -11,21 +11,28 @@ from __future__ import annotations
 
 import enum
 import importlib
+import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attune.errors import UserError, unknown_name
-from attune.reward import rivals, signals
-from attune.reward.salience import SALIENCE
+from attune.errors import RunFailed, UserError, unknown_name
+from attune.reward import heads, rivals, signals
+from attune.reward.group import counted, gate, group_normalise
+from attune.reward.salience import SALIENCE, response_content, salience, token_classes, user_tokens
 from attune.reward.signals import Evidence
-from attune.types import Rollout
+from attune.types import Prompts, Replay, Rollout, Scores
+
+if TYPE_CHECKING:
+    from attune.model.encode import Prompt
+    from attune.model.policy import Policy
 
 
 class Reads(enum.Flag):
@@ -72,13 +79,12 @@ SIGNALS: dict[str, Signal] = {
     "exact": Signal(rivals.exact, Reads.TEXT),
 }
 
+# Enough samples to tell a copy head (0.4 of its tokens) from the rest (0.05) on a few prompts.
+HEAD_SAMPLES = 4
+HEAD_SEED = 0
+
 GATES: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
 """What a response must pass: [B] bool each."""
-
-# Spread within a group below this is rounding between forwards, not an opinion.
-STD_FLOOR = 1e-5
-# How far below its group's best a gated response stays at least: one standard deviation of a normalised signal.
-GATE_MARGIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class RewardConfig:
         if len(faults) == 1:
             raise faults[0]
         if faults:
-            raise UserError("; ".join(map(str, faults)), where="reward")
+            raise UserError("; ".join(map(str, faults)))
 
     @property
     def reads(self) -> Reads:
@@ -141,10 +147,11 @@ def _faults(config: RewardConfig) -> list[UserError]:
     ):
         if value not in known:
             faults.append(unknown_name(kind, str(value), known, where=where))
-    if isinstance(config.gates, str) or not isinstance(config.gates, tuple | list):
-        faults.append(UserError(f"`gates` is {config.gates!r}", where=where, fix="write a list: gates: [ended]"))
+    gates: object = config.gates  # as written by a user, whatever the annotation promises
+    if not isinstance(gates, tuple):
+        faults.append(UserError(f"`gates` is {gates!r}", where=where, fix="write a list: gates: [ended]"))
     else:
-        faults += [unknown_name("gate", str(gate), GATES, where=where) for gate in config.gates if gate not in GATES]
+        faults += [unknown_name("gate", str(gate), GATES, where=where) for gate in gates if gate not in GATES]
     for option, good, wanted in (
         ("logprob_floor", config.logprob_floor is None or _number(config.logprob_floor), "a finite number or nothing"),
         ("focus_clamp", _number(config.focus_clamp) and 0 <= config.focus_clamp < 1, "a number from 0 to below 1"),
@@ -202,67 +209,17 @@ def config_of(spec: str | Mapping[str, Any]) -> RewardConfig:
     return RewardConfig(**options)
 
 
-def group_normalise(values: Tensor, group: Tensor, counted: Tensor | None = None) -> Tensor:
-    """z-scores within groups: (x − mean) / deviation over the `counted` responses. [B], [B] int64, [B] bool → [B].
-
-    The deviation divides by the group's size. Where it is below `STD_FLOOR`, a group of one included, all get 0.
-
-    >>> group_normalise(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0, 0, 1]))
-    tensor([-1.,  1.,  0.])
-    """
-    if not len(values):
-        return values.float()
-    member = torch.ones_like(group, dtype=torch.bool) if counted is None else counted
-    size = int(group.max()) + 1
-
-    def mean(of: Tensor) -> Tensor:
-        total = torch.zeros(size, dtype=torch.float64, device=of.device).index_add(0, group[member], of[member])
-        return (total / torch.bincount(group[member], minlength=size).clamp(min=1))[group]
-
-    # float64, or else equal rewards would not subtract to equal differences.
-    offset = values.double() - mean(values.double())
-    deviation = mean(offset**2).sqrt()
-    return torch.where(deviation > STD_FLOOR, offset / deviation.clamp(min=STD_FLOOR), 0.0).float()
-
-
-def gate(reward: Tensor, group: Tensor, passed: Tensor) -> Tensor:
-    """Rewards with every response that did not pass at its group's minimum. [B], [B] int64, [B] bool → [B].
-
-    The minimum is that of the responses that passed, and at least `GATE_MARGIN` below their best: otherwise a gated
-    response would tie with it where one passed, or all earned the same. A group in which none passed gets one value,
-    made in the same way from its own rewards.
-
-    >>> gate(torch.tensor([0.5, -2.0, 9.0]), torch.tensor([0, 0, 0]), torch.tensor([True, True, False]))
-    tensor([ 0.5000, -2.0000, -2.0000])
-    """
-    if not len(reward):
-        return reward
-    counted = _counted(group, passed)
-    ends = torch.zeros(int(group.max()) + 1, dtype=reward.dtype, device=reward.device)
-    low = ends.scatter_reduce(0, group[counted], reward[counted], "amin", include_self=False)[group]
-    high = ends.scatter_reduce(0, group[counted], reward[counted], "amax", include_self=False)[group]
-    return torch.where(passed, reward, torch.minimum(low, high - GATE_MARGIN))
-
-
 def combine(values: Mapping[str, Tensor], config: RewardConfig, group: Tensor, passed: Tensor) -> Tensor:
     """The reward from its signals: Σ weight · z(signal), then the gates. {name: [B]}, [B] int64, [B] bool → [B].
 
     Responses behind a gate take no part in the mean and deviation of their group, unless none passed.
     """
     total = torch.zeros(len(group), device=group.device)
-    counted = _counted(group, passed)
+    among = counted(group, passed)
     for name, weight in config.weights.items():
         value = values[name].float()
-        total = total + weight * (group_normalise(value, group, counted) if config.normalise == "group" else value)
+        total = total + weight * (group_normalise(value, group, among) if config.normalise == "group" else value)
     return gate(total, group, passed)
-
-
-def _counted(group: Tensor, passed: Tensor) -> Tensor:
-    """[B] bool: who passed, and everyone of a group where none did."""
-    if not len(group):
-        return passed
-    some = torch.bincount(group[passed], minlength=int(group.max()) + 1) > 0
-    return passed | ~some[group]
 
 
 def user_function(spec: str) -> Callable[[Evidence], Tensor]:
@@ -293,3 +250,132 @@ def user_function(spec: str) -> Callable[[Evidence], Tensor]:
         return value
 
     return checked
+
+
+class Reward:
+    """A reward bound to the model that reads: call it on a rollout, or `score` texts.
+
+    `copy_weights` [L, H] are measured on the first prompts it sees when a signal needs them and none were given; they
+    stay from then on, as `reward.copy_weights`, for the run to save.
+    """
+
+    def __init__(self, config: RewardConfig, policy: Policy, copy_weights: Tensor | None = None) -> None:
+        self.config = config
+        self.policy = policy
+        self.copy_weights = copy_weights
+        self.classes = token_classes(policy.tokenizer)
+        self._functions: dict[str, Callable[[Evidence], Tensor]] = {
+            name: partial(SIGNALS[name], config=config) if name in SIGNALS else user_function(name)
+            for name in config.weights
+        }
+        # Taken now: the reference is what the policy is at the start. Text alone needs no second model.
+        frozen = config.scorer == "reference" and config.reads != Reads.TEXT
+        self.reference: Policy | None = policy.reference() if frozen else None
+
+    @classmethod
+    def named(cls, name: str, policy: Policy, copy_weights: Tensor | None = None) -> Reward:
+        """A reward of `NAMED`."""
+        if name not in NAMED:
+            raise unknown_name("reward", name, NAMED)
+        return cls(NAMED[name], policy, copy_weights)
+
+    @classmethod
+    def resolve(cls, spec: str | Mapping[str, Any], policy: Policy, copy_weights: Tensor | None = None) -> Reward:
+        """A reward from what a user wrote: see `config_of`."""
+        return cls(config_of(spec), policy, copy_weights)
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        answers: Sequence[Sequence[str]] | None = None,
+    ) -> Scores:
+        """Score `responses[i]` as a response to `prompts[i]`; equal prompts (and answers) form a group, wherever they
+        stand. The scores come in the order given; the replay with them only if that order keeps groups together.
+        """
+        if not responses or len(prompts) != len(responses) or (answers is not None and len(answers) != len(prompts)):
+            counts = f"{len(prompts)} prompts and {len(responses)} responses"
+            counts += "" if answers is None else f" and {len(answers)} lists of answers"
+            raise UserError(f"cannot score {counts}", fix="give one prompt, and one list of answers, per response")
+        known = [tuple(row) for row in answers] if answers is not None else [()] * len(prompts)
+        keys = [json.dumps([prompt, row], default=dict) for prompt, row in zip(prompts, known, strict=True)]
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        place = {key: n for n, key in enumerate(first)}
+        index = torch.tensor([place[key] for key in keys])
+        order = index.argsort(stable=True)
+        encoded = self.policy.encode([prompts[i] for i in first.values()], [known[i] for i in first.values()])
+        rollout = self.policy.respond(encoded, [responses[i] for i in order.tolist()], index[order])
+        scores = self(rollout)
+        back = order.argsort().to(scores.reward.device)
+        return Scores(
+            scores.reward[back],
+            {name: value[back] for name, value in scores.signals.items()},
+            scores.replay if torch.equal(order, torch.arange(len(order))) else None,
+        )
+
+    def __call__(self, rollout: Rollout, policy: Policy | None = None) -> Scores:
+        """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`."""
+        scorer = self.reference or policy or self.policy
+        evidence = self.evidence(rollout, scorer)
+        read = rivals.shuffled(evidence) if self.config.shuffle else evidence
+        values: dict[str, Tensor] = {}
+        for name, function in self._functions.items():
+            values[name] = function(read).float()
+            if not torch.isfinite(values[name]).all():
+                fix = "look for NaN in the scorer's weights"
+                raise RunFailed(f"signal {name} is not finite", where="reward", fix=fix)
+        passed = torch.ones_like(rollout.ended)
+        for name in self.config.gates:
+            passed = passed & GATES[name](rollout)
+        if self.config.logprob_floor is not None:
+            low = (evidence.replay.logprobs < self.config.logprob_floor) & rollout.response_mask
+            passed = passed & ~low.any(-1)
+        reward = combine(values, self.config, rollout.prompt_index, passed)
+        return Scores(reward, values, None if self.config.reads == Reads.TEXT else evidence.replay)
+
+    def evidence(self, rollout: Rollout, scorer: Policy) -> Evidence:
+        """What this reward's signals read, from one forward of `scorer` (two with `contrast`, none for text alone)."""
+        config, reads = self.config, self.config.reads
+        if Reads.COPY in reads and self.copy_weights is None:
+            self.copy_weights = self.measure(rollout.prompts, scorer)
+        own = any(name not in SIGNALS for name in config.weights)
+        weights = self.copy_weights if Reads.COPY in reads or own else None
+        seen = Reads.ATTENTION in reads
+        if reads == Reads.TEXT:
+            replay = _unread(rollout)
+        else:
+            replay = scorer.replay(rollout, attention=seen, copy_weights=weights)
+        return Evidence(
+            replay,
+            # Text alone has no attention for `self` to read, and reads no salience either.
+            salience(config.salience if seen else "content", replay, self.classes),
+            response_content(rollout, self.classes),
+            _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
+            user_tokens(rollout.prompts, self.classes)[rollout.prompt_index] if config.renormalise else None,
+        )
+
+    def measure(self, prompts: Prompts, scorer: Policy | None = None) -> Tensor:
+        """Copy-head weights [L, H] from the scorer's own samples to `prompts`. Raises `UserError` if none copies."""
+        reader = scorer or self.reference or self.policy
+        return heads.copy_weights(*heads.measure(reader, prompts, HEAD_SAMPLES, HEAD_SEED, self.classes))
+
+
+def _unread(rollout: Rollout) -> Replay:
+    """A replay of no model. NaN, not 0: what reads it after all is caught."""
+    nothing = torch.full(rollout.response_mask.shape, math.nan, device=rollout.response_mask.device)
+    return Replay(rollout, nothing, nothing, nothing)
+
+
+def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
+    """[B, R] log-probs of the responses after the next prompt of the batch that reads differently."""
+    texts = rollout.prompts.texts
+    if len(set(texts)) < 2:
+        raise UserError(
+            "signal contrast needs another prompt in the batch", fix="score several different prompts at once"
+        )
+    count = len(texts)
+    other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
+    moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
+    return scorer.replay(replace(rollout, prompts=moved), attention=False).logprobs

@@ -24,7 +24,7 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def overlap(evidence: Evidence) -> Tensor:
-    """Share of the content tokens of a response that occur in its prompt: (1/m_c) Σ_{t content} 1[y_t ∈ x]. [B] in [0, 1].
+    """Share of a response's content tokens that occur in its prompt: (1/m_c) Σ_{t content} 1[y_t ∈ x]. [B] in [0, 1].
 
     Lexical overlap by token id, template tokens left out; 0 where no response token is content.
     """
@@ -69,7 +69,9 @@ def shuffled(evidence: Evidence, seed: int = 0) -> Evidence:
     rollout = evidence.replay.rollout
     order = torch.arange(rollout.prompts.ids.shape[1], device=rollout.prompts.ids.device)
     order = order.repeat(len(rollout.prompts), 1)
-    for row, (ids, own) in enumerate(zip(rollout.prompts.ids, rollout.prompts.mask & ~rollout.prompts.template, strict=True)):
+    for row, (ids, own) in enumerate(
+        zip(rollout.prompts.ids, rollout.prompts.mask & ~rollout.prompts.template, strict=True)
+    ):
         positions = own.nonzero().squeeze(-1)
         generator = torch.Generator().manual_seed(_hash(seed, ids[own]) % 2**63)
         cycle = positions[torch.randperm(len(positions), generator=generator).to(positions.device)]
@@ -110,7 +112,7 @@ def exact(evidence: Evidence) -> Tensor:
     Raises `UserError` where a prompt has no answers: 0 would read as a wrong response.
     """
     rollout = evidence.replay.rollout
-    asked = rollout.prompt_index.unique().tolist()
+    asked = sorted(set(rollout.prompt_index.tolist()))
     missing = [i for i in asked if not rollout.prompts.answers[i]]
     if missing:
         raise UserError(

@@ -73,7 +73,7 @@ def coverage(evidence: Evidence) -> Tensor:
 def soft_coverage(evidence: Evidence) -> Tensor:
     """Share of the salient prompt that was looked at: Σ_i s_i min(1, Σ_t a[t, i]) / Σ_i s_i. [B] in [0, 1].
 
-    The coverage vector of See et al. 2017 (arXiv 1704.04368), as a reward: what a token gets beyond 1 counts for nothing.
+    The coverage vector of See et al. 2017 (arXiv 1704.04368), as a reward: beyond 1, a token adds nothing.
     """
     looked = (evidence.attention * evidence.replay.response_mask.unsqueeze(-1)).sum(1).clamp(max=1.0)
     return (evidence.salience * looked).sum(-1) / _positive(evidence.salience.sum(-1))
@@ -105,8 +105,9 @@ def repetition(evidence: Evidence, n: int = 2) -> Tensor:
         return torch.zeros(len(ids), device=ids.device)
     grams, whole = ids.unfold(1, n, 1), mask.unfold(1, n, 1).all(-1)
     row = torch.arange(len(ids), device=ids.device).view(-1, 1, 1).expand(*grams.shape[:2], 1)
-    distinct = torch.unique(torch.cat([row, grams], -1)[whole], dim=0)[:, 0].bincount(minlength=len(ids))
-    return ((whole.sum(-1) - distinct) / whole.sum(-1).clamp(min=1)).float()
+    distinct: Tensor = torch.unique(torch.cat([row, grams], -1)[whole], dim=0)[:, 0].bincount(minlength=len(ids))
+    total = whole.sum(-1)
+    return (total - distinct).float() / total.clamp(min=1)
 
 
 def coherence(evidence: Evidence) -> Tensor:
@@ -149,12 +150,15 @@ def certainty(evidence: Evidence) -> Tensor:
 
 
 def entropy(evidence: Evidence) -> Tensor:
-    """Negative entropy, so that more is surer: −(1/m) Σ_t H(p_t), nats. [B] ≤ 0. RENT (2505.22660), EMPO (2504.05812)."""
+    """Negative entropy, more is surer: −(1/m) Σ_t H(p_t), nats. [B] ≤ 0. RENT (2505.22660), EMPO (2504.05812)."""
     return -masked_mean(evidence.replay.entropy, evidence.replay.response_mask)
 
 
 def contrast(evidence: Evidence) -> Tensor:
-    """What this prompt, rather than another, does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|x′), nats. [B]."""
+    """What this prompt does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|x′), nats. [B].
+
+    x′ is another prompt of the batch. Contrastive likelihood: a fluent answer to any question gains nothing.
+    """
     assert evidence.contrast_logprobs is not None, "no log-probs under another prompt were measured"
     gain = _floored(evidence.replay.logprobs) - _floored(evidence.contrast_logprobs)
     return masked_mean(gain, evidence.replay.response_mask)

@@ -1,0 +1,53 @@
+# Five words: demo test lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
+#   make test PYTHON=python3.12     another interpreter        make lint VENV=/path/to/venv   another environment
+#   make test WORKERS=8             more test processes        PIP_FLAGS='--index-url …'      another package index
+
+VENV ?= .venv
+PYTHON ?= python3
+WORKERS ?= 2
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.attune-installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format models bench clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+
+# torch comes first and alone, at the pinned version: left to the resolver, the newest one would be fetched, with all of
+# its CUDA libraries, only to be replaced.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "attune needs Python 3.11 or newer, and $(PYTHON) is %d.%d; try: make PYTHON=python3.11 $(MAKECMDGOALS)" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train the embedded model, evaluate it before and after, write runs/demo/report.html
+	$(BIN)/attune demo --output runs/demo
+
+test: $(STAMP)  ## every test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the code as `lint` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+models: $(STAMP)  ## train the two embedded base models anew
+	$(BIN)/python -m attune.world.models --kind causal --output src/attune/world/causal
+	$(BIN)/python -m attune.world.models --kind encdec --output src/attune/world/encdec
+
+bench: $(STAMP)  ## time and memory of a step and of a capture
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/capture.py
+
+clean:  ## remove the environment and every cache; keeps runs/
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

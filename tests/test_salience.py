@@ -1,0 +1,228 @@
+"""Token classes of word-level, byte-level, sentencepiece and wordpiece vocabularies; the five saliences by hand; what
+counts when nothing does; padding and template never do."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from attune.errors import UserError
+from attune.reward import salience as module
+from attune.reward.salience import SALIENCE, TokenClass, classes_of, response_content, salience, token_classes
+from attune.types import Prompts, Replay, Rollout
+
+C, S, P, F, STOP, COLON = (TokenClass[n] for n in ("CONTENT", "SPECIAL", "PUNCTUATION", "FUNCTION", "STOP", "COLON"))
+
+
+def wrapped(model):
+    core = Tokenizer(model)
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def words(*names):
+    return wrapped(WordLevel({w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *names])}, unk_token="<unk>"))
+
+
+def classes_by_piece(tokenizer):
+    classes = token_classes(tokenizer)
+    return {piece: TokenClass(int(classes[i])) for piece, i in tokenizer.get_vocab().items()}
+
+
+WORD_LEVEL = {"The": F, "the": F, "cat": C, "3.14": C, ".": STOP, ",": P, "Answer:": C, ":": COLON, "it's": C, "don't": C}
+BYTE_LEVEL = {
+    "Ġthe": F,
+    "the": C,  # as in ba-the
+    "The": F,  # first word of a line
+    "I": C,  # as in I-BM
+    "ĠI": F,
+    "ĠCat": C,
+    "ing": C,
+    "'s": F,
+    ".": STOP,
+    "?\"": STOP,
+    "Ċ": STOP,
+    "ĠĠ": P,
+    ":": COLON,
+    ":Ċ": COLON,
+    "Ġ(": P,
+    "âĢĻ": P,  # the three bytes of ’
+    "Ã©": C,  # é
+    "âĢ": C,  # half a character
+    "42": C,
+    "ãĢĤ": STOP,  # 。
+    "à¤¾": C,  # a vowel sign, U+093E
+}
+PIECES = {
+    "sentencepiece": {"▁the": F, "the": C, "▁cat": C, "▁": P, "<0x0A>": STOP, "<0xE2>": C, "▁of": F, ".": STOP, "s": C},
+    "wordpiece": {"the": F, "##the": C, "cat": C, "##s": C, ".": STOP, "-": P},
+}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        (words(*WORD_LEVEL), WORD_LEVEL),
+        (wrapped(BPE({w: i for i, w in enumerate(BYTE_LEVEL)}, [])), BYTE_LEVEL),
+        (wrapped(Unigram([("<unk>", 0.0), *((w, -1.0) for w in PIECES["sentencepiece"])], 0)), PIECES["sentencepiece"]),
+        (
+            wrapped(WordPiece({w: i for i, w in enumerate(["<unk>", *PIECES["wordpiece"]])}, unk_token="<unk>")),
+            PIECES["wordpiece"],
+        ),
+    ],
+    ids=["word level", "byte level", "sentencepiece", "wordpiece"],
+)
+def test_pieces_have_the_class_of_their_text(tokenizer, expected):
+    found = classes_by_piece(tokenizer)
+    assert {piece: found[piece] for piece in expected} == expected
+    assert {found[token] for token in tokenizer.all_special_tokens} == {S}
+
+
+def test_added_words_are_read_as_words_and_added_tags_are_special():
+    tokenizer = words("cat")
+    before = token_classes(tokenizer)
+    assert token_classes(tokenizer) is before  # once per tokenizer
+    tokenizer.add_tokens(["naïveté", "<think>", "the"])
+    found = classes_by_piece(tokenizer)
+    assert (found["naïveté"], found["<think>"], found["the"]) == (C, S, F)
+    assert len(token_classes(tokenizer)) == len(tokenizer) == len(before) + 3
+
+
+def test_ids_that_no_token_has_are_special_inside_and_past_the_vocabulary():
+    tokenizer = wrapped(WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2, "cat": 7}, unk_token="<unk>"))
+    classes = token_classes(tokenizer)
+    assert (classes.dtype, len(classes)) == (torch.uint8, 8)
+    assert classes_of(torch.tensor([7, 5, 8, 5000]), classes).tolist() == [C, S, S, S]
+
+
+def test_the_cache_lets_a_tokenizer_go():
+    tokenizer = words("cat")
+    size = len(module._CACHE)
+    token_classes(tokenizer)
+    assert len(module._CACHE) == size + 1
+    del tokenizer
+    gc.collect()
+    assert len(module._CACHE) <= size
+
+
+TOKENIZER = words("the", "is", "in", "where", ".", "?", ":", "mary", "john", "garden", "hall", "tell", "answer", "\n")
+CLASSES = token_classes(TOKENIZER)
+
+
+def replay_of(*texts, index=None, row=None):
+    """A replay of one-token responses to left-padded prompts, tokenised word by word. `row` [B][P]: its attention."""
+    vocabulary = TOKENIZER.get_vocab()
+    rows = [[vocabulary[word] for word in text.split(" ")] for text in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    index = torch.arange(len(rows)) if index is None else torch.tensor(index)
+    out = torch.tensor([[vocabulary["mary"], vocabulary["the"]]]).repeat(len(index), 1)
+    prompts = Prompts(texts, ids, mask, ~mask, ((),) * len(rows))
+    rollout = Rollout(prompts, index, out, torch.ones_like(out).bool(), torch.ones(len(index)).bool(), ("",) * len(index))
+    zeros = torch.zeros(out.shape)
+    attention = None if row is None else torch.stack([torch.tensor(row), torch.ones(len(index), width)], 1)
+    return Replay(rollout, zeros, zeros, zeros, attention)
+
+
+def counted(kind, text):
+    """The words of `text` that count."""
+    weight = salience(kind, replay_of(text), CLASSES)[0]
+    return [word for word, s in zip(text.split(" "), weight.tolist(), strict=True) if s > 0]
+
+
+def test_all_and_content():
+    text = "mary is in the garden . where is john ?"
+    assert counted("all", text) == text.split(" ")
+    assert counted("content", text) == ["mary", "garden", "john"]
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("mary is in the garden . where is john ?", ["john"]),
+        ("where is john ? mary is in the garden", ["mary", "garden"]),  # the last sentence, asked or not
+        ("mary is in the hall", ["mary", "hall"]),
+        ("where is john ? \n answer :", ["john"]),  # a cue is not the question
+        ("mary . where is john ? \n answer : \n", ["john"]),
+        ("answer :", ["answer"]),  # unless there is nothing else
+        ("mary is in the hall . tell : john ?", ["tell", "john"]),  # a colon inside cuts nothing
+        ("mary . john . . ? \n", ["john"]),
+    ],
+)
+def test_the_question_is_the_last_sentence_with_a_word_in_it(text, question):
+    assert counted("question", text) == question
+
+
+@pytest.mark.parametrize("kind", [k for k in SALIENCE if k != "self"])
+def test_a_prompt_without_anything_salient_counts_every_user_token(kind):
+    assert counted(kind, "where is the ?") == ["where", "is", "the", "?"]
+
+
+def test_idf_weighs_by_rarity_in_the_batch():
+    # Of three prompts `mary` is in 3, `garden` in 2, `hall` and `john` in 1: log(3/3) = 0, log(3/2), log 3.
+    replay = replay_of("mary garden", "mary garden garden hall", "mary john", index=[0, 0, 1, 2])
+    rare = torch.log(torch.tensor(1.5)) / torch.log(torch.tensor(3.0))
+    weight = salience("idf", replay, CLASSES)
+    expected = [[0, 0, 0, rare], [0, 0, 0, rare], [0, rare, rare, 1], [0, 0, 0, 1]]
+    torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+def test_idf_of_a_single_prompt_is_content():
+    assert counted("idf", "mary is in the garden") == ["mary", "garden"]
+
+
+def test_self_is_the_first_rows_attention_to_user_tokens():
+    replay = replay_of("mary is in hall", "john", row=[[0.4, 0.1, 0.0, 0.2], [0.9, 0.9, 0.9, 0.0]])
+    prompts = replay.rollout.prompts
+    template = prompts.template.clone()
+    template[0, 0] = True
+    replay = replace(replay, rollout=replace(replay.rollout, prompts=replace(prompts, template=template)))
+    # Template and padding out, the rest by the largest: 0.2. John's row is all on padding: every user token.
+    torch.testing.assert_close(
+        salience("self", replay, CLASSES), torch.tensor([[0, 0.5, 0, 1.0], [0, 0, 0, 1.0]])
+    )
+
+
+@given(st.lists(st.lists(st.integers(1, 16), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_salience_is_in_range_nothing_on_padding_and_blind_to_its_amount(rows, more):
+    names = {i: w for w, i in TOKENIZER.get_vocab().items()}
+    texts = [" ".join(names[i] for i in row) for row in rows]
+    replay = replay_of(*texts)
+    prompts = replay.rollout.prompts
+
+    def widened(x, fill):
+        return torch.nn.functional.pad(x, (more, more), value=fill)
+
+    wide = replace(
+        prompts, ids=widened(prompts.ids, 9), mask=widened(prompts.mask, False), template=widened(prompts.template, True)
+    )
+    for kind in ("all", "content", "idf", "question"):
+        weight = salience(kind, replay, CLASSES)
+        assert weight.dtype == torch.float32 and 0 <= weight.min() and weight.max() <= 1
+        assert not weight[~prompts.mask].any()
+        other = salience(kind, replace(replay, rollout=replace(replay.rollout, prompts=wide)), CLASSES)
+        torch.testing.assert_close(other[:, more : other.shape[1] - more], weight)
+        assert not other[~wide.mask].any()
+
+
+def test_response_content_is_content_within_the_mask():
+    replay = replay_of("mary", "john")
+    kept = torch.tensor([[True, True], [False, False]])
+    rollout = replace(replay.rollout, response_mask=kept)
+    assert response_content(rollout, CLASSES).tolist() == [[True, False], [False, False]]
+
+
+def test_an_unknown_salience_offers_the_nearest():
+    with pytest.raises(UserError, match="unknown salience 'contents'; did you mean content"):
+        salience("contents", replay_of("mary"), CLASSES)

@@ -1,0 +1,273 @@
+"""Signals: each formula on one case worked by hand, its range and indifference to padding as properties, and what it
+says where nothing can be said (no tokens, no salient mass, one salient token, an impossible token)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attune.reward import signals
+from attune.reward.signals import Evidence, renormalise
+from attune.types import Prompts, Replay, Rollout
+
+READING = [
+    signals.coverage,
+    signals.soft_coverage,
+    signals.focus,
+    signals.repetition,
+    signals.coherence,
+    signals.grounding,
+    signals.grounding_sum,
+    signals.lookback,
+    signals.certainty,
+    signals.entropy,
+    signals.contrast,
+]
+
+
+def evidence_of(prompt, response, attention=None, *, salience=None, content=None, texts=None, answers=None, index=None):
+    """Evidence from plain lists. `prompt` [N][P] and `response` [B][R] ids, -1 = padding; by default one response to
+    each prompt, every prompt token salient, every response token content, the copy attention the attention."""
+    ids, out = torch.tensor(prompt), torch.tensor(response)
+    mask, kept = ids >= 0, out >= 0
+    count = len(out)
+    index = torch.arange(count) if index is None else torch.tensor(index)
+    texts = tuple(texts) if texts is not None else ("",) * count
+    known = tuple(map(tuple, answers)) if answers is not None else ((),) * len(ids)
+    prompts = Prompts(tuple(map(str, prompt)), ids.clamp(min=0), mask, ~mask, known)
+    rollout = Rollout(prompts, index, out.clamp(min=0), kept, torch.ones(count, dtype=torch.bool), texts)
+    a = torch.zeros(*out.shape, ids.shape[1]) if attention is None else torch.tensor(attention)
+    zeros = torch.zeros(out.shape)
+    weight = mask[index].float() if salience is None else torch.tensor(salience)
+    counted = kept if content is None else torch.tensor(content)
+    return Evidence(Replay(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros)
+
+
+def by_hand(**changes):
+    """One prompt: padding, then tokens 5, 6, 7, of which 5 and 6 are salient. One response: 6 7 6, its 7 no content.
+
+    M_t = 0.4, 0.4, 0.9.
+    """
+    evidence = evidence_of(
+        [[-1, 5, 6, 7]],
+        [[6, 7, 6]],
+        [[[0.0, 0.2, 0.2, 0.1], [0.0, 0.3, 0.1, 0.1], [0.0, 0.0, 0.9, 0.0]]],
+        salience=[[0.0, 1.0, 1.0, 0.0]],
+        content=[[True, False, True]],
+    )
+    return replace(evidence, replay=replace(evidence.replay, **changes))
+
+
+def test_coverage_is_the_mean_salient_mass():
+    assert signals.coverage(by_hand()).item() == pytest.approx((0.4 + 0.4 + 0.9) / 3)
+
+
+def test_coverage_of_rows_brought_to_sum_one():
+    # Row sums over tokens 5, 6, 7: 0.5, 0.5, 0.9.
+    evidence = replace(by_hand(), keep=torch.tensor([[False, True, True, True]]))
+    assert signals.coverage(evidence).item() == pytest.approx((0.4 / 0.5 + 0.4 / 0.5 + 0.9 / 0.9) / 3)
+
+
+def test_soft_coverage_counts_a_token_once_however_much_it_gets():
+    # Token 5 gets 0.2 + 0.3 = 0.5, token 6 gets 0.2 + 0.1 + 0.9 = 1.2 → 1; two salient tokens.
+    assert signals.soft_coverage(by_hand()).item() == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_focus_is_one_minus_relative_entropy():
+    # q = (½, ½): H / log 2 = 1. q = (¾, ¼): 0.8113. q = (0, 1): 0.
+    assert signals.focus(by_hand()).item() == pytest.approx(1 - (1 + 0.8113 + 0) / 3, abs=1e-4)
+
+
+def test_focus_is_divided_by_the_log_of_the_salient_tokens_not_of_the_prompt():
+    evidence = replace(by_hand(), salience=torch.tensor([[0.0, 1.0, 1.0, 1.0]]))
+    # Row by row over 5, 6, 7: (0.4, 0.4, 0.2): H = 1.0549; (0.6, 0.2, 0.2): 0.9503; (0, 1, 0): 0; log 3 = 1.0986.
+    assert signals.focus(evidence).item() == pytest.approx(1 - (1.0549 + 0.9503) / 1.0986 / 3, abs=1e-4)
+
+
+def test_the_focus_clamp_stops_paying_below_its_entropy():
+    assert signals.focus(by_hand(), clamp=0.5).item() == pytest.approx(1 - (1 + 0.8113 + 0.5) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("response", "n", "share"),
+    [
+        ([1, 2, 1, 2, 1], 2, 2 / 4),  # 12 21 12 21: two of four are new
+        ([1, 2, 1, 2, 1], 3, 1 / 3),  # 121 212 121
+        ([1, 1, 1, 1, -1], 2, 2 / 3),  # 11 11 11, and nothing with padding
+        ([1, 2, 3, 4, 5], 2, 0.0),
+        ([1, -1, -1, -1, -1], 2, 0.0),  # shorter than n
+        ([1, 1, 2, 1, 1], 1, 3 / 5),
+        ([1, 1, 1, 1, 1], 6, 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_n_grams_said_before(response, n, share):
+    company = [9, 9, 9, 9, 9]  # another response's repeats are its own
+    evidence = evidence_of([[5], [5]], [response, company])
+    assert signals.repetition(evidence, n).tolist()[0] == pytest.approx(share)
+
+
+def test_grounding_is_the_copy_attention_on_the_token_generated():
+    # Token 6 at t = 0 gets 0.2, at t = 2 0.9; the 7 at t = 1 is no content.
+    assert signals.grounding(by_hand()).item() == pytest.approx((0.2 + 0.9) / 2)
+    assert signals.grounding_sum(by_hand()).item() == pytest.approx(0.2 + 0.9)
+
+
+def test_grounding_adds_all_places_of_a_token_but_those_of_the_template():
+    attention = [[[0.1, 0.2, 0.4]]]
+    evidence = evidence_of([[5, 5, 5]], [[5]], attention)
+    assert signals.grounding(evidence).item() == pytest.approx(0.7)
+    prompts = replace(evidence.replay.rollout.prompts, template=torch.tensor([[True, False, False]]))
+    rollout = replace(evidence.replay.rollout, prompts=prompts)
+    evidence = replace(evidence, replay=replace(evidence.replay, rollout=rollout))
+    assert signals.grounding(evidence).item() == pytest.approx(0.6)
+
+
+def test_grounding_reads_the_copy_heads():
+    assert signals.grounding(by_hand(attention=torch.zeros(1, 3, 4))).item() == pytest.approx(0.55)
+    assert signals.grounding(by_hand(copy_attention=torch.zeros(1, 3, 4))).item() == 0
+
+
+def test_lookback_is_the_mass_on_the_prompt_as_captured():
+    evidence = replace(by_hand(), keep=torch.tensor([[False, True, True, True]]))
+    assert signals.lookback(evidence).item() == pytest.approx((0.5 + 0.5 + 0.9) / 3)
+
+
+def test_coherence_certainty_and_entropy_are_means_over_the_response():
+    values = torch.tensor([[-1.0, -2.0, -6.0]])
+    assert signals.coherence(by_hand(logprobs=values)).item() == pytest.approx(-3)
+    assert signals.certainty(by_hand(certainty=-values)).item() == pytest.approx(3)
+    assert signals.entropy(by_hand(entropy=-values)).item() == pytest.approx(-3)
+
+
+def test_an_impossible_token_costs_a_hundred_nats_and_stays_finite():
+    evidence = by_hand(logprobs=torch.tensor([[-1.0, float("-inf"), -1.0]]))
+    assert signals.coherence(evidence).item() == pytest.approx(-102 / 3)
+    never = replace(evidence, contrast_logprobs=torch.full((1, 3), float("-inf")))
+    assert signals.contrast(never).item() == pytest.approx((99 + 0 + 99) / 3)
+
+
+def test_contrast_is_the_log_prob_gained_over_another_prompt():
+    evidence = replace(by_hand(logprobs=torch.tensor([[-1.0, -2.0, -3.0]])), contrast_logprobs=torch.full((1, 3), -4.0))
+    assert signals.contrast(evidence).item() == pytest.approx(2)
+
+
+def test_renormalise_masks_and_brings_rows_to_one_and_leaves_empty_rows_empty():
+    attention = torch.tensor([[[0.5, 0.1, 0.3], [0.9, 0.0, 0.0]]])
+    kept = renormalise(attention, torch.tensor([[False, True, True]]))
+    torch.testing.assert_close(kept, torch.tensor([[[0.0, 0.25, 0.75], [0.0, 0.0, 0.0]]]))
+
+
+EDGES = {
+    "empty response": evidence_of([[5, 6]], [[-1, -1]]),
+    "prompt all padding": evidence_of([[-1, -1]], [[5, 6]]),
+    "no attention on anything salient": evidence_of([[5, 6]], [[7, 7]], [[[0.0, 0.0], [0.0, 0.0]]]),
+    "nothing salient": evidence_of([[5, 6]], [[7, 8]], [[[0.5, 0.5], [0.5, 0.5]]], salience=[[0.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+@pytest.mark.parametrize("signal", [signals.coverage, signals.soft_coverage, signals.focus, signals.grounding])
+def test_where_there_is_nothing_to_say_attention_signals_say_zero(case, signal):
+    assert signal(EDGES[case]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("signal", READING)
+def test_an_empty_response_scores_zero(signal):
+    assert signal(EDGES["empty response"]).tolist() == [0.0]
+
+
+def test_over_one_salient_token_there_is_nothing_to_focus():
+    evidence = evidence_of([[5, 6]], [[7]], [[[0.9, 0.1]]], salience=[[1.0, 0.0]])
+    assert signals.focus(evidence).tolist() == [0.0]
+    assert signals.coverage(evidence).item() == pytest.approx(0.9)
+
+
+@st.composite
+def replays(draw):
+    """Evidence of two random replays, with padding in the prompt and the response."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    p, r = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    prompt = torch.randint(-1, 4, (2, p), generator=generator)
+    response = torch.randint(0, 5, (2, r), generator=generator)
+    response[0, draw(st.integers(0, r)) :] = -1
+    mask, kept = prompt >= 0, response >= 0
+    raw = torch.rand(2, r, p, generator=generator) ** 4 * mask[:, None] * kept[..., None]
+    attention = raw / raw.sum(-1, keepdim=True).clamp(min=1)
+    salience = torch.rand(2, p, generator=generator).round(decimals=1) * mask
+    content = (torch.rand(2, r, generator=generator) < 0.7) & kept
+    evidence = evidence_of(
+        prompt.tolist(), response.tolist(), attention.tolist(), salience=salience.tolist(), content=content.tolist()
+    )
+    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(4)]
+    replay = replace(evidence.replay, logprobs=-floats[0], entropy=floats[1], certainty=floats[2])
+    return replace(evidence, replay=replay, contrast_logprobs=-floats[3])
+
+
+def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
+    """The same evidence with padding around the prompt and behind the response, filled with junk ids."""
+
+    def wide(x, left, right, fill=0):
+        return torch.nn.functional.pad(x, (left, right), value=fill)
+
+    replay, rollout, prompts = evidence.replay, evidence.replay.rollout, evidence.replay.rollout.prompts
+    prompts = replace(
+        prompts,
+        ids=wide(prompts.ids, before, after, junk),
+        mask=wide(prompts.mask, before, after, False),
+        template=wide(prompts.template, before, after, True),
+    )
+    rollout = replace(
+        rollout,
+        prompts=prompts,
+        response_ids=wide(rollout.response_ids, 0, after, junk),
+        response_mask=wide(rollout.response_mask, 0, after, False),
+    )
+    maps = torch.nn.functional.pad(replay.attention, (before, after, 0, after))
+    floats = [wide(x, 0, after) for x in (replay.logprobs, replay.entropy, replay.certainty)]
+    return Evidence(
+        Replay(rollout, *floats, maps, maps),
+        wide(evidence.salience, before, after),
+        wide(evidence.content, 0, after, False),
+        wide(evidence.contrast_logprobs, 0, after),
+        None if evidence.keep is None else wide(evidence.keep, before, after, False),
+    )
+
+
+@given(replays(), st.integers(0, 3), st.integers(0, 3), st.integers(0, 4))
+@settings(max_examples=40, deadline=None)
+def test_padding_changes_no_signal(evidence, before, after, junk):
+    wide = padded(evidence, before, after, junk)
+    for signal in READING:
+        torch.testing.assert_close(signal(wide), signal(evidence), msg=signal.__name__)
+
+
+@given(replays(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_signals_stay_in_their_range(evidence, kept):
+    evidence = replace(evidence, keep=evidence.replay.prompt_mask if kept else None)
+    for signal in (signals.coverage, signals.soft_coverage, signals.focus, signals.grounding, signals.lookback):
+        value = signal(evidence)
+        assert value.dtype == torch.float32
+        assert ((value >= 0) & (value <= 1 + 1e-6)).all(), (signal.__name__, value)
+    assert (signals.repetition(evidence) < 1).all() and (signals.repetition(evidence) >= 0).all()
+
+
+@given(replays())
+@settings(max_examples=30, deadline=None)
+def test_the_order_of_prompt_positions_changes_nothing(evidence):
+    order = torch.randperm(evidence.salience.shape[1], generator=torch.Generator().manual_seed(1))
+    prompts = evidence.replay.rollout.prompts
+    moved = replace(
+        prompts, ids=prompts.ids[:, order], mask=prompts.mask[:, order], template=prompts.template[:, order]
+    )
+    maps = evidence.replay.attention[..., order]
+    replay = replace(
+        evidence.replay, rollout=replace(evidence.replay.rollout, prompts=moved), attention=maps, copy_attention=maps
+    )
+    other = replace(evidence, replay=replay, salience=evidence.salience[:, order])
+    for signal in READING:
+        torch.testing.assert_close(signal(other), signal(evidence), msg=signal.__name__)
