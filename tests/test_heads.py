@@ -36,8 +36,8 @@ def test_measuring_counts_on_the_policys_own_content_tokens(family, tmp_path):
     classes = token_classes(policy.tokenizer)
     hits, total = measure(policy, prompts, 4, 0, classes)
     rollout = policy.sample(prompts, 4, seed=0)
-    assert total == int((rollout.response_mask & (rollout.response_ids >= 9)).sum()) > 0  # ids 9 on: words
-    assert hits.shape == (3, 4) and 0 <= hits.min() and hits.max() <= total
+    assert total == int((rollout.response_mask & (rollout.response_ids >= 10)).sum()) > 0  # content from id 10 on
+    assert hits.shape == (3, 4) and hits.min() >= 0 and hits.max() <= total
     assert torch.equal(measure(policy, prompts, 4, 0, classes)[0], hits)
 
 

@@ -38,7 +38,18 @@ def classes_by_piece(tokenizer):
     return {piece: TokenClass(int(classes[i])) for piece, i in tokenizer.get_vocab().items()}
 
 
-WORD_LEVEL = {"The": F, "the": F, "cat": C, "3.14": C, ".": STOP, ",": P, "Answer:": C, ":": COLON, "it's": C, "don't": C}
+WORD_LEVEL = {
+    "The": F,
+    "the": F,
+    "cat": C,
+    "3.14": C,
+    ".": STOP,
+    ",": P,
+    "Answer:": C,
+    ":": COLON,
+    "it's": C,
+    "don't": C,
+}
 BYTE_LEVEL = {
     "Ġthe": F,
     "the": C,  # as in ba-the
@@ -49,7 +60,7 @@ BYTE_LEVEL = {
     "ing": C,
     "'s": F,
     ".": STOP,
-    "?\"": STOP,
+    '?"': STOP,
     "Ċ": STOP,
     "ĠĠ": P,
     ":": COLON,
@@ -128,7 +139,9 @@ def replay_of(*texts, index=None, row=None):
     index = torch.arange(len(rows)) if index is None else torch.tensor(index)
     out = torch.tensor([[vocabulary["mary"], vocabulary["the"]]]).repeat(len(index), 1)
     prompts = Prompts(texts, ids, mask, ~mask, ((),) * len(rows))
-    rollout = Rollout(prompts, index, out, torch.ones_like(out).bool(), torch.ones(len(index)).bool(), ("",) * len(index))
+    rollout = Rollout(
+        prompts, index, out, torch.ones_like(out).bool(), torch.ones(len(index)).bool(), ("",) * len(index)
+    )
     zeros = torch.zeros(out.shape)
     attention = None if row is None else torch.stack([torch.tensor(row), torch.ones(len(index), width)], 1)
     return Replay(rollout, zeros, zeros, zeros, attention)
@@ -188,9 +201,7 @@ def test_self_is_the_first_rows_attention_to_user_tokens():
     template[0, 0] = True
     replay = replace(replay, rollout=replace(replay.rollout, prompts=replace(prompts, template=template)))
     # Template and padding out, the rest by the largest: 0.2. John's row is all on padding: every user token.
-    torch.testing.assert_close(
-        salience("self", replay, CLASSES), torch.tensor([[0, 0.5, 0, 1.0], [0, 0, 0, 1.0]])
-    )
+    torch.testing.assert_close(salience("self", replay, CLASSES), torch.tensor([[0, 0.5, 0, 1.0], [0, 0, 0, 1.0]]))
 
 
 @given(st.lists(st.lists(st.integers(1, 16), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 3))
@@ -205,11 +216,14 @@ def test_salience_is_in_range_nothing_on_padding_and_blind_to_its_amount(rows, m
         return torch.nn.functional.pad(x, (more, more), value=fill)
 
     wide = replace(
-        prompts, ids=widened(prompts.ids, 9), mask=widened(prompts.mask, False), template=widened(prompts.template, True)
+        prompts,
+        ids=widened(prompts.ids, 9),
+        mask=widened(prompts.mask, False),
+        template=widened(prompts.template, True),
     )
     for kind in ("all", "content", "idf", "question"):
         weight = salience(kind, replay, CLASSES)
-        assert weight.dtype == torch.float32 and 0 <= weight.min() and weight.max() <= 1
+        assert weight.dtype == torch.float32 and weight.min() >= 0 and weight.max() <= 1
         assert not weight[~prompts.mask].any()
         other = salience(kind, replace(replay, rollout=replace(replay.rollout, prompts=wide)), CLASSES)
         torch.testing.assert_close(other[:, more : other.shape[1] - more], weight)

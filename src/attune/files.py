@@ -149,7 +149,7 @@ def truncate_jsonl(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> 
 def new_run_dir(path: str | Path, resume: bool = False) -> Path:
     """Make the folder of a run, or with `resume` find one that can go on.
 
-    Raises `UserError`: the folder already holds a run and `resume` is off, or `resume` is on and there is no checkpoint.
+    Raises `UserError`: the folder already holds a run and `resume` is off, or `resume` is on without a checkpoint.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():

@@ -1,4 +1,4 @@
-"""One policy, or a policy against its baseline, on one set of prompts: every metric that the rows allow, with intervals.
+"""One policy, or a policy against its baseline, on one set of prompts: every metric the rows allow, with intervals.
 
 Each policy answers each prompt once greedily and `num_samples` times at a temperature, both with the same seeds. What
 is compared is always the same prompt with itself. Nothing is trained and nothing is written here.
@@ -123,7 +123,7 @@ def evaluate(
     """Measure `policy` on `rows`, and the difference to `baseline` (say, `policy.reference()` from before training).
 
     Every metric of `attune.measure.metrics.METRICS` is given for which at least one row has what it needs: `answers`
-    (exact match, F1), a `reference` text or list of texts (ROUGE-L), answers and a `prior` (faithfulness, prior
+    (exact match, F1), a `reference` (ROUGE-L), answers and a `prior` (faithfulness, prior
     rate), a baseline with the same vocabulary (KL). Figures are means over prompts with 95 % bootstrap intervals.
 
     Raises `UserError`: no rows, or a prompt that a policy cannot read.
@@ -166,7 +166,7 @@ def _ask(
     compared = baseline if baseline is not None and _same_tokens(policy, baseline) else None
     # All prompts are encoded before the first response, so that a bad one costs no time.
     starts = range(0, len(rows), config.batch_size)
-    encoded = [_encode(policy, rows, start, config.batch_size) for start in starts]
+    encoded = [_encode(policy, rows[start : start + config.batch_size]) for start in starts]
     for start, prompts in zip(starts, encoded, strict=True):
         single = policy.sample(prompts, 1, sampling=alone, seed=config.seed)
         greedy += single.responses
@@ -191,7 +191,7 @@ def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[
     return {
         "exact_match": metrics.exact_match(greedy, answers),
         "f1": metrics.f1(greedy, answers),
-        "rouge_l": metrics.rouge_l(greedy, [_references(row) for row in rows]),
+        "rouge_l": metrics.rouge_l(greedy, [[row.reference] if row.reference else [] for row in rows]),
         "faithfulness": metrics.faithfulness(greedy, answers, priors),
         "prior_rate": metrics.prior_rate(greedy, answers, priors),
         "relevance": metrics.relevance(prompts, greedy),
@@ -226,14 +226,17 @@ def _results(after: Said, before: Said | None, places: Sequence[int], seed: int)
     return found
 
 
-def _encode(policy: Policy, rows: Sequence[Row], start: int, size: int) -> Prompts:
-    part = rows[start : start + size]
+def _encode(policy: Policy, rows: Sequence[Row]) -> Prompts:
     try:
-        return policy.encode([row.prompt for row in part], [row.answers for row in part])
-    except UserError as error:
-        # The policy counts from the start of the batch; the reader, from the start of the rows.
-        where = f"rows {start + 1} to {start + len(part)}, {error.where}"
-        raise UserError(error.what, where=where, fix=error.fix) from error
+        return policy.encode([row.prompt for row in rows], [row.answers for row in rows])
+    except UserError:
+        # The policy counts from the start of the batch; alone, the bad row can be called by the file's own line.
+        for place, row in enumerate(rows, 1):
+            try:
+                policy.encode([row.prompt])
+            except UserError as error:
+                raise UserError(error.what, where=row.where or f"row {place} of a batch", fix=error.fix) from error
+        raise
 
 
 def _groups(rows: Sequence[Row], field: str) -> dict[str, list[int]]:
@@ -262,12 +265,6 @@ def _text(row: Row) -> str:
     if isinstance(row.prompt, str):
         return row.prompt
     return "\n".join(str(message["content"]) for message in row.prompt)
-
-
-def _references(row: Row) -> list[str]:
-    reference = row.fields.get("reference")
-    texts = reference if isinstance(reference, list) else [reference]
-    return [text for text in texts if isinstance(text, str)]
 
 
 def _json(results: Mapping[str, Result]) -> dict[str, Any]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from attune.report.markup import escape
 
 MAX_POINTS = 500
 """Points drawn of one curve."""
+SMOOTHED_FROM = 20
+"""Points from which a moving average is drawn."""
 
 # The drawing in its own units; the page scales it.
 _WIDTH, _HEIGHT = 340, 190
@@ -18,7 +21,7 @@ Point = tuple[float, float]
 
 
 def curve(points: Sequence[Point], label: str, x_label: str = "step") -> str:
-    """An SVG of finite `points` (x never falls), raw in the background and, from 20 points on, smoothed in front."""
+    """An SVG of finite `points` (x never falls), the moving average of a long one in front."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     x_low, x_high = min(xs), max(xs)
@@ -47,7 +50,7 @@ def curve(points: Sequence[Point], label: str, x_label: str = "step") -> str:
     parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
     if len(points) == 1:
         parts.append(f'<circle class="dot" cx="{across(xs[0]):.1f}" cy="{up(ys[0]):.1f}" r="3"/>')
-    elif len(points) < 20:
+    elif len(points) < SMOOTHED_FROM:
         parts.append(path(points, "curve"))
     else:
         parts += [path(thin(points), "raw"), path(thin(smooth(points)), "curve")]
@@ -62,7 +65,7 @@ def interval(low: float, mean: float, high: float, scale: float, kind: str) -> s
 
     return (
         '<svg class="interval" viewBox="0 0 120 22" aria-hidden="true">'
-        '<line class="rule" x1="60" x2="60" y1="1" y2="21"/>'
+        '<line class="axis" x1="60" x2="60" y1="1" y2="21"/>'
         f'<line class="interval-line {kind}" x1="{across(low):.1f}" x2="{across(high):.1f}" y1="11" y2="11"/>'
         f'<circle class="interval-dot" cx="{across(mean):.1f}" cy="11" r="3.5"/></svg>'
     )
@@ -84,23 +87,19 @@ def number(value: float) -> str:
     """Three significant digits, a true minus, no trailing zeros: 0.25, −1.5, 1,200, 3e−05."""
     if value == 0:
         return "0"
-    if abs(value) >= 999.5:
-        text = f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.2e}"
-    else:
-        text = f"{value:.3g}"
+    thousands = 999.5 <= abs(value) < 1e6
+    text = f"{value:,.0f}" if thousands else f"{value:.3g}"
     return text.replace("-", "−")
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Each y replaced by the mean over a window of a tenth of the points around it, narrower at both ends."""
+    """Each y replaced by the mean of its neighbours, a twentieth of the points to either side, fewer at the ends."""
     half = max(2, len(points) // 20)
-    sums = [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
+    sums = list(accumulate((y for _, y in points), initial=0.0))
     smoothed = []
     for place, (x, _) in enumerate(points):
-        reach = min(half, place, len(points) - 1 - place)
-        smoothed.append((x, (sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
+        start, stop = max(0, place - half), min(len(points), place + half + 1)
+        smoothed.append((x, (sums[stop] - sums[start]) / (stop - start)))
     return smoothed
 
 

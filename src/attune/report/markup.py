@@ -1,4 +1,4 @@
-"""What every page is made of: escaped text, the document around it, the one style. No page writes text past `escape`."""
+"""What every page is made of: escaped text, the document around it, the one style. No text gets past `escape`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HIDDEN = re.compile(
 
 
 def escape(text: object) -> str:
-    """`text` as HTML text or attribute value: markup characters escaped, invisible ones written out.
+    r"""`text` as HTML text or attribute value: markup characters escaped, invisible ones written out.
 
     >>> escape('<b title="x">' + chr(0x2028))
-    '&lt;b title=&quot;x&quot;&gt;\\\\u2028'
+    '&lt;b title=&quot;x&quot;&gt;\\u2028'
     """
     plain = str(text).replace("\r\n", "\n")
     return html.escape(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", plain))
@@ -39,7 +39,7 @@ def clip(text: str, limit: int = TEXT_LIMIT) -> str:
 
 def document(title: str, body: str) -> str:
     """A whole page around `body` (HTML already escaped)."""
-    style = resources.files("attune.report").joinpath("style.css").read_text(encoding="utf-8")
+    style = resources.files("attune.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'

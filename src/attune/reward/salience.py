@@ -40,12 +40,13 @@ class TokenClass(IntEnum):
     """Punctuation with a colon: after the last word it marks a cue such as "Answer:"."""
 
 
-FUNCTION_WORDS = frozenset(
-    "a an the and or but if of in on at by for with from to into as than so "
-    "is are was were be been am do does did has have had will would can could should "
-    "it its this that these those there he she they we you i his her their our your my me him them us "
-    "who what which when where how 's 't 're 've 'll 'd 'm n't".split()
-)
+_ENGLISH = """
+a an the and or but if of in on at by for with from to into as than so
+is are was were be been am do does did has have had will would can could should
+it its this that these those there he she they we you i his her their our your my me him them us
+who what which when where how 's 't 're 've 'll 'd 'm n't
+"""
+FUNCTION_WORDS = frozenset(_ENGLISH.split())
 
 _STOPS = frozenset(".!?…。！？؟।\n")
 _TAG = re.compile(r"<.*>|\[.*\]")

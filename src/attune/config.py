@@ -1,0 +1,481 @@
+"""YAML and command-line flags into any tree of frozen dataclasses, strictly; and back. Knows no option itself.
+
+A dataclass field is an option, the string under it its help. Where a field is a union of dataclasses, the configuration
+picks one by its name (`algorithm: {name: ppo, gae_lambda: 0.95}`, `--algorithm ppo --gae-lambda 0.95`); the name is the
+class's `name`, or else its own in lower case. All faults of a configuration are reported together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import math
+import re
+import textwrap
+import types
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from attune.errors import UserError, unknown_name
+
+T = TypeVar("T")
+
+SHOWN = 20
+"""Faults that are told one by one; the rest are counted."""
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\.?inf", re.IGNORECASE)
+_INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
+_TEXT_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag: a leaf of the dataclass tree, or the choice of a variant."""
+
+    path: str
+    """Where it stands in the YAML file, `sampling.top_p`."""
+    flag: str
+    """`--top-p`."""
+    type: Any
+    help: str
+    default: Any
+    """`MISSING` where a value must be given."""
+    variants: tuple[str, ...] = ()
+    """The variants of a union that have this option; empty where it is always there."""
+
+
+def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> T:
+    """Build a `cls` from its defaults, a YAML file, and `overrides`, the later going before the earlier.
+
+    `overrides` maps an option's place (`steps`, `sampling.top_p`) to its value; text is read as on the command line.
+    Naming another variant than the file does starts from that variant's defaults.
+
+    Raises `UserError`: every unknown key, value of a wrong type or missing value, and whatever `__post_init__` of a
+    dataclass raises, in one message.
+    """
+    tree, places = _read_yaml(Path(path)) if path is not None else ({}, {})
+    reader = _Reader(cls, places)
+    for place, value in sorted((overrides or {}).items(), key=lambda item: item[0].count(".")):
+        reader.override(tree, place, value)
+    built = reader.dataclass(cls, tree, "", None)
+    if len(reader.faults) == 1:
+        raise reader.faults[0]
+    if reader.faults:
+        lines = [str(fault) for fault in reader.faults[:SHOWN]]
+        more = len(reader.faults) - len(lines)
+        raise UserError("\n".join(lines + ([f"… and {more} more"] if more else [])))
+    assert isinstance(built, cls)
+    return built
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as plain values, every default resolved, in the form that `load_config` reads."""
+    found: dict[str, Any] = {}
+    for name, kind, _ in _fields(type(config)):
+        value = getattr(config, name)
+        found[name] = _plain(value)
+        if dataclasses.is_dataclass(value) and len(_variants(kind)) > 1:
+            found[name] = {"name": _name(type(value)), **found[name]}
+    return found
+
+
+def dump_yaml(config: Any) -> str:
+    """The tree as YAML that `load_config` reads back to an equal one."""
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
+    """Add a flag for every option of `cls`; `flags_given` reads back the ones that were used."""
+    for option in options(cls):
+        text = option.help or option.path
+        if option.variants:
+            text += f" (with {', '.join(option.variants)})"
+        if option.default not in (MISSING, None):
+            text += f" (default: {_shown(option.default)})"
+        kwargs: dict[str, Any] = {"dest": option.path, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        members = _members(option.type)
+        if bool in members or (len(_variants(option.type)) == 1 and type(None) in members):
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif any(get_origin(kind) in (tuple, list) for kind in members):
+            kwargs |= {"nargs": "*", "metavar": _metavar(option.type)}
+        else:
+            kwargs["metavar"] = _metavar(option.type)
+        parser.add_argument(option.flag, **kwargs)
+
+
+def flags_given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
+    """The options of `cls` that were given as flags, as `overrides` for `load_config`."""
+    given = vars(arguments)
+    return {option.path: given[option.path] for option in options(cls) if option.path in given}
+
+
+@cache
+def options(cls: type[Any]) -> tuple[Option, ...]:
+    """Every option below `cls`. A flag is the field's own name; where two share it, or the dataclass is optional, the
+    name of the parent goes before it (`--lora-rank`). Variants share the flag of a field that they share."""
+    merged: dict[str, Option] = {}
+    for option in _walk(cls, "", ()):
+        first = merged.setdefault(option.path, option)
+        if first is not option:
+            # Each variant may have another type or default: the help shows the first, the reader uses the right one.
+            merged[option.path] = dataclasses.replace(first, variants=first.variants + option.variants)
+    uses = Counter(option.flag for option in merged.values())
+    found = []
+    for option in merged.values():
+        if uses[option.flag] > 1 and "." in option.path:
+            option = dataclasses.replace(option, flag=_flag(*option.path.split(".")))
+        found.append(option)
+    twice = [flag for flag, count in Counter(option.flag for option in found).items() if count > 1]
+    assert not twice, f"{cls.__name__}: two options share a flag: {twice}"
+    return tuple(found)
+
+
+def _walk(cls: type[Any], prefix: str, variants: tuple[str, ...]) -> list[Option]:
+    found = []
+    for name, kind, field in _fields(cls):
+        path, default, text = prefix + name, _default(field), _docs(cls).get(name, "")
+        nested, optional = _variants(kind), type(None) in _members(kind)
+        if len(nested) != 1 or optional:
+            found.append(Option(path, _flag(name), kind, text, default, variants))
+        for below in nested:
+            inner = _walk(below, f"{path}.", (_name(below),) if len(nested) > 1 else variants)
+            if len(nested) == 1 and optional:
+                inner = [dataclasses.replace(o, flag=_flag(name, o.flag.removeprefix("--"))) for o in inner]
+            found += inner
+    return found
+
+
+class _Reader:
+    """One reading of a configuration: what is built, and every fault on the way."""
+
+    def __init__(self, cls: type[Any], places: dict[str, str]) -> None:
+        self.options = {option.path: option for option in options(cls)}
+        self.places = places
+        self.texts: set[str] = set()
+        """Paths whose text came from the command line, so that numbers in it are numbers."""
+        self.faults: list[UserError] = []
+
+    def fault(self, path: str, what: str, fix: str | None = None) -> None:
+        self.faults.append(UserError(what, where=self.places.get(path), fix=fix))
+
+    def override(self, tree: dict[str, Any], path: str, value: Any) -> None:
+        """Put the value of a flag into the tree that was read from YAML."""
+        if path not in self.options and not any(place.startswith(f"{path}.") for place in self.options):
+            self.faults.append(unknown_name("option", path, self.options))
+            return
+        option = self.options.get(path)
+        nested = _variants(option.type) if option else []
+        flag = option.flag if option else path
+        *parents, leaf = path.split(".")
+        for depth, parent in enumerate(parents, 1):
+            above, below = ".".join(parents[:depth]), tree.get(parent)
+            if above in self.texts and below in (None, False):
+                return self.fault(above, f"contradicts {flag}", "leave one of them out")
+            if isinstance(below, str):
+                below = {"name": below}
+            elif below is None or isinstance(below, bool):
+                below = {}
+            elif not isinstance(below, dict):
+                return None  # not a mapping, as `dataclass` will say
+            tree[parent] = tree = below
+        before = tree.get(leaf)
+        if isinstance(before, dict):
+            if nested and value is True:
+                value = before
+            elif isinstance(value, Mapping) and value.get("name", before.get("name")) == before.get("name"):
+                value = {**before, **value}
+            elif nested and isinstance(value, str) and before.get("name", value) == value:
+                value = {**before, "name": value}
+        tree[leaf] = value
+        self.places = {k: v for k, v in self.places.items() if k != path and not k.startswith(f"{path}.name")}
+        self.places[path] = f"--no-{flag.removeprefix('--')}" if value is False else flag
+        self.texts.add(path)
+
+    def dataclass(self, cls: type[Any], raw: Any, path: str, base: Any) -> Any:
+        """A `cls` from a mapping; what is not in it comes from `base`, or else from the class's own defaults."""
+        before = len(self.faults)
+        if not isinstance(raw, dict):
+            return self.fault(
+                path,
+                f"`{path}` is {_kind(raw)}",
+                f"write its options as a mapping: {', '.join(name for name, _, _ in _fields(cls))}",
+            )
+        prefix = f"{path}." if path else ""
+        known = {name: (kind, field) for name, kind, field in _fields(cls)}
+        for key in raw:
+            if key not in known:
+                self.unknown(cls, str(key), prefix)
+        values = {}
+        for name, (kind, field) in known.items():
+            start = getattr(base, name) if base is not None else _default(field)
+            if name in raw:
+                values[name] = self.value(kind, raw[name], prefix + name, start)
+            elif start is MISSING and len(_variants(kind)) == len(_members(kind)) == 1:
+                values[name] = self.value(kind, {}, prefix + name)
+            elif start is MISSING:
+                option = self.options[prefix + name]
+                self.fault(
+                    "", f"no `{option.path}`", f"give {option.flag}, or `{option.path}` in the configuration file"
+                )
+            else:
+                values[name] = start
+        if len(self.faults) > before:
+            return None
+        try:
+            return cls(**values)
+        except UserError as error:
+            self.faults.append(error)
+            return None
+
+    def unknown(self, cls: type[Any], key: str, prefix: str) -> None:
+        place = prefix + key
+        where, option = self.places.get(place), self.options.get(place)
+        if option is not None and option.variants:
+            has = " and ".join(option.variants)
+            what = f"`{key}` is an option of {has}, not of {_name(cls)}"
+            self.faults.append(UserError(what, where=where, fix=f"leave it out or choose {has}"))
+        else:
+            known = [prefix + name for name, _, _ in _fields(cls)]
+            known += [path for path in self.options if path.rpartition(".")[2] == key]
+            self.faults.append(unknown_name("option", place, known, where=where))
+
+    def value(self, kind: Any, raw: Any, path: str, start: Any = MISSING) -> Any:
+        """`raw` as a value of the type `kind`; `start` is what the option would be by default."""
+        members, nested, text = _members(kind), _variants(kind), path in self.texts
+        found = None if nested and raw is False and type(None) in members else _convert(kind, raw, text)
+        if found is not MISSING:
+            return found
+        if nested and (isinstance(raw, dict | bool) or len(nested) == len(members) - members.count(type(None))):
+            return self.variant(nested, {} if raw is True else raw, path, start)
+        if isinstance(raw, str) and all(get_origin(member) is Literal for member in members):
+            known = [str(value) for member in members for value in get_args(member)]
+            self.faults.append(unknown_name(f"`{path}`", raw, known, where=self.places.get(path)))
+            return None
+        quote = "put it in quotes: YAML reads yes, no, on and off as true or false" if isinstance(raw, bool) else None
+        return self.fault(path, f"`{path}` must be {_described(kind)}, not {_kind(raw)}", quote)
+
+    def variant(self, nested: list[type[Any]], raw: Any, path: str, start: Any) -> Any:
+        """The dataclass among `nested` that `raw` names, or the default one where it names none."""
+        if len(nested) == 1:
+            return self.dataclass(nested[0], raw, path, start if isinstance(start, nested[0]) else None)
+        by_name = {_name(cls): cls for cls in nested}
+        raw = {"name": raw} if isinstance(raw, str) else raw
+        if not isinstance(raw, dict):
+            return self.fault(path, f"`{path}` is {_kind(raw)}", f"write {{name: {' | '.join(by_name)}, …}}")
+        name = raw.get("name", _name(type(start)) if type(start) in nested else None)
+        if name is None:
+            return self.fault(path, f"`{path}` has no name", f"write {{name: {' | '.join(by_name)}, …}}")
+        if name not in by_name:
+            where = self.places.get(f"{path}.name", self.places.get(path))
+            self.faults.append(unknown_name(path, str(name), by_name, where=where))
+            return None
+        cls = by_name[name]
+        given = {key: value for key, value in raw.items() if key != "name"}
+        return self.dataclass(cls, given, path, start if isinstance(start, cls) else None)
+
+
+def _convert(kind: Any, raw: Any, text: bool) -> Any:
+    """`raw` as a `kind` that is no dataclass, or `MISSING` where it is not one; `text`: it comes from a flag."""
+    members, origin, arguments = _members(kind), get_origin(kind), get_args(kind)
+    if len(members) > 1:
+        # Text from YAML is text before anything else; from a flag, it is text when it can be nothing else.
+        found = (_convert(member, raw, text) for member in sorted(members, key=lambda m: (m is str) == text))
+        return next((value for value in found if value is not MISSING), MISSING)
+    if kind is type(None):
+        return None if raw is None or (text and str(raw).lower() in ("none", "null")) else MISSING
+    if kind is Any or (kind in (str, bool) and isinstance(raw, kind)):
+        return raw
+    if kind is bool and text and isinstance(raw, str):
+        return _TEXT_BOOLS.get(raw.lower(), MISSING)
+    if kind is int:
+        if isinstance(raw, str) and text and _INTEGER.fullmatch(raw):
+            return int(raw)
+        return raw if isinstance(raw, int) and not isinstance(raw, bool) else MISSING
+    if kind is float:
+        # YAML 1.1 reads 1e-5, which has no point, as text.
+        if isinstance(raw, str) and _NUMBER.fullmatch(raw):
+            return float(raw.lower().replace(".inf", "inf"))
+        number = isinstance(raw, int | float) and not isinstance(raw, bool) and not math.isnan(raw)
+        return float(raw) if number else MISSING
+    if kind is Path:
+        return Path(raw) if isinstance(raw, str | Path) and str(raw) else MISSING
+    if origin is Literal:
+        same = (v for v in arguments if (type(v) is type(raw) and v == raw) or (text and str(v) == raw))
+        return next(same, MISSING)
+    if _is_mapping(kind):
+        if text and isinstance(raw, str) and raw.lstrip().startswith("{"):
+            raw, text = _parsed(raw, MISSING), False
+        if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
+            return MISSING
+        inner = arguments[1] if arguments else Any
+        items = {key: _convert(inner, value, text) for key, value in raw.items()}
+        return MISSING if any(item is MISSING for item in items.values()) else items
+    if origin in (list, tuple) and isinstance(raw, list | tuple):
+        endless = origin is list or Ellipsis in arguments
+        kinds = [arguments[0]] * len(raw) if endless else list(arguments)
+        if len(kinds) == len(raw):
+            found = [_convert(inner, item, text) for inner, item in zip(kinds, raw, strict=True)]
+            return MISSING if any(item is MISSING for item in found) else origin(found)
+    return MISSING
+
+
+class _Strict(yaml.SafeLoader):
+    """Safe YAML without aliases, which nest a short file into an endless one."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def _parsed(text: str, otherwise: Any) -> Any:
+    try:
+        return _Strict(text).get_single_data()
+    except (yaml.YAMLError, ValueError):
+        return otherwise
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree, and `file:line` of each option in it."""
+    try:
+        loader = _Strict(path.read_bytes().decode("utf-8-sig"))
+        node = loader.get_single_node()
+        tree = {} if node is None else loader.construct_document(node)
+    except OSError as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise UserError(reason, where=str(path), fix="check the path") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"not YAML ({error.problem})", where=f"{path}{line}", fix="mend the line") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError("not YAML that can be read", where=str(path), fix="write `name: value`, in UTF-8") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"holds {_kind(tree)}, not options", where=str(path), fix="write `name: value`, one a line")
+    places: dict[str, str] = {}
+    _locate(node, "", str(path), places)
+    return tree, places
+
+
+def _locate(node: yaml.Node | None, prefix: str, file: str, places: dict[str, str]) -> None:
+    """Note where each key stands; one that stands twice is an error."""
+    pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(str(number), value, value) for number, value in enumerate(node.value)]
+    for key, mark, value in pairs:
+        place, where = prefix + key, f"{file}:{mark.start_mark.line + 1}"
+        if place in places:
+            raise UserError(f"`{place}` stands twice (first at {places[place]})", where=where, fix="keep one")
+        places[place] = where
+        _locate(value, f"{place}.", file, places)
+
+
+# -------------------------------------------------- what a dataclass says of itself
+
+
+@cache
+def _fields(cls: type[Any]) -> tuple[tuple[str, Any, dataclasses.Field[Any]], ...]:
+    hints = get_type_hints(cls)
+    return tuple((field.name, hints[field.name], field) for field in dataclasses.fields(cls) if field.init)
+
+
+@cache
+def _docs(cls: type[Any]) -> dict[str, str]:
+    """The string under each field, on one line."""
+    found: dict[str, str] = {}
+    for part in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(part):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        except (OSError, TypeError):  # a class without a source file, made at run time
+            continue
+        assert isinstance(body, ast.ClassDef)
+        for field, text in zip(body.body, body.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                value = ast.literal_eval(text.value) if isinstance(text.value, ast.Constant) else None
+                if isinstance(value, str):
+                    found[field.target.id] = " ".join(value.split())
+    return found
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _variants(kind: Any) -> list[type[Any]]:
+    return [member for member in _members(kind) if dataclasses.is_dataclass(member) and isinstance(member, type)]
+
+
+def _is_mapping(kind: Any) -> bool:
+    return (get_origin(kind) or kind) in (dict, Mapping)
+
+
+def _name(cls: type[Any]) -> str:
+    return str(getattr(cls, "name", cls.__name__.lower()))
+
+
+def _flag(*parts: str) -> str:
+    return "--" + "-".join(parts).replace("_", "-")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _shown(default: Any) -> str:
+    return _name(type(default)) if dataclasses.is_dataclass(default) else str(_plain(default))
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value in `--help`; without spaces and brackets, on which argparse's usage line breaks."""
+    words = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "BOOL"}
+    if nested := _variants(kind):
+        return "{" + ",".join(map(_name, nested)) + "}"
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    if get_origin(kind) in (list, tuple):
+        return _metavar(get_args(kind)[0])
+    members = [member for member in _members(kind) if member is not type(None)]
+    return "|".join(map(_metavar, members)) if len(members) > 1 else words.get(members[0], "{KEY:VALUE}")
+
+
+def _described(kind: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
+    if len(members := _members(kind)) > 1:
+        return " or ".join(map(_described, members))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
+        return f"a list of {len(get_args(kind))}: " + ", ".join(map(_described, get_args(kind)))
+    if get_origin(kind) in (list, tuple):
+        return f"a list, each {_described(get_args(kind)[0])}"
+    if dataclasses.is_dataclass(kind) or _is_mapping(kind):
+        return "a mapping"
+    return "null" if kind is type(None) else words.get(kind, str(kind))
+
+
+def _kind(raw: Any) -> str:
+    if raw is None or isinstance(raw, bool):
+        return {None: "null", True: "true", False: "false"}[raw]
+    if isinstance(raw, dict | list | tuple):
+        return "a mapping" if isinstance(raw, dict) else "a list"
+    return repr(raw) if len(repr(raw)) <= 60 else f"{repr(raw)[:59]}…"

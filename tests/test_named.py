@@ -1,0 +1,349 @@
+"""Named rewards: configs and user functions that are refused, and in which words; and on real tiny models, causal and encoder–decoder: order, groups, scorer, what is captured, contrast."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from attune.errors import RunFailed, UserError
+from attune.model.policy import Policy
+from attune.model.sampling import Sampling
+from attune.reward import signals
+from attune.reward.group import GATE_MARGIN
+from attune.reward.named import NAMED, SIGNALS, Reward, RewardConfig, config_of
+from tests.families import save
+from tests.test_signals import evidence_of, padded, replays
+
+# --- what is refused, and in which words ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("atention", "unknown reward 'atention'; did you mean attention"),
+        ({"weights": {"coverag": 1.0}}, "unknown signal 'coverag'; did you mean coverage"),
+        ({"weights": {}}, "`weights` is empty"),
+        ({"salience": "idf"}, "`weights` is empty"),
+        ({"weights": ["coverage"]}, "`weights` is empty or no mapping"),
+        ({"weights": {"coverage": "1e-3"}}, "weight of coverage is '1e-3'; write a finite number"),
+        ({"weights": {"coverage": float("nan")}}, "weight of coverage is nan"),
+        ({"weights": {"coverage": True}}, "weight of coverage is True"),
+        ({"weights": {"coverage": 1}, "salience": "tfidf"}, "unknown salience 'tfidf'; did you mean idf"),
+        ({"weights": {"coverage": 1}, "scorer": "judge"}, "unknown scorer 'judge'; choose one of policy, reference"),
+        ({"weights": {"coverage": 1}, "normalise": "groups"}, "unknown normalise 'groups'; did you mean group"),
+        ({"weights": {"coverage": 1}, "gates": ["end"]}, "unknown gate 'end'; did you mean ended"),
+        ({"weights": {"coverage": 1}, "gates": "ended"}, r"`gates` is 'ended'; write a list: gates: \[ended\]"),
+        ({"weights": {"coverage": 1}, "ngram": 0}, "`ngram` is 0; write a whole number, 1 or more"),
+        ({"weights": {"coverage": 1}, "ngram": 2.0}, "`ngram` is 2.0"),
+        ({"weights": {"coverage": 1}, "focus_clamp": 1.0}, "`focus_clamp` is 1.0; write a number from 0 to below 1"),
+        ({"weights": {"coverage": 1}, "logprob_floor": "-6"}, "`logprob_floor` is '-6'"),
+        ({"weights": {"coverage": 1}, "shuffle": 1}, "`shuffle` is 1; write true or false"),
+        ({"weights": {"coverage": 1}, "renormalise": "yes"}, "`renormalise` is 'yes'"),
+        ({"weigths": {"coverage": 1}}, "unknown reward option 'weigths'; did you mean weights"),
+        ({"weights": {"coverag": 1}, "ngram": -1}, "'coverag'.*; reward: `ngram` is -1"),  # all at once
+        ("preference:", "cannot be imported|has no function"),
+    ],
+)
+def test_a_wrong_reward_is_refused_with_what_to_write(spec, message, causal):
+    with pytest.raises(UserError, match=message):
+        Reward.resolve(spec, causal)
+
+
+def test_a_mapping_as_yaml_gives_it_becomes_a_config():
+    config = config_of({"weights": {"coverage": 1, "repetition": -0.5}, "gates": ["ended"], "salience": "idf"})
+    assert config == RewardConfig({"coverage": 1, "repetition": -0.5}, salience="idf", gates=("ended",))
+    assert config_of("paper") is NAMED["paper"]
+
+
+USER = """
+import torch
+def good(evidence): return evidence.replay.attention.sum((1, 2)) + evidence.replay.logprobs.sum(-1)
+def lengthy(evidence): return evidence.replay.rollout.lengths
+def scalar(evidence): return torch.tensor(1.0)
+def infinite(evidence): return torch.full((len(evidence.replay.rollout),), float("inf"))
+def words(evidence): return "long"
+number = 3
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "my_attune_reward.py").write_text(USER)
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+    yield "my_attune_reward"
+    assert sys.path == path
+    sys.modules.pop("my_attune_reward", None)
+
+
+def test_a_users_function_from_the_working_directory_reads_the_replay(user_module, causal):
+    spec = f"{user_module}:good"
+    reward = Reward.resolve({"weights": {spec: 2.0, "length": 1.0}, "normalise": "none"}, causal)
+    scores = reward.score(["mary is in the garden", "w1 w2"], ["garden", "w1 w2"])
+    replay = scores.replay
+    expected = replay.attention.sum((1, 2)) + replay.logprobs.sum(-1)
+    torch.testing.assert_close(scores.signals[spec], expected)
+    torch.testing.assert_close(scores.reward, 2 * expected + torch.tensor([2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lengthy", r"lengthy' returned torch.int64 \[2\]; return a finite float tensor of shape \[2\]"),
+        ("scalar", r"scalar' returned torch.float32 \[\]"),
+        ("infinite", "infinite' returned a value that is not finite"),
+        ("words", "words' returned str"),
+        ("number", "has no function 'number'"),
+        ("absent", "has no function 'absent'"),
+        ("", "has no function ''"),
+    ],
+)
+def test_a_users_function_that_is_no_reward_is_named(user_module, causal, name, message):
+    with pytest.raises(UserError, match=message):
+        Reward.resolve(f"{user_module}:{name}", causal).score(["w1", "w2"], ["w1", "w2"])
+
+
+# --- on real models ------------------------------------------------------------------------------------------------
+
+PROMPTS = ["mary is in the garden . where is mary ?", "w3 w4 w5 the w6 ?"]
+HEADS = torch.full((3, 4), 1 / 12)
+RESPONSES = ["garden", "mary is in the garden", "w1 w1 w1 w1 w1"]
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory):
+    return Policy.load(save("llama", tmp_path_factory.mktemp("llama")), device="cpu")
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def policy(request, tmp_path_factory):
+    return Policy.load(save(request.param, tmp_path_factory.mktemp(request.param)), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def rollout(policy):
+    return policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=8), seed=1)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if n != "exact"])
+def test_every_named_reward_scores_a_sample(policy, rollout, name):
+    scores = Reward.named(name, policy, HEADS)(rollout)
+    assert scores.reward.shape == (8,) and scores.reward.isfinite().all()
+    assert set(scores.signals) == set(NAMED[name].weights)
+    # A signal is given as it is, before weight, normalising and gate.
+    if scores.replay is not None and "coherence" in scores.signals:
+        torch.testing.assert_close(
+            scores.signals["coherence"], signals.masked_mean(scores.replay.logprobs, rollout.response_mask)
+        )
+
+
+def test_the_default_reward_is_its_four_signals_normalised_and_gated(policy, rollout):
+    cut = replace(rollout, ended=torch.tensor([True, True, False, True, True, True, True, True]))
+    scores = Reward.named("attention", policy, HEADS)(cut)
+    total = torch.zeros(8)
+    for name, weight in {"grounding": 1, "coverage": 1, "coherence": 1, "repetition": -1}.items():
+        for rows in (torch.tensor([0, 1, 3]), torch.tensor([4, 5, 6, 7])):
+            x = scores.signals[name][rows]
+            if x.std(unbiased=False) > 1e-5:
+                total[rows] += weight * (x - x.mean()) / x.std(unbiased=False)
+    rest = [0, 1, 3, 4, 5, 6, 7]
+    torch.testing.assert_close(scores.reward[rest], total[rest], atol=1e-3, rtol=1e-3)
+    first = scores.reward[[0, 1, 3]]
+    assert scores.reward[2].item() == pytest.approx(min(first.min().item(), first.max().item() - GATE_MARGIN))
+
+
+def test_scores_come_in_the_order_given_and_equal_prompts_form_a_group(policy):
+    reward = Reward.resolve({"weights": {"coherence": 1.0, "coverage": 1.0}}, policy)
+    together = reward.score([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3, RESPONSES * 2)
+    order = [3, 0, 4, 1, 2, 5]
+    mixed = reward.score([([PROMPTS[0]] * 3 + [PROMPTS[1]] * 3)[i] for i in order], [(RESPONSES * 2)[i] for i in order])
+    torch.testing.assert_close(mixed.reward, together.reward[order], atol=1e-3, rtol=1e-3)
+    for name, value in together.signals.items():
+        torch.testing.assert_close(mixed.signals[name], value[order])
+    assert together.replay.rollout.responses == tuple(RESPONSES * 2)
+    assert mixed.replay is None  # its rows would be in another order than the scores
+    assert together.reward[:3].sum().item() == pytest.approx(0, abs=1e-4) and together.reward[:3].std() > 0.5
+
+
+def test_an_empty_response_scores_and_a_group_of_one_gets_zero(policy):
+    scores = Reward.named("attention", policy, HEADS).score(PROMPTS, ["", "w3"])
+    assert scores.reward.tolist() == [0, 0]
+    assert scores.signals["grounding"][0] == 0 and scores.signals["coherence"][0] < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        ((["w1"], []), "1 prompts and 0 responses"),
+        (([], []), "0 prompts and 0 responses"),
+        ((["w1"], ["w1"], []), "1 prompts and 1 responses and 0 lists of answers"),
+    ],
+)
+def test_lists_that_do_not_pair_are_refused_with_their_lengths(causal, arguments, counts):
+    with pytest.raises(UserError, match=counts):
+        Reward.named("length", causal).score(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "captured"),
+    [
+        (
+            {"length": 1, "exact": 1, "majority": 1, "overlap": 1, "random": 1, "repetition": 1},
+            {"salience": "self"},
+            [],
+        ),
+        ({"coherence": 1}, {}, [(False, False)]),
+        ({"length": 1}, {"logprob_floor": -6.0}, [(False, False)]),
+        ({"coverage": 1}, {}, [(True, False)]),
+        ({"focus": 1}, {"salience": "self"}, [(True, False)]),
+        ({"grounding": 1}, {}, [(False, True)]),
+        ({"grounding": 1, "coverage": 1}, {}, [(True, True)]),
+        ({"contrast": 1}, {}, [(False, False)] * 2),
+    ],
+)
+def test_only_what_the_signals_read_is_captured(policy, monkeypatch, weights, options, captured):
+    seen = []
+    real = Policy.replay
+
+    def spy(self, rollout, *, attention=True, copy_weights=None):
+        seen.append((attention, copy_weights is not None))
+        return real(self, rollout, attention=attention, copy_weights=copy_weights)
+
+    monkeypatch.setattr(Policy, "replay", spy)
+    reward = Reward(RewardConfig(weights, **options), policy, HEADS)
+    scores = reward.score(PROMPTS, ["garden", "w3"], [["Garden."], ["w4"]])
+    assert seen == captured
+    assert (scores.replay is None) == (not captured)
+    assert (reward.reference is None) == (not captured)
+    if "exact" in weights:
+        assert scores.signals["exact"].tolist() == [1, 0]
+
+
+def test_copy_heads_are_measured_once_on_the_first_prompts(causal, monkeypatch):
+    count = []
+    real = Policy.copy_hits
+    monkeypatch.setattr(Policy, "copy_hits", lambda *a: count.append(1) or real(*a))
+    reward = Reward(RewardConfig({"grounding": 1.0}, normalise="none"), causal)
+    first = reward.score(PROMPTS, ["garden mary", "w3"])
+    assert reward.copy_weights.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(reward.score(PROMPTS, ["garden mary", "w3"]).reward, first.reward)
+    assert len(count) == 1
+    fresh = Reward(reward.config, causal, reward.copy_weights)
+    torch.testing.assert_close(fresh.score(PROMPTS, ["garden mary", "w3"]).reward, first.reward)
+
+
+def test_the_reference_stays_and_the_policy_moves(tmp_path):
+    policy = Policy.load(save("llama", tmp_path), device="cpu")
+    fixed, moving = (
+        Reward(RewardConfig({"coherence": 1.0}, scorer=scorer, normalise="none"), policy)
+        for scorer in ("reference", "policy")
+    )
+    before = fixed.score(PROMPTS, ["garden", "w3"]).reward
+    torch.testing.assert_close(moving.score(PROMPTS, ["garden", "w3"]).reward, before)
+    other = policy.reference()
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(1.5)
+    rollout = policy.respond(policy.encode(PROMPTS), ["garden", "w3"], torch.tensor([0, 1]))
+    torch.testing.assert_close(fixed(rollout, other).reward, before)
+    assert (moving(rollout, other).reward - before).abs().min() > 1e-3
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(fixed(rollout).reward, before)
+    torch.testing.assert_close(moving(rollout).reward, moving(rollout, other).reward)
+
+
+def test_contrast_compares_with_the_next_prompt_that_differs(policy):
+    prompts = [PROMPTS[0], PROMPTS[1], "w9 the w8"]
+    config = RewardConfig({"contrast": 1.0}, normalise="none")
+    scores = Reward(config, policy).score(prompts, RESPONSES)
+    mine, other = policy.replay(prompts, RESPONSES), policy.replay([*prompts[1:], prompts[0]], RESPONSES)
+    expected = signals.masked_mean(mine.logprobs - other.logprobs, mine.response_mask)
+    torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_contrast_with_a_single_prompt_is_refused(policy):
+    with pytest.raises(UserError, match="contrast needs another prompt"):
+        Reward.resolve({"weights": {"contrast": 1}}, policy).score([PROMPTS[0]] * 2, ["w1", "w2"])
+
+
+def test_shuffling_changes_where_and_not_what_and_not_the_replay_handed_on(policy, rollout):
+    plain, moved = (Reward.named(name, policy, HEADS)(rollout) for name in ("attention", "shuffled"))
+    torch.testing.assert_close(moved.signals["coherence"], plain.signals["coherence"])
+    assert (moved.signals["coverage"] != plain.signals["coverage"]).any()
+    torch.testing.assert_close(moved.replay.attention, plain.replay.attention)
+
+
+def test_renormalising_reads_rows_over_the_users_tokens(policy):
+    weights = {"coverage": 1.0, "lookback": 1.0}
+    one = Reward(RewardConfig(weights, salience="all", renormalise=True, normalise="none"), policy)
+    scores = one.score(PROMPTS, ["garden", "w3"])
+    torch.testing.assert_close(scores.signals["coverage"], torch.ones(2))  # every user token counts, rows sum to 1
+    if not policy.is_encoder_decoder:
+        assert (scores.signals["lookback"] < 0.999).all()
+
+
+def test_a_token_under_the_log_prob_floor_closes_the_gate(policy):
+    free = Reward(RewardConfig({"length": 1.0}, normalise="none", logprob_floor=-1000.0), policy)
+    prompts, responses = [PROMPTS[0]] * 3, ["garden", "w7 mary w1", "mary w5 w9 w2 w3"]
+    scores = free.score(prompts, responses)
+    assert scores.reward.tolist() == [2, 4, 6]
+    lowest = scores.replay.logprobs.amin(-1)
+    floor = (lowest.min().item() + lowest.max().item()) / 2
+    gated = Reward(replace(free.config, logprob_floor=floor), policy).score(prompts, responses)
+    kept = [length for length, low in zip([2, 4, 6], lowest.tolist(), strict=True) if low >= floor]
+    assert 0 < len(kept) < 3
+    expected = [
+        length if low >= floor else min(min(kept), max(kept) - GATE_MARGIN)
+        for length, low in zip([2, 4, 6], lowest.tolist(), strict=True)
+    ]
+    assert gated.reward.tolist() == expected
+
+
+def test_options_reach_their_signals(policy):
+    def value(signal, **options):
+        config = RewardConfig({signal: 1.0}, normalise="none", **options)
+        return Reward(config, policy).score([PROMPTS[0]], ["w1 w2 w1 w2"]).reward.item()
+
+    # With the end token: w1 w2 w1 w2 <eos>. Bigrams 12 21 12 2e: one of four repeated. Words: two of five.
+    assert value("repetition") == pytest.approx(1 / 4)
+    assert value("repetition", ngram=1) == pytest.approx(2 / 5)
+    assert value("focus", focus_clamp=0.99) <= 0.01 + 1e-6 < value("focus")
+
+
+def test_a_scorer_that_answers_nan_fails_the_run_and_names_the_signal(tmp_path):
+    policy = Policy.load(save("llama", tmp_path), device="cpu")
+    with torch.no_grad():
+        policy.network.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(RunFailed, match="signal coherence is not finite"):
+        Reward.resolve({"weights": {"coherence": 1}}, policy).score(PROMPTS, ["w1", "w2"])
+
+
+def test_a_weight_of_zero_reports_a_signal_and_pays_nothing(policy):
+    config = RewardConfig({"coherence": 1.0, "length": 0.0}, normalise="none")
+    scores = Reward(config, policy).score(PROMPTS, ["garden", "w3"])
+    assert scores.signals["length"].tolist() == [2, 2]
+    assert torch.equal(scores.reward, scores.signals["coherence"])
+
+
+@given(replays())
+@settings(max_examples=20, deadline=None)
+def test_padding_changes_no_signal_of_the_table(evidence):
+    rollout = evidence.replay.rollout
+    known = replace(rollout, prompts=replace(rollout.prompts, answers=(("a",),) * 2))
+    evidence = replace(evidence, replay=replace(evidence.replay, rollout=known))
+    wide = padded(evidence, 1, 2, 3)
+    for name, signal in SIGNALS.items():
+        torch.testing.assert_close(signal(wide), signal(evidence), msg=name)
+        assert signal(evidence).dtype == torch.float32 and signal(evidence).shape == (2,)
+
+
+def test_every_signal_of_the_table_says_zero_of_an_empty_response():
+    evidence = evidence_of([[5]], [[-1]], texts=[""], answers=[["a"]])
+    values = {name: signal(evidence).item() for name, signal in SIGNALS.items() if name != "random"}
+    assert values == dict.fromkeys(values, 0.0)
