@@ -1,4 +1,4 @@
-"""Within a group: normalising and gating by hand and as properties; a group of one, no spread, nobody through the gate."""
+"""Within a group: normalising and gating by hand and as properties; one response, no spread, all gated."""
 
 from __future__ import annotations
 

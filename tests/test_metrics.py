@@ -18,6 +18,7 @@ def test_words_are_found_in_any_script() -> None:
         "don't", "the", "2nd", "café's", "tea", "pot", "東", "京",
     ]  # fmt: skip
     assert metrics.content_words("Where is the 2nd café?") == ["2nd", "café"]
+    assert metrics.words("हिन्दी भाषा, cafe\u0301s") == ["हिन्दी", "भाषा", "cafe\u0301s"]
     assert metrics.words("…!? \n") == []
 
 
@@ -78,6 +79,13 @@ def test_consistency_is_the_mean_over_pairs() -> None:
     assert metrics.consistency([["red car", "red bus", "red car"], ["x", "y"], ["x"], []]) == [
         pytest.approx(2 / 3), 0.0, None, None,
     ]  # fmt: skip
+
+
+@given(st.lists(phrase, min_size=2, max_size=6))
+def test_consistency_counts_every_pair_though_texts_repeat(samples: list[str]) -> None:
+    group = samples * 2
+    pairs = [metrics.token_f1(a, b) for i, a in enumerate(group) for b in group[i + 1 :]]
+    assert metrics.consistency([group])[0] == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_repetition_is_the_share_of_two_grams_seen_before() -> None:

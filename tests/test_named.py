@@ -1,4 +1,5 @@
-"""Named rewards: configs and user functions that are refused, and in which words; and on real tiny models, causal and encoder–decoder: order, groups, scorer, what is captured, contrast."""
+"""Named rewards: configs and user functions that are refused, and in which words; and on real
+tiny models, causal and encoder–decoder: order, groups, scorer, what is captured, contrast."""
 
 from __future__ import annotations
 

@@ -64,6 +64,11 @@ def test_shuffled_moves_every_token_of_the_user_and_nothing_else():
     assert torch.equal(rivals.shuffled(evidence).replay.copy_attention, after)
 
 
+def test_of_two_tokens_each_gets_the_others_attention():
+    evidence = evidence_of([[i, i + 1] for i in range(20)], [[1]] * 20, [[[0.2, 0.8]]] * 20)
+    torch.testing.assert_close(rivals.shuffled(evidence).replay.attention, torch.tensor([[[0.8, 0.2]]] * 20))
+
+
 def test_responses_to_one_prompt_are_shuffled_alike_and_in_any_company():
     rows = [[0.1, 0.2, 0.3, 0.4]]
     alone = evidence_of([[5, 6, 7, 8]], [[1]], [rows])

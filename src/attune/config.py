@@ -8,23 +8,27 @@ class's `name`, or else its own in lower case. All faults of a configuration are
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import inspect
-import math
 import re
-import textwrap
-import types
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
-from functools import cache
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
 from attune.errors import UserError, unknown_name
+from attune.options import (
+    default_of,
+    described,
+    fields_of,
+    is_mapping,
+    members_of,
+    metavar_of,
+    name_of,
+    options,
+    variants_of,
+)
 
 T = TypeVar("T")
 
@@ -33,22 +37,6 @@ SHOWN = 20
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\.?inf", re.IGNORECASE)
 _INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
 _TEXT_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-@dataclass(frozen=True)
-class Option:
-    """One flag: a leaf of the dataclass tree, or the choice of a variant."""
-
-    path: str
-    """Where it stands in the YAML file, `sampling.top_p`."""
-    flag: str
-    """`--top-p`."""
-    type: Any
-    help: str
-    default: Any
-    """`MISSING` where a value must be given."""
-    variants: tuple[str, ...] = ()
-    """The variants of a union that have this option; empty where it is always there."""
 
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> T:
@@ -78,17 +66,17 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping
 def to_dict(config: Any) -> dict[str, Any]:
     """The tree as plain values, every default resolved, in the form that `load_config` reads."""
     found: dict[str, Any] = {}
-    for name, kind, _ in _fields(type(config)):
+    for name, kind, _ in fields_of(type(config)):
         value = getattr(config, name)
         found[name] = _plain(value)
-        if dataclasses.is_dataclass(value) and len(_variants(kind)) > 1:
-            found[name] = {"name": _name(type(value)), **found[name]}
+        if dataclasses.is_dataclass(value) and len(variants_of(kind)) > 1:
+            found[name] = {"name": name_of(type(value)), **found[name]}
     return found
 
 
 def dump_yaml(config: Any) -> str:
     """The tree as YAML that `load_config` reads back to an equal one."""
-    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120))
+    return str(yaml.dump(to_dict(config), Dumper=_Quoting, sort_keys=False, allow_unicode=True, width=120))
 
 
 def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
@@ -100,13 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         if option.default not in (MISSING, None):
             text += f" (default: {_shown(option.default)})"
         kwargs: dict[str, Any] = {"dest": option.path, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        members = _members(option.type)
-        if bool in members or (len(_variants(option.type)) == 1 and type(None) in members):
+        members = members_of(option.type)
+        if bool in members or (len(variants_of(option.type)) == 1 and type(None) in members):
             kwargs["action"] = argparse.BooleanOptionalAction
         elif any(get_origin(kind) in (tuple, list) for kind in members):
-            kwargs |= {"nargs": "*", "metavar": _metavar(option.type)}
+            kwargs |= {"nargs": "*", "metavar": metavar_of(option.type)}
         else:
-            kwargs["metavar"] = _metavar(option.type)
+            kwargs["metavar"] = metavar_of(option.type)
         parser.add_argument(option.flag, **kwargs)
 
 
@@ -114,42 +102,6 @@ def flags_given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]
     """The options of `cls` that were given as flags, as `overrides` for `load_config`."""
     given = vars(arguments)
     return {option.path: given[option.path] for option in options(cls) if option.path in given}
-
-
-@cache
-def options(cls: type[Any]) -> tuple[Option, ...]:
-    """Every option below `cls`. A flag is the field's own name; where two share it, or the dataclass is optional, the
-    name of the parent goes before it (`--lora-rank`). Variants share the flag of a field that they share."""
-    merged: dict[str, Option] = {}
-    for option in _walk(cls, "", ()):
-        first = merged.setdefault(option.path, option)
-        if first is not option:
-            # Each variant may have another type or default: the help shows the first, the reader uses the right one.
-            merged[option.path] = dataclasses.replace(first, variants=first.variants + option.variants)
-    uses = Counter(option.flag for option in merged.values())
-    found = []
-    for option in merged.values():
-        if uses[option.flag] > 1 and "." in option.path:
-            option = dataclasses.replace(option, flag=_flag(*option.path.split(".")))
-        found.append(option)
-    twice = [flag for flag, count in Counter(option.flag for option in found).items() if count > 1]
-    assert not twice, f"{cls.__name__}: two options share a flag: {twice}"
-    return tuple(found)
-
-
-def _walk(cls: type[Any], prefix: str, variants: tuple[str, ...]) -> list[Option]:
-    found = []
-    for name, kind, field in _fields(cls):
-        path, default, text = prefix + name, _default(field), _docs(cls).get(name, "")
-        nested, optional = _variants(kind), type(None) in _members(kind)
-        if len(nested) != 1 or optional:
-            found.append(Option(path, _flag(name), kind, text, default, variants))
-        for below in nested:
-            inner = _walk(below, f"{path}.", (_name(below),) if len(nested) > 1 else variants)
-            if len(nested) == 1 and optional:
-                inner = [dataclasses.replace(o, flag=_flag(name, o.flag.removeprefix("--"))) for o in inner]
-            found += inner
-    return found
 
 
 class _Reader:
@@ -171,7 +123,7 @@ class _Reader:
             self.faults.append(unknown_name("option", path, self.options))
             return
         option = self.options.get(path)
-        nested = _variants(option.type) if option else []
+        nested = variants_of(option.type) if option else []
         flag = option.flag if option else path
         *parents, leaf = path.split(".")
         for depth, parent in enumerate(parents, 1):
@@ -205,19 +157,19 @@ class _Reader:
             return self.fault(
                 path,
                 f"`{path}` is {_kind(raw)}",
-                f"write its options as a mapping: {', '.join(name for name, _, _ in _fields(cls))}",
+                f"write its options as a mapping: {', '.join(name for name, _, _ in fields_of(cls))}",
             )
         prefix = f"{path}." if path else ""
-        known = {name: (kind, field) for name, kind, field in _fields(cls)}
+        known = {name: (kind, field) for name, kind, field in fields_of(cls)}
         for key in raw:
             if key not in known:
                 self.unknown(cls, str(key), prefix)
         values = {}
         for name, (kind, field) in known.items():
-            start = getattr(base, name) if base is not None else _default(field)
+            start = getattr(base, name) if base is not None else default_of(field)
             if name in raw:
                 values[name] = self.value(kind, raw[name], prefix + name, start)
-            elif start is MISSING and len(_variants(kind)) == len(_members(kind)) == 1:
+            elif start is MISSING and len(variants_of(kind)) == len(members_of(kind)) == 1:
                 values[name] = self.value(kind, {}, prefix + name)
             elif start is MISSING:
                 option = self.options[prefix + name]
@@ -239,16 +191,16 @@ class _Reader:
         where, option = self.places.get(place), self.options.get(place)
         if option is not None and option.variants:
             has = " and ".join(option.variants)
-            what = f"`{key}` is an option of {has}, not of {_name(cls)}"
+            what = f"`{key}` is an option of {has}, not of {name_of(cls)}"
             self.faults.append(UserError(what, where=where, fix=f"leave it out or choose {has}"))
         else:
-            known = [prefix + name for name, _, _ in _fields(cls)]
+            known = [prefix + name for name, _, _ in fields_of(cls)]
             known += [path for path in self.options if path.rpartition(".")[2] == key]
             self.faults.append(unknown_name("option", place, known, where=where))
 
     def value(self, kind: Any, raw: Any, path: str, start: Any = MISSING) -> Any:
         """`raw` as a value of the type `kind`; `start` is what the option would be by default."""
-        members, nested, text = _members(kind), _variants(kind), path in self.texts
+        members, nested, text = members_of(kind), variants_of(kind), path in self.texts
         found = None if nested and raw is False and type(None) in members else _convert(kind, raw, text)
         if found is not MISSING:
             return found
@@ -259,20 +211,20 @@ class _Reader:
             self.faults.append(unknown_name(f"`{path}`", raw, known, where=self.places.get(path)))
             return None
         quote = "put it in quotes: YAML reads yes, no, on and off as true or false" if isinstance(raw, bool) else None
-        return self.fault(path, f"`{path}` must be {_described(kind)}, not {_kind(raw)}", quote)
+        return self.fault(path, f"`{path}` must be {described(kind)}, not {_kind(raw)}", quote)
 
     def variant(self, nested: list[type[Any]], raw: Any, path: str, start: Any) -> Any:
         """The dataclass among `nested` that `raw` names, or the default one where it names none."""
         if len(nested) == 1:
             return self.dataclass(nested[0], raw, path, start if isinstance(start, nested[0]) else None)
-        by_name = {_name(cls): cls for cls in nested}
+        by_name = {name_of(cls): cls for cls in nested}
         raw = {"name": raw} if isinstance(raw, str) else raw
         if not isinstance(raw, dict):
             return self.fault(path, f"`{path}` is {_kind(raw)}", f"write {{name: {' | '.join(by_name)}, …}}")
-        name = raw.get("name", _name(type(start)) if type(start) in nested else None)
+        name = raw.get("name", name_of(type(start)) if type(start) in nested else None)
         if name is None:
             return self.fault(path, f"`{path}` has no name", f"write {{name: {' | '.join(by_name)}, …}}")
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             where = self.places.get(f"{path}.name", self.places.get(path))
             self.faults.append(unknown_name(path, str(name), by_name, where=where))
             return None
@@ -283,7 +235,7 @@ class _Reader:
 
 def _convert(kind: Any, raw: Any, text: bool) -> Any:
     """`raw` as a `kind` that is no dataclass, or `MISSING` where it is not one; `text`: it comes from a flag."""
-    members, origin, arguments = _members(kind), get_origin(kind), get_args(kind)
+    members, origin, arguments = members_of(kind), get_origin(kind), get_args(kind)
     if len(members) > 1:
         # Text from YAML is text before anything else; from a flag, it is text when it can be nothing else.
         found = (_convert(member, raw, text) for member in sorted(members, key=lambda m: (m is str) == text))
@@ -294,22 +246,14 @@ def _convert(kind: Any, raw: Any, text: bool) -> Any:
         return raw
     if kind is bool and text and isinstance(raw, str):
         return _TEXT_BOOLS.get(raw.lower(), MISSING)
-    if kind is int:
-        if isinstance(raw, str) and text and _INTEGER.fullmatch(raw):
-            return int(raw)
-        return raw if isinstance(raw, int) and not isinstance(raw, bool) else MISSING
-    if kind is float:
-        # YAML 1.1 reads 1e-5, which has no point, as text.
-        if isinstance(raw, str) and _NUMBER.fullmatch(raw):
-            return float(raw.lower().replace(".inf", "inf"))
-        number = isinstance(raw, int | float) and not isinstance(raw, bool) and not math.isnan(raw)
-        return float(raw) if number else MISSING
+    if kind in (int, float) and isinstance(raw, int | float | str) and not isinstance(raw, bool):
+        return _number(kind, raw, text)
     if kind is Path:
         return Path(raw) if isinstance(raw, str | Path) and str(raw) else MISSING
     if origin is Literal:
         same = (v for v in arguments if (type(v) is type(raw) and v == raw) or (text and str(v) == raw))
         return next(same, MISSING)
-    if _is_mapping(kind):
+    if is_mapping(kind):
         if text and isinstance(raw, str) and raw.lstrip().startswith("{"):
             raw, text = _parsed(raw, MISSING), False
         if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
@@ -321,9 +265,23 @@ def _convert(kind: Any, raw: Any, text: bool) -> Any:
         endless = origin is list or Ellipsis in arguments
         kinds = [arguments[0]] * len(raw) if endless else list(arguments)
         if len(kinds) == len(raw):
-            found = [_convert(inner, item, text) for inner, item in zip(kinds, raw, strict=True)]
-            return MISSING if any(item is MISSING for item in found) else origin(found)
+            each = [_convert(inner, item, text) for inner, item in zip(kinds, raw, strict=True)]
+            return MISSING if any(item is MISSING for item in each) else origin(each)
     return MISSING
+
+
+def _number(kind: type[int] | type[float], raw: float | str, text: bool) -> Any:
+    """`raw` as a number, or `MISSING`; text is a whole number on the command line only."""
+    pattern = _INTEGER if kind is int else _NUMBER
+    # YAML 1.1 reads 1e-5, which has no point, as text: so a number may be text in a file too.
+    if isinstance(raw, str) and not (pattern.fullmatch(raw) and (text or kind is float)):
+        return MISSING
+    if (kind is int and isinstance(raw, float)) or raw != raw:
+        return MISSING
+    try:
+        return kind(raw.lower().replace(".inf", "inf") if isinstance(raw, str) else raw)
+    except (ValueError, OverflowError):  # 1__0, or more digits than Python reads
+        return MISSING
 
 
 class _Strict(yaml.SafeLoader):
@@ -331,8 +289,22 @@ class _Strict(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.get_mark())
         return super().compose_node(parent, index)
+
+
+class _Quoting(yaml.SafeDumper):
+    """Safe YAML in which text with control characters or unusual line ends is quoted and escaped.
+
+    Left to itself, PyYAML writes U+0085 in a style that is read back as a space.
+    """
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        plain = all(character.isprintable() or character == "\n" for character in data)
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
+
+
+_Quoting.add_representer(str, _Quoting.represent_str)
 
 
 def _parsed(text: str, otherwise: Any) -> Any:
@@ -347,7 +319,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         loader = _Strict(path.read_bytes().decode("utf-8-sig"))
         node = loader.get_single_node()
-        tree = {} if node is None else loader.construct_document(node)
+        tree = loader.construct_document(node) if node is not None else None
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise UserError(reason, where=str(path), fix="check the path") from error
@@ -356,6 +328,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"not YAML ({error.problem})", where=f"{path}{line}", fix="mend the line") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError("not YAML that can be read", where=str(path), fix="write `name: value`, in UTF-8") from error
+    if tree is None:
+        return {}, {}
     if not isinstance(tree, dict):
         raise UserError(f"holds {_kind(tree)}, not options", where=str(path), fix="write `name: value`, one a line")
     places: dict[str, str] = {}
@@ -378,59 +352,6 @@ def _locate(node: yaml.Node | None, prefix: str, file: str, places: dict[str, st
         _locate(value, f"{place}.", file, places)
 
 
-# -------------------------------------------------- what a dataclass says of itself
-
-
-@cache
-def _fields(cls: type[Any]) -> tuple[tuple[str, Any, dataclasses.Field[Any]], ...]:
-    hints = get_type_hints(cls)
-    return tuple((field.name, hints[field.name], field) for field in dataclasses.fields(cls) if field.init)
-
-
-@cache
-def _docs(cls: type[Any]) -> dict[str, str]:
-    """The string under each field, on one line."""
-    found: dict[str, str] = {}
-    for part in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(part):
-            continue
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
-        except (OSError, TypeError):  # a class without a source file, made at run time
-            continue
-        assert isinstance(body, ast.ClassDef)
-        for field, text in zip(body.body, body.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-                value = ast.literal_eval(text.value) if isinstance(text.value, ast.Constant) else None
-                if isinstance(value, str):
-                    found[field.target.id] = " ".join(value.split())
-    return found
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _variants(kind: Any) -> list[type[Any]]:
-    return [member for member in _members(kind) if dataclasses.is_dataclass(member) and isinstance(member, type)]
-
-
-def _is_mapping(kind: Any) -> bool:
-    return (get_origin(kind) or kind) in (dict, Mapping)
-
-
-def _name(cls: type[Any]) -> str:
-    return str(getattr(cls, "name", cls.__name__.lower()))
-
-
-def _flag(*parts: str) -> str:
-    return "--" + "-".join(parts).replace("_", "-")
-
-
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
@@ -442,35 +363,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shown(default: Any) -> str:
-    return _name(type(default)) if dataclasses.is_dataclass(default) else str(_plain(default))
-
-
-def _metavar(kind: Any) -> str:
-    """What stands for a value in `--help`; without spaces and brackets, on which argparse's usage line breaks."""
-    words = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: "BOOL"}
-    if nested := _variants(kind):
-        return "{" + ",".join(map(_name, nested)) + "}"
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, get_args(kind))) + "}"
-    if get_origin(kind) in (list, tuple):
-        return _metavar(get_args(kind)[0])
-    members = [member for member in _members(kind) if member is not type(None)]
-    return "|".join(map(_metavar, members)) if len(members) > 1 else words.get(members[0], "{KEY:VALUE}")
-
-
-def _described(kind: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
-    if len(members := _members(kind)) > 1:
-        return " or ".join(map(_described, members))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
-        return f"a list of {len(get_args(kind))}: " + ", ".join(map(_described, get_args(kind)))
-    if get_origin(kind) in (list, tuple):
-        return f"a list, each {_described(get_args(kind)[0])}"
-    if dataclasses.is_dataclass(kind) or _is_mapping(kind):
-        return "a mapping"
-    return "null" if kind is type(None) else words.get(kind, str(kind))
+    return name_of(type(default)) if dataclasses.is_dataclass(default) else str(_plain(default))
 
 
 def _kind(raw: Any) -> str:

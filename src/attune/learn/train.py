@@ -1,16 +1,18 @@
-"""The loop: sample → replay → reward → advantage → update.
+"""The loop: sample → score → advantage → update.
 
 Every random draw and the order of the data are functions of (seed, step), so a step depends on nothing but the state
-in the checkpoint. Evaluation and printing are given as functions; this module does neither.
+in the checkpoint. Evaluation and printing belong to the caller.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,21 +20,21 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from attune.data import Row
-from attune.errors import RunFailed
+from attune.errors import RunFailed, UserError
 from attune.files import atomic_dir, require_space
 from attune.learn import checkpoint
-from attune.learn.algorithms import Batch, next_kl_coef
+from attune.learn.algorithms import next_baseline, next_kl_coef
 from attune.learn.learner import Learner
-from attune.learn.losses import LossInputs
-from attune.learn.options import TrainConfig
 from attune.learn.record import Record
+from attune.learn.settings import TrainConfig
 from attune.learn.stopping import reason_to_stop
+from attune.learn.update import Update, update
 from attune.model.policy import Policy
 from attune.reward.named import Reward
-from attune.types import Prompts, Rollout, Scores
+from attune.types import Rollout, Scores
 
 Metrics = dict[str, float]
-OnStep = Callable[[int, Metrics], None]
+OnStep = Callable[[Metrics], None]
 
 
 @dataclass(frozen=True)
@@ -54,102 +56,207 @@ def train(
     run: Path,
     *,
     resume: bool = False,
-    on_step: OnStep = lambda step, metrics: None,
+    on_step: OnStep = lambda metrics: None,
 ) -> Trained:
     """Train `policy` in place on the prompts of `rows`, writing the run to the folder `run`.
 
-    Raises `RunFailed` when loss or gradient stop being numbers, or the disk is full.
+    Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
     """
-    accelerator = Accelerator(cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=run)
-    encoded = policy.encode([row.prompt for row in rows], [row.answers for row in rows])
-    record = Record(run, config, accelerator)
-    trainer = _Trainer(config, policy, encoded, accelerator, record)
-    if resume:
-        trainer.resume()
-    trainer.start()
-    stopped, interrupted = None, False
-    try:
-        for step in range(trainer.progress.step, config.steps):
-            on_step(step + 1, trainer.step(step))
-            stopped = reason_to_stop(record.history, config.stopping)
-            if stopped or step + 1 == config.steps or (step + 1) % config.save_every == 0:
+    trainer = Trainer(config, policy, rows, run, resume=resume)
+    stopped = None
+    with _ctrl_c() as pressed:
+        while trainer.progress.step < config.steps and not stopped and not pressed:
+            on_step(trainer.step())
+            stopped = reason_to_stop(trainer.record.history, config.stopping)
+            if trainer.progress.step % config.save_every == 0:
                 trainer.save()
-            if stopped:
-                break
-    except KeyboardInterrupt:
-        interrupted = True
         trainer.save()
-    if not interrupted:
-        trainer.finish()
-    record.close()
-    return Trained(trainer.progress.step, stopped, interrupted)
+    if not pressed:
+        trainer.save_model()
+    trainer.record.close()
+    return Trained(trainer.progress.step, stopped, bool(pressed))
 
 
-class _Trainer:
-    """The state of a run and the one step that changes it."""
+class Trainer:
+    """The state of a run, and the step that changes it."""
 
     def __init__(
-        self, config: TrainConfig, policy: Policy, prompts: Prompts, accelerator: Accelerator, record: Record
+        self, config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, *, resume: bool = False
     ) -> None:
-        self.config, self.policy, self.prompts = config, policy, prompts
-        self.accelerator, self.record = accelerator, record
-        algorithm = config.algorithm
+        self.config, self.policy, self.run = config, policy, run
+        self.accelerator = Accelerator(
+            cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=str(run)
+        )
+        self.prompts = policy.encode([row.prompt for row in rows], [row.answers for row in rows])
+        self._check_lengths(rows)
         self.reward = Reward.resolve(config.reward, policy)
-        wants_reference = algorithm.needs_reference or config.kl_coef > 0
-        self.reference = (self.reward.reference or policy.reference()) if wants_reference else None
-        self.learner = Learner(policy, algorithm.needs_value_head)
-        self.parameters = self.learner.trained()
+        frozen = config.algorithm.needs_reference or config.kl_coef > 0
+        self.reference = (self.reward.reference or policy.reference()) if frozen else None
+        learner = Learner(policy, config.algorithm.needs_value_head)
+        self.parameters = learner.trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.wrapped = accelerator.prepare_model(self.learner)
+        self.learner = self.accelerator.prepare_model(learner)
+        self.record = Record(run, config, self.accelerator)
         self.progress = checkpoint.Progress(kl_coef=config.kl_coef)
+        if resume and (folder := checkpoint.latest(run)) is not None:
+            self.progress = checkpoint.restore(folder, self.parameters, self.optimizer)
+            self.record.rewind(self.progress.step)
+            self.reward.copy_weights = self.record.load_heads(policy.device)
 
-    def resume(self) -> None:
-        folder = checkpoint.latest(self.record.run)
-        assert folder is not None, "new_run_dir(resume=True) found a checkpoint"
-        self.progress = checkpoint.restore(folder, self.parameters, self.optimizer)
-        self.reward.copy_weights = self.record.load_heads(self.policy.device)
-        self.record.rewind(self.progress.step)
-
-    def start(self) -> None:
-        """Measure the copy heads once, on the untrained policy, and keep them with the run."""
-        if self.reward.copy_weights is None and self.reward.needs_heads:
-            some = self.prompts.select(torch.tensor(self._order(0)[: 4 * self.config.prompts_per_step]))
-            self.reward.copy_weights = self.reward.measure(some)
-            self.record.save_heads(self.reward.copy_weights)
-
-    def step(self, step: int) -> Metrics:
-        """One step of training; its metrics, as docs/metrics.md defines them."""
-        config, algorithm, clock = self.config, self.config.algorithm, _Clock()
-        torch.manual_seed(self._seed(step))
+    def step(self) -> Metrics:
+        """Take the next step; its metrics, as docs/metrics.md defines them."""
+        config, clock, step = self.config, _Clock(), self.progress.step
+        seed = _seed(config.seed, step, self.accelerator.process_index)
+        torch.manual_seed(seed)
         with clock("sample"):
-            prompts = self.prompts.select(torch.tensor(self._batch(step), device=self.prompts.ids.device))
-            rollout = self.policy.sample(
-                prompts, config.num_samples, sampling=config.sampling, seed=self._seed(step)
-            )
+            prompts = self.prompts.select(self._batch(step))
+            rollout = self.policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
         with clock("score"):
             scores = self.reward(rollout, self.policy)
             reference = self._reference_logprobs(rollout, scores)
         with clock("update"):
-            batch = self._batch_of(rollout, scores, reference)
-            targets = algorithm.advantages(batch)
-            metrics = self._update(step, rollout, batch, targets)
-        return self._finish_step(step, rollout, scores, batch, metrics, clock)
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            given = Update(rollout, scores.reward, reference, self.progress.kl_coef, self.progress.baseline)
+            metrics = update(self.accelerator, self.learner, self.optimizer, config, given)
+        metrics |= self._metrics(rollout, scores, reference, clock)
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            raise RunFailed(
+                f"step {step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
+                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound, go on from it with --resume",
+            )
+        self._advance(metrics, rollout)
+        self.record.metrics(metrics)
+        self.record.samples(step + 1, rollout, scores, config.log_samples)
+        if step == 0 and self.reward.copy_weights is not None:
+            self.record.save_heads(self.reward.copy_weights)
+        return metrics
 
-    def _batch_of(self, rollout: Rollout, scores: Scores, reference: Tensor | None) -> Batch:
-        assert rollout.logprobs is not None
-        values = None
-        if self.learner.value_head is not None:
-            with torch.no_grad():
-                values = self._forward_all(rollout)
-        return Batch(
-            rewards=scores.reward,
-            group=rollout.prompt_index,
-            mask=rollout.response_mask,
-            logprobs=rollout.logprobs,
-            ref_logprobs=reference,
-            values=values,
-            kl_coef=self.progress.kl_coef,
-            baseline=self.progress.baseline,
-        )
+    def save(self) -> None:
+        """Write a checkpoint of the step just done, unless there is one, and drop the oldest."""
+        folder = self.run / "checkpoints" / f"step-{self.progress.step}"
+        if self.accelerator.is_main_process and not folder.exists():
+            require_space(self.run, 3 * sum(p.numel() * p.element_size() for p in self.parameters.values()))
+            checkpoint.save(folder, self.parameters, self.optimizer, self.progress)
+            checkpoint.prune(self.run, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self) -> None:
+        """Write the trained model to `model/`, for AutoModel."""
+        if self.accelerator.is_main_process:
+            require_space(self.run, sum(p.numel() * p.element_size() for p in self.policy.network.parameters()))
+            with atomic_dir(self.run / "model") as building:
+                self.policy.save(building)
+        self.accelerator.wait_for_everyone()
+
+    def _batch(self, step: int) -> Tensor:
+        """Indices of this process's prompts at `step`: each epoch is a fresh permutation, walked without gaps."""
+        config, ranks = self.config, self.accelerator.num_processes
+        total = len(self.prompts)
+        first = step * config.prompts_per_step
+        wanted = [divmod(place, total) for place in range(first, first + config.prompts_per_step)]
+        orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(range(total), total) for epoch, _ in wanted}
+        index = [orders[epoch][place] for epoch, place in wanted]
+        return torch.tensor(index[self.accelerator.process_index :: ranks], device=self.prompts.ids.device)
+
+    def _check_lengths(self, rows: Sequence[Row]) -> None:
+        if self.config.prompts_per_step % self.accelerator.num_processes:
+            raise UserError(
+                f"{self.config.prompts_per_step} prompts a step do not divide among {self.accelerator.num_processes} processes",
+                fix="set prompts_per_step to a multiple",
+            )
+        room = self.policy.response_room(self.prompts)
+        if room is not None and (short := (room < self.config.sampling.max_new_tokens).nonzero().flatten().tolist()):
+            row = rows[short[0]]
+            raise UserError(
+                f"prompt and {self.config.sampling.max_new_tokens} new tokens do not fit the model's context"
+                + (f" ({len(short)} such prompts)" if len(short) > 1 else ""),
+                where=row.where or f"prompt {short[0] + 1}",
+                fix=f"shorten the prompt, or set max_new_tokens to {int(room.min())} or less",
+            )
+
+    def _reference_logprobs(self, rollout: Rollout, scores: Scores) -> Tensor | None:
+        """[B, R]: from the scorer's own replay when the reference scored, else from one forward more."""
+        if self.reference is None:
+            return None
+        if self.reward.reference is not None and scores.replay is not None:
+            return scores.replay.logprobs
+        return self.reference.replay(rollout, attention=False).logprobs
+
+    def _metrics(self, rollout: Rollout, scores: Scores, reference: Tensor | None, clock: _Clock) -> Metrics:
+        sizes = torch.bincount(rollout.prompt_index, minlength=len(rollout.prompts)).clamp(min=1)
+        lengths, rewards = rollout.lengths.float(), scores.reward
+        mean = torch.zeros(len(sizes), device=rewards.device).index_add(0, rollout.prompt_index, rewards) / sizes
+        gap = torch.zeros_like(mean).index_add(0, rollout.prompt_index, (rewards - mean[rollout.prompt_index]).abs())
+        own = {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(unbiased=False)),
+            "frac_reward_zero_std": float((gap < 1e-6).float().mean()),
+            "completions/mean_length": float(lengths.mean()),
+            "completions/clipped_ratio": float((~rollout.ended).float().mean()),
+            **{f"signals/{name}": float(values.mean()) for name, values in scores.signals.items()},
+        }
+        if reference is not None and rollout.logprobs is not None:
+            own["kl"] = float(((rollout.logprobs - reference) * rollout.response_mask).sum(-1).mean())
+        tokens = float(rollout.lengths.sum()) * self.accelerator.num_processes
+        names = sorted(own)
+        shared = self.accelerator.reduce(torch.tensor([own[name] for name in names]).to(self.policy.device), "mean")
+        return {
+            "step": self.progress.step + 1,
+            **dict(zip(names, shared.tolist(), strict=True)),
+            "learning_rate": self.config.rate(self.progress.step),
+            "kl_coef": self.progress.kl_coef,
+            "tokens_per_second": tokens / clock.total(),
+            **{f"seconds/{name}": taken for name, taken in clock.seconds.items()},
+        }
+
+    def _advance(self, metrics: Metrics, rollout: Rollout) -> None:
+        """What the next step carries on from this one."""
+        config, progress = self.config, self.progress
+        progress.step += 1
+        progress.baseline = next_baseline(progress.baseline, metrics["reward"])
+        if config.kl_target is not None:
+            progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["kl"], config.kl_target, len(rollout))
+
+
+class _Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed: the step in hand is finished first. A second one ends the
+    process at once."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread, where signals cannot be caught
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)

@@ -37,7 +37,7 @@ class EvalConfig:
     seed: int = 0
     """Seed of the draws and of the resampling."""
     temperature: float = 1.0
-    """Softmax temperature of the sampled responses; the single response is greedy."""
+    """Softmax temperature of the sampled responses, and of both sides of the KL; the single response is greedy."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
@@ -106,11 +106,12 @@ class Evaluation:
 
     def _sample(self, place: int) -> dict[str, Any]:
         row = self.rows[place]
-        sample: dict[str, Any] = {"prompt": _text(row)}
+        sample: dict[str, Any] = {"prompt": row.prompt}
         if self.before is not None:
             sample["before"] = self.before.greedy[place]
         sample |= {"after": self.after.greedy[place], "answers": list(row.answers)}
-        return sample | {name: row.fields[name] for name in ("kind", "split", "prior") if name in row.fields}
+        known = {name: row.fields.get(name) for name in ("kind", "split", "prior")}
+        return sample | {name: str(value) for name, value in known.items() if value is not None}
 
 
 def evaluate(

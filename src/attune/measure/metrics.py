@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ B = TypeVar("B")
 Values = Sequence[float | None]
 """One figure a prompt; None where the prompt has none."""
 
+# Vowel signs and accents belong to their word, but are no `\w`.
+_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:'[^\W_{_CJK}]+)*")
+_PART = rf"[^\W_{_CJK}](?:[^\W_{_CJK}]|[{_MARKS}])*"
+_WORD = re.compile(rf"[{_CJK}]|{_PART}(?:'{_PART})*")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def content_words(text: str) -> list[str]:
 def token_f1(first: str, second: str) -> float:
     """2·|a ∩ b| / (|a| + |b|) over the multisets of normalised words, in [0, 1]; 1 for two texts without words.
 
-    Rajpurkar et al. 2016 (SQuAD), section 6.1.
+    Rajpurkar et al. 2016 (SQuAD), section 6.1. Words are what blanks part, so a text written without any is one word.
 
     >>> token_f1("the red car", "a red bus")  # articles go: 2 · 1 / (2 + 2)
     0.5
@@ -156,11 +160,7 @@ def consistency(samples: Sequence[Sequence[str]]) -> list[float | None]:
 
     Saying nothing, or always the same, is perfectly consistent: read it beside exact match and length.
     """
-    figures: list[float | None] = []
-    for group in samples:
-        pairs = list(combinations(group, 2))
-        figures.append(sum(token_f1(a, b) for a, b in pairs) / len(pairs) if pairs else None)
-    return figures
+    return [_agreement(group) if len(group) > 1 else None for group in samples]
 
 
 def repetition(tokens: Sequence[Sequence[Hashable]], n: int = 2) -> list[float]:
@@ -188,6 +188,14 @@ def kl(logprobs: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
     """
     pairs = _paired(logprobs, reference)
     return [math.fsum(ours - theirs for ours, theirs in _paired(a, b)) for a, b in pairs]
+
+
+def _agreement(group: Sequence[str]) -> float:
+    # Samples of a sharp policy are few texts many times: compare each pair of texts once.
+    counts = list(Counter(group).items())
+    same = sum(count * (count - 1) / 2 for _, count in counts)
+    other = sum(m * n * token_f1(a, b) for (a, m), (b, n) in combinations(counts, 2))
+    return (same + other) / (len(group) * (len(group) - 1) / 2)
 
 
 def _against(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attune.errors import UserError
 from attune.model import capture, prefix
 from attune.model.accumulate import Accumulator, CopyHits, WeightedMap
-from attune.model.encode import Prompt, encode_prompts, encode_responses
+from attune.model.encode import Prompt, context_length, encode_prompts, encode_responses
 from attune.model.families import shareable
 from attune.model.load import load
 from attune.model.logits import token_logprobs, token_spread
@@ -110,6 +110,13 @@ class Policy:
         Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
         encoded = encode_prompts(self.tokenizer, self.network, prompts, answers)
         return self._moved(encoded)
+
+    def response_room(self, prompts: Prompts) -> Tensor | None:
+        """[N] int64: tokens that a response to each prompt may have before the context is full; None = no limit."""
+        limit = context_length(self.network)
+        if limit is None:
+            return None
+        return torch.full_like(prompts.ids[:, 0], limit) if self.is_encoder_decoder else limit - prompts.mask.sum(-1)
 
     def respond(self, prompts: Prompts, responses: Sequence[str], prompt_index: Tensor) -> Rollout:
         """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing)."""

@@ -7,6 +7,7 @@ live object, so it can be written again later, and for a run that was broken off
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,14 +86,14 @@ def _chips(run: Run) -> str:
 
 
 def _find(config: Mapping[str, Any], name: str) -> str | None:
-    """The setting `name`: at the top, as the `name` of its group, or in any group; the first that is found."""
-    value = config.get(name)
-    if isinstance(value, dict):
-        value = value.get("name", value.get("path"))
-    if isinstance(value, str | int | float):
-        return str(value)
-    nested = (_find(group, name) for group in config.values() if isinstance(group, dict))
-    return next((found for found in nested if found is not None), None)
+    """The setting `name`, at the top or in a group, or the `name` of the group `name`; the first that is found."""
+    for group in (config, *(value for value in config.values() if isinstance(value, dict))):
+        value = group.get(name)
+        if isinstance(value, dict):
+            value = value.get("name", value.get("path"))
+        if isinstance(value, str | int | float):
+            return str(value)
+    return None
 
 
 def _verdict(run: Run) -> str:
@@ -302,9 +303,10 @@ def _evaluation_samples(samples: Sequence[Mapping[str, Any]]) -> str:
     if not samples:
         return ""
     shown = min(len(samples), EVALUATION_SAMPLES)
-    picked = [samples[place * len(samples) // shown] for place in range(shown)]
+    # By lot, with a fixed seed: neither the best nor every tenth row, which may be all of one kind.
+    picked = [samples[place] for place in sorted(random.Random(0).sample(range(len(samples)), shown))]
     cards = "".join(_sample(sample) for sample in picked)
-    how = f"{shown} of {len(samples):,}, evenly spaced, not chosen" if shown < len(samples) else f"All {shown}"
+    how = f"{shown} of {len(samples):,}, drawn by lot" if shown < len(samples) else f"All {shown}"
     return f'<h2>Before and after</h2><p class="lead">{how}. Greedy responses to the same prompts.</p>{cards}'
 
 

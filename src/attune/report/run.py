@@ -141,7 +141,7 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
         values = None
     return text, values if isinstance(values, dict) else {}
 
@@ -151,7 +151,7 @@ def _results(path: Path) -> dict[str, Any]:
         return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON ({error})", where=str(path), fix="run the evaluation again") from error
     if not isinstance(results, dict) or not isinstance(results.get("metrics"), dict):
         raise UserError("holds no `metrics`", where=str(path), fix="run the evaluation again")

@@ -102,7 +102,7 @@ def majority(evidence: Evidence) -> Tensor:
             votes.setdefault(group, Counter())[answer] += 1
     # `most_common` keeps the order of first sight among equals.
     winner = {group: count.most_common(1)[0][0] for group, count in votes.items()}
-    hits = [float(bool(answer) and winner[group] == answer) for group, answer in zip(groups, answers, strict=True)]
+    hits = [float(winner.get(group) == answer) for group, answer in zip(groups, answers, strict=True)]
     return torch.tensor(hits, device=rollout.prompt_index.device)
 
 

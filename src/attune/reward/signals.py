@@ -75,7 +75,7 @@ def soft_coverage(evidence: Evidence) -> Tensor:
 
     The coverage vector of See et al. 2017 (arXiv 1704.04368), as a reward: beyond 1, a token adds nothing.
     """
-    looked = (evidence.attention * evidence.replay.response_mask.unsqueeze(-1)).sum(1).clamp(max=1.0)
+    looked = evidence.attention.sum(1).clamp(max=1.0)  # rows of padding are 0
     return (evidence.salience * looked).sum(-1) / _positive(evidence.salience.sum(-1))
 
 

@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attune.errors import UserError
-from attune.learn.algorithms import DPO, GRPO, PPO, RLOO, Reinforce
+from attune.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from attune.learn.stopping import Stopping
 from attune.model.policy import Lora
 from attune.model.sampling import Sampling
-
-Algorithm = PPO | Reinforce | RLOO | GRPO | DPO
-
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -1,0 +1,1 @@
+"""How the policy changes: advantages, losses, algorithms, and the loop around them."""

@@ -1,0 +1,17 @@
+"""Set before anything is imported: no network, no more threads than there are cores, the same examples every time."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core already: threads of each would only wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hypothesis import settings
+
+settings.register_profile("attune", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("attune")
