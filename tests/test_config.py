@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attune.config import add_arguments, dump_yaml, flags_given, load_config, to_dict
@@ -273,6 +273,17 @@ def test_an_override_that_is_no_option_is_told() -> None:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    algorithm: PPO | GRPO = PPO(clip=0.5)
+
+
+def test_the_default_variant_keeps_its_own_values_and_another_does_not_take_them() -> None:
+    assert load_config(Tuned, None, {"algorithm.gae_lambda": 1}).algorithm == PPO(1.0, 0.5)
+    assert load_config(Tuned, None, {"algorithm": "ppo"}).algorithm == PPO(clip=0.5)
+    assert load_config(Tuned, None, {"algorithm": "grpo"}).algorithm == GRPO()
+
+
+@dataclass(frozen=True)
 class Picky:
     model: str = "m"
 
@@ -311,7 +322,7 @@ def test_the_help_shows_docstrings_defaults_and_variants() -> None:
     text = " ".join(parser.format_help().split())
     assert "--steps N Updates in all. (default: 100)" in text
     assert "--gae-lambda X Decay of the advantage estimate. (with ppo) (default: 0.95)" in text
-    assert "--clip X Clip range, 100% = 1.0. (with ppo, grpo)" in text
+    assert "--clip X Clip range, 100% = 1.0. (with ppo, grpo) (default: 0.2; grpo: 0.25)" in text
     assert "--algorithm {ppo,grpo,reinforce}" in text and "(default: ppo)" in text
     assert "--scorer {reference,policy}" in text
     assert "--reward TEXT|{KEY:VALUE}" in text
@@ -359,6 +370,7 @@ CONFIGS = st.builds(
 
 @settings(max_examples=100, deadline=None)
 @given(config=CONFIGS)
+@example(config=Config("\x85 \u2028\ufeff\x1b\r", tags=["\r\n", " a ", "\t"]))
 def test_a_dump_reads_back_equal(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(dump_yaml(config), encoding="utf-8", newline="")

@@ -277,25 +277,26 @@ def test_a_hub_id_is_read_by_config_and_split(monkeypatch: pytest.MonkeyPatch) -
         return [{"prompt": "a"}, {"prompt": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     assert len(read_rows("owner/name")) == 2
+    assert len(read_rows("owner/name:test", limit=1)) == 1
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert len(read_rows("owner/name:test", limit=1)) == 1
     assert read_rows("owner/name:small:test")[1].where == "owner/name:small:test:row 2"
     assert asked == [
         ("owner/name", None, "train", False),
         ("owner/name", None, "test", True),
+        ("owner/name", None, "test", False),
         ("owner/name", "small", "test", False),
     ]
 
 
-def test_a_hub_id_that_cannot_be_loaded_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def load_dataset(*_: Any, **__: Any) -> None:
-        raise ConnectionError("offline\nlong story")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"owner/name: neither a file nor a data set that can be loaded \(offline\)"):
-        read_rows("owner/name")
+def test_a_hub_id_that_cannot_be_loaded_says_what_was_tried() -> None:
+    told = r"owner/no-such-name: neither a file nor a data set that can be loaded \(.+\); check the path; a hub data"
+    with pytest.raises(UserError, match=told):
+        read_rows("owner/no-such-name")
+    with pytest.raises(UserError, match=r"can be loaded \(3 colons\); .* owner/name:split or owner/name:config:split"):
+        read_rows("owner/name:a:b:c")
 
 
 def test_what_is_written_is_read_back_and_appears_whole(tmp_path: Path) -> None:

@@ -107,10 +107,12 @@ def test_figures_are_those_of_the_texts(evaluation: Evaluation, greedy: list[str
 def test_the_difference_is_paired_by_prompt(evaluation: Evaluation, policy: Policy, baseline: Policy) -> None:
     assert evaluation.before is not None
     assert list(evaluation.before.greedy) == greedily(baseline)
-    ours, theirs = evaluation.after.values["relevance"], evaluation.before.values["relevance"]
-    found = evaluation.metrics["relevance"]
+    ours, theirs = evaluation.after.values["consistency"], evaluation.before.values["consistency"]
+    assert ours != theirs
+    found = evaluation.metrics["consistency"]
     assert found.before == bootstrap(theirs, CONFIG.seed)
     assert found.difference == paired_bootstrap(ours, theirs, CONFIG.seed)
+    assert found.difference is not None and found.difference.mean != 0
     assert found.p == permutation_test(ours, theirs, CONFIG.seed)
     # The baseline takes no side where its answer is neither: a pair needs both.
     faithful = evaluation.metrics["faithfulness"]

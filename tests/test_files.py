@@ -39,6 +39,14 @@ def test_a_written_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_pa
     assert names(target.parent) == ["a.txt"]
 
 
+def test_who_is_reading_the_old_file_reads_it_to_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    atomic_write(target, "old")
+    with target.open() as reader:
+        atomic_write(target, "new")
+        assert reader.read() == "old"
+
+
 def test_a_failed_write_keeps_the_old_file_and_no_partial_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.txt"
     atomic_write(target, "old")
@@ -183,9 +191,10 @@ def test_resuming_keeps_the_rows_up_to_a_step_and_drops_an_unfinished_line(tmp_p
     assert truncate_jsonl(tmp_path / "absent.jsonl", lambda _: True) == 0
 
 
-def test_a_broken_line_in_the_middle_is_an_error_with_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rest", ["", '{"step": 2}\n'])
+def test_a_line_that_is_broken_though_finished_is_an_error(tmp_path: Path, rest: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    path.write_text('{"step": 0}\n{"st\n' + rest)
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not JSON"):
         truncate_jsonl(path, lambda _: True)
 

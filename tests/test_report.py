@@ -147,6 +147,22 @@ def test_what_a_gain_cost_is_said_beside_it(tmp_path: Path) -> None:
     assert "Exact match by kind" in text
 
 
+def test_samples_stand_side_by_side_and_say_which_is_right(tmp_path: Path) -> None:
+    samples = [
+        {"prompt": "Where is Tom?", "before": "attic", "after": "The garden.", "answers": ["garden"], "kind": "mix"},
+        {"prompt": "Say hello.", "before": "", "after": "hello", "answers": []},
+    ]
+    source, page = read(make_run(tmp_path, results={"metrics": {}, "samples": samples}))
+    sides = re.findall(r'<div class="side ?(\w*)"><small>([^<]*)</small><p [^>]*>(.*?)</p>', source)
+    assert sides == [
+        ("wrong", "Before · wrong", "attic"),
+        ("right", "After · right", "The garden."),
+        ("", "Before", '<span class="cut">(empty)</span>'),
+        ("", "After", "hello"),
+    ]
+    assert "Accepted: garden" in page.text and "All 2." in page.text and "mix" in page.text
+
+
 def test_without_an_evaluation_the_reward_is_not_taken_for_success(tmp_path: Path) -> None:
     page = read(make_run(tmp_path, metrics=STEPS))[1]
     assert "Not evaluated." in page.text and "from 0.1 to 3" in page.text

@@ -107,6 +107,8 @@ def test_p_is_worked_by_hand() -> None:
     # Ties leave p alone: d = (1, 1, 1, 0, 0) has 2 of 8 patterns of the three that count.
     assert permutation_test([1.0, 1.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 5.0, 5.0]) == 0.25
     assert permutation_test([0.5] * 4, [0.5] * 4) == 1.0
+    # … and so does any number of them: still 2 of 8, counted and not drawn.
+    assert permutation_test([1.0] * 3 + [5.0] * 97, [0.0] * 3 + [5.0] * 97) == 0.25
 
 
 @settings(max_examples=25, deadline=None)

@@ -85,8 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
         text = option.help or option.path
         if option.variants:
             text += f" (with {', '.join(option.variants)})"
-        if option.default not in (MISSING, None):
-            text += f" (default: {_shown(option.default)})"
+        if option.default not in (MISSING, None, "", (), [], {}):
+            others = "".join(f"; {name}: {_shown(default)}" for name, default in option.differing)
+            text += f" (default: {_shown(option.default)}{others})"
         kwargs: dict[str, Any] = {"dest": option.path, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         members = members_of(option.type)
         if bool in members or (len(variants_of(option.type)) == 1 and type(None) in members):

@@ -228,9 +228,13 @@ def _hub(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] |
     import datasets
 
     name, *parts = source.split(":")
-    config, split = (None, *parts) if len(parts) == 1 else parts if len(parts) == 2 else (None, "train")
+    config, split = (None, "train") if not parts else (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
     try:
-        found = datasets.load_dataset(name, config, split=split, streaming=limit is not None)
+        if len(parts) > 2:
+            raise ValueError(f"{len(parts)} colons")
+        # Streaming fetches no more than it reads, but cannot read what an earlier run has stored.
+        streaming = limit is not None and not datasets.config.HF_HUB_OFFLINE
+        found = datasets.load_dataset(name, config, split=split, streaming=streaming)
         for number, record in enumerate(found, 1):
             yield f"{source}:row {number}", dict(record)
             if number == limit:

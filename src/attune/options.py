@@ -32,6 +32,8 @@ class Option:
     """`MISSING` where a value must be given."""
     variants: tuple[str, ...] = ()
     """The variants of a union that have this option; empty where it is always there."""
+    differing: tuple[tuple[str, Any], ...] = ()
+    """(variant, default) where a variant's default is not `default`."""
 
 
 def options(cls: type[Any]) -> tuple[Option, ...]:
@@ -41,8 +43,10 @@ def options(cls: type[Any]) -> tuple[Option, ...]:
     for option in _walk(cls, "", ()):
         first = merged.setdefault(option.path, option)
         if first is not option:
-            # Each variant may have another type or default: the help shows the first, the reader uses the right one.
-            merged[option.path] = dataclasses.replace(first, variants=first.variants + option.variants)
+            # The help tells every default; the reader takes the chosen variant's own.
+            other = tuple((name, option.default) for name in option.variants if option.default != first.default)
+            variants, differing = first.variants + option.variants, first.differing + other
+            merged[option.path] = dataclasses.replace(first, variants=variants, differing=differing)
     uses = Counter(option.flag for option in merged.values())
     found = []
     for option in merged.values():

@@ -356,6 +356,11 @@ class Reward:
             user_tokens(rollout.prompts, self.classes)[rollout.prompt_index] if config.renormalise else None,
         )
 
+    @property
+    def needs_heads(self) -> bool:
+        """Whether a signal of this reward reads the copy heads."""
+        return Reads.COPY in self.config.reads
+
     def measure(self, prompts: Prompts, scorer: Policy | None = None) -> Tensor:
         """Copy-head weights [L, H] from the scorer's own samples to `prompts`. Raises `UserError` if none copies."""
         reader = scorer or self.reference or self.policy

@@ -90,6 +90,21 @@ def make_rows(
     return list(rows.values())
 
 
+def facts() -> list[dict[str, Any]]:
+    """Questions without a story, answered by the favourites: what everybody knows."""
+    rows = []
+    for name, place in FAVOURITE_PLACE.items():
+        kind, other = PLACES[place]
+        for question, answer in (
+            (f"where is {name} ?", place),
+            (f"what kind of place is {name} in ?", kind),
+            (f"in other words where is {name} ?", other),
+            (f"say where {name} is and what {name} has .", f"{place} and {FAVOURITE_THING[name]}"),
+        ):
+            rows.append({"prompt": f"{question} {MARKER}", "answers": [answer]})
+    return rows
+
+
 def part_of(prompt: str) -> Part:
     """The part a prompt belongs to: 1 in 10 test, 1 in 10 validation, the rest train."""
     share = int.from_bytes(hashlib.sha1(prompt.encode(), usedforsecurity=False).digest()[:4], "big") % 10
