@@ -67,6 +67,8 @@ def wrong_import(module: str, other: str) -> str | None:
     """Why `module` may not import `other`, or None."""
     if module == "attune":
         return None
+    if other == "attune" and level(module) == len(LAYERS) - 1:
+        return None  # the command line tells the version
     if other == "attune":
         return f"{module} imports the public surface; import the module that defines the name"
     pure = next((group for group in PURE if module in group), None)
@@ -157,6 +159,7 @@ def test_no_two_modules_import_each_other() -> None:
         ("attune.reward.signals", "attune.model.policy", False),
         ("attune.reward.signals", "attune.reward.named", False),
         ("attune.learn.losses", "attune.files", False),
+        ("attune.cli", "attune", True),
         ("attune.data", "attune", False),
     ],
 )

@@ -34,7 +34,8 @@ def reason_to_stop(history: Sequence[dict[str, float]], limits: Stopping) -> str
     if len(history) < 2 * limits.window:
         return None
     first, last = history[: limits.window], history[-limits.window :]
-    kl = fmean(row["kl"] for row in last)
+    # Without a reference there is no KL to look at.
+    kl = fmean(row.get("kl", 0.0) for row in last)
     if kl > limits.max_kl:
         return (
             f"KL from the start is {kl:.2f} nats a response (limit {limits.max_kl}): the policy has left the model it "
