@@ -1,7 +1,7 @@
 """From rewards to advantages: pure functions of tensors.
 
-`group` [B] int64 says which prompt each response answers; equal values form a group, in any sizes. Padding is never read:
-it may hold anything, NaN and −inf included.
+`group` [B] int64 says which prompt each response answers; equal values form a group, in any sizes. Padding is never
+read: it may hold anything, NaN and −inf included.
 """
 
 from __future__ import annotations

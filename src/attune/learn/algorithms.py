@@ -1,6 +1,8 @@
 """The algorithms: each a choice of advantage and loss, with the options that are its own.
 
-An algorithm turns a `Batch` into `Targets` once a step, then `LossInputs` into a loss for every micro-batch.
+An algorithm turns a `Batch` into `Targets` once a step, then `LossInputs` into a loss for every micro-batch. Where the
+KL divergence from the reference enters (in the reward, before advantages, or in the loss) is the algorithm's `kl_in`;
+how strongly, `kl_coef`, comes with the batch, because a controller may adapt it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from torch import Tensor
 
 from attune.errors import UserError
 from attune.learn import advantages, losses
-from attune.learn.losses import LossInputs, Metrics, aggregate
+from attune.learn.losses import LossInputs, Metrics, Over
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A scored rollout, as the advantage sees it."""
+    """A scored rollout, as the advantage sees it. Padding is never read."""
 
     rewards: Tensor
     """[B] float32."""
@@ -34,13 +36,17 @@ class Batch:
     """[B, R]."""
     kl_coef: float
     baseline: float | None
-    """Running mean reward."""
+    """Running mean reward; None for the mean of this batch."""
 
     def kl(self) -> Tensor:
         """[B]: log π − log π_ref summed over the tokens of each response; 0 without a reference."""
         if self.ref_logprobs is None:
             return torch.zeros_like(self.rewards)
-        return ((self.logprobs - self.ref_logprobs) * self.mask).sum(-1)
+        return losses.kl_penalty(self.logprobs, self.ref_logprobs, self.mask, "k1").sum(-1)
+
+    def rewards_after_kl(self, kl_in: KLPlace) -> Tensor:
+        """[B]: r − β KL where the KL belongs in the reward (Ziegler et al. 2019, eq. 2), r where it does not."""
+        return self.rewards - self.kl_coef * self.kl() if kl_in == "reward" and self.kl_coef else self.rewards
 
     def spread(self, per_response: Tensor) -> Tensor:
         """[B] → [B, R], 0 on padding."""
@@ -57,9 +63,12 @@ class Targets:
     """[B, R], for the value head."""
 
 
+KLPlace = Literal["reward", "loss"]
+
+
 @dataclass(frozen=True)
 class PPO:
-    """Proximal policy optimisation with a value head (Schulman et al. 2017; Ziegler et al. 2019): KL in the reward."""
+    """Proximal policy optimisation with a value head (Schulman et al. 2017; Ziegler et al. 2019)."""
 
     name: ClassVar[str] = "ppo"
     needs_value_head: ClassVar[bool] = True
@@ -79,48 +88,60 @@ class PPO:
     """Weight of the value loss."""
     value_clip: float = 0.2
     """How far a value may move from what it was at sampling."""
+    kl_in: KLPlace = "reward"
+    """Where KL from the start is charged: off the reward, or added to the loss."""
 
     def __post_init__(self) -> None:
-        _check_passes(self.epochs)
-        _check_shares(gamma=self.gamma, gae_lambda=self.gae_lambda)
+        _check(
+            *_ratio_faults(self.epochs, self.clip_low, self.clip_high),
+            *_range_faults("gamma", self.gamma, most=1),
+            *_range_faults("gae_lambda", self.gae_lambda, most=1),
+            *_range_faults("value_coef", self.value_coef),
+            *_range_faults("value_clip", self.value_clip),
+            *_choice_faults("kl_in", self.kl_in, KL_PLACES),
+        )
 
     def targets(self, batch: Batch) -> Targets:
         assert batch.values is not None
-        rewards = advantages.token_rewards(
-            batch.rewards, batch.logprobs, batch.ref_logprobs, batch.mask, batch.kl_coef
-        )
+        kl_coef = batch.kl_coef if self.kl_in == "reward" else 0.0
+        rewards = advantages.token_rewards(batch.rewards, batch.logprobs, batch.ref_logprobs, batch.mask, kl_coef)
         gained, returns = advantages.gae(rewards, batch.values, batch.mask, self.gamma, self.gae_lambda)
         return Targets(advantages.whiten(gained, batch.mask), returns)
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        policy, metrics = losses.clipped_surrogate(inputs, self.clip_low, self.clip_high)
+        policy, metrics = losses.clipped_loss(inputs, self.clip_low, self.clip_high)
         value, more = losses.value_loss(inputs, self.value_clip)
-        return aggregate(policy, inputs, "token") + self.value_coef * value, metrics | more
+        return policy + self.value_coef * value + _kl_loss(inputs, self.kl_in, "token"), metrics | more
 
 
 @dataclass(frozen=True)
 class Reinforce:
-    """REINFORCE with a running-mean baseline (Williams 1992): KL in the reward."""
+    """REINFORCE with a running-mean baseline (Williams 1992). One pass over each rollout, as its gradient asks; the
+    loss is a mean over tokens: the sum over each response, averaged over responses, over their mean length."""
 
     name: ClassVar[str] = "reinforce"
     needs_value_head: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     epochs: ClassVar[int] = 1
 
+    kl_in: KLPlace = "reward"
+    """Where KL from the start is charged: off the reward, or added to the loss."""
+
+    def __post_init__(self) -> None:
+        _check(*_choice_faults("kl_in", self.kl_in, KL_PLACES))
+
     def targets(self, batch: Batch) -> Targets:
-        rewards = batch.rewards - batch.kl_coef * batch.kl()
-        baseline = float(rewards.mean()) if batch.baseline is None else batch.baseline
-        return Targets(batch.spread(rewards - baseline))
+        return Targets(batch.spread(advantages.baseline(batch.rewards_after_kl(self.kl_in), batch.baseline)))
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        policy, metrics = losses.policy_gradient(inputs)
-        return aggregate(policy, inputs, "token"), metrics
+        policy, metrics = losses.policy_gradient_loss(inputs)
+        return policy + _kl_loss(inputs, self.kl_in, "token"), metrics
 
 
 @dataclass(frozen=True)
 class RLOO:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024): the other samples of the prompt are the baseline; KL in the
-    reward."""
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): the other samples of the prompt are the baseline, the response is
+    one action. The first pass has ratio 1, and so the plain score-function gradient; clipping acts from the second."""
 
     name: ClassVar[str] = "rloo"
     needs_value_head: ClassVar[bool] = False
@@ -132,22 +153,26 @@ class RLOO:
     """How far below 1 the probability ratio may fall before it is clipped."""
     clip_high: float = 0.2
     """How far above 1 the probability ratio may rise before it is clipped."""
+    kl_in: KLPlace = "reward"
+    """Where KL from the start is charged: off the reward, or added to the loss."""
 
     def __post_init__(self) -> None:
-        _check_passes(self.epochs)
+        _check(
+            *_ratio_faults(self.epochs, self.clip_low, self.clip_high),
+            *_choice_faults("kl_in", self.kl_in, KL_PLACES),
+        )
 
     def targets(self, batch: Batch) -> Targets:
-        rewards = batch.rewards - batch.kl_coef * batch.kl()
-        return Targets(batch.spread(advantages.leave_one_out(rewards, batch.group)))
+        return Targets(batch.spread(advantages.leave_one_out(batch.rewards_after_kl(self.kl_in), batch.group)))
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        policy, metrics = losses.clipped_surrogate(inputs, self.clip_low, self.clip_high)
-        return aggregate(policy, inputs, "token"), metrics
+        policy, metrics = losses.sequence_clipped_loss(inputs, self.clip_low, self.clip_high)
+        return policy + _kl_loss(inputs, self.kl_in, "sum"), metrics
 
 
 @dataclass(frozen=True)
 class GRPO:
-    """Group relative policy optimisation (Shao et al. 2024): KL in the loss."""
+    """Group relative policy optimisation (Shao et al. 2024)."""
 
     name: ClassVar[str] = "grpo"
     needs_value_head: ClassVar[bool] = False
@@ -163,22 +188,30 @@ class GRPO:
     """Rewards are divided by the deviation of the group, of the batch, or (Dr. GRPO) not."""
     loss_over: Literal["token", "sequence"] = "token"
     """Mean over all tokens (DAPO), or over responses of their means (the original)."""
+    kl_in: KLPlace = "loss"
+    """Where KL from the start is charged: off the reward, or added to the loss."""
 
     def __post_init__(self) -> None:
-        _check_passes(self.epochs)
+        _check(
+            *_ratio_faults(self.epochs, self.clip_low, self.clip_high),
+            *_choice_faults("scale", self.scale, advantages.SCALES),
+            *_choice_faults("loss_over", self.loss_over, ("token", "sequence")),
+            *_choice_faults("kl_in", self.kl_in, KL_PLACES),
+        )
 
     def targets(self, batch: Batch) -> Targets:
-        return Targets(batch.spread(advantages.group_relative(batch.rewards, batch.group, self.scale)))
+        rewards = batch.rewards_after_kl(self.kl_in)
+        return Targets(batch.spread(advantages.group_relative(rewards, batch.group, self.scale)))
 
     def loss(self, inputs: LossInputs) -> tuple[Tensor, Metrics]:
-        policy, metrics = losses.clipped_surrogate(inputs, self.clip_low, self.clip_high)
-        per_token = policy + inputs.kl_coef * losses.kl_estimate(inputs)
-        return aggregate(per_token, inputs, self.loss_over), metrics
+        policy, metrics = losses.clipped_loss(inputs, self.clip_low, self.clip_high, self.loss_over)
+        return policy + _kl_loss(inputs, self.kl_in, self.loss_over), metrics
 
 
 @dataclass(frozen=True)
 class DPO:
-    """Iterative direct preference optimisation (Rafailov et al. 2023): best against worst of each round's samples."""
+    """Iterative direct preference optimisation (Rafailov et al. 2023): best against worst of each round's samples.
+    `beta` holds the policy to the reference, so `kl_coef` has no part in it."""
 
     name: ClassVar[str] = "dpo"
     needs_value_head: ClassVar[bool] = False
@@ -190,9 +223,7 @@ class DPO:
     """Strength of the pull towards the reference."""
 
     def __post_init__(self) -> None:
-        _check_passes(self.epochs)
-        if not self.beta > 0:
-            raise UserError(f"beta is {self.beta}", fix="set it above 0")
+        _check(*_epoch_faults(self.epochs), *_range_faults("beta", self.beta, above=True))
 
     def targets(self, batch: Batch) -> Targets:
         return Targets(torch.zeros_like(batch.logprobs))
@@ -203,12 +234,20 @@ class DPO:
 
 Algorithm = PPO | Reinforce | RLOO | GRPO | DPO
 
+ALGORITHMS: dict[str, type[Algorithm]] = {cls.name: cls for cls in (PPO, Reinforce, RLOO, GRPO, DPO)}
+"""Name → algorithm."""
+
+KL_PLACES = ("reward", "loss")
+
 
 def next_kl_coef(coef: float, kl: float, target: float, responses: int, horizon: int = 10_000) -> float:
-    """Adaptive KL (Ziegler et al. 2019, sec. 2.2): grow the coefficient while KL is above target, at most by 20 % of
-    responses / horizon."""
+    """Adaptive KL (Ziegler et al. 2019, sec. 2.2): β ← β (1 + clip(KL / target − 1, −0.2, 0.2) · responses / horizon).
+
+    kl and target in nats a response; `responses` were sampled since the last call. A step of more responses than
+    `horizon` counts as `horizon`, or the coefficient could turn negative.
+    """
     error = max(-0.2, min(0.2, kl / target - 1))
-    return coef * (1 + error * responses / horizon)
+    return coef * (1 + error * min(1.0, responses / horizon))
 
 
 def next_baseline(baseline: float | None, reward: float, decay: float = 0.9) -> float:
@@ -216,12 +255,40 @@ def next_baseline(baseline: float | None, reward: float, decay: float = 0.9) -> 
     return reward if baseline is None else decay * baseline + (1 - decay) * reward
 
 
-def _check_passes(epochs: int) -> None:
-    if epochs < 1:
-        raise UserError(f"epochs is {epochs}", fix="set it to 1 or above")
+def _kl_loss(inputs: LossInputs, kl_in: KLPlace, over: Over) -> Tensor | float:
+    """β k3, brought together as the policy's own term is; 0 where the KL is in the reward, or there is no reference."""
+    if kl_in == "reward" or inputs.ref_logprobs is None or not inputs.kl_coef:
+        return 0.0
+    per_token = losses.kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask, "k3")
+    return inputs.kl_coef * losses.aggregate(per_token, inputs, over)
 
 
-def _check_shares(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}", fix="set it from 0 to 1")
+def _check(*faults: UserError) -> None:
+    """Raise all faults of an algorithm's options together."""
+    if faults:
+        raise faults[0] if len(faults) == 1 else UserError("; ".join(str(fault) for fault in faults))
+
+
+def _epoch_faults(epochs: int) -> list[UserError]:
+    return [UserError(f"epochs is {epochs}", fix="set it to 1 or above")] if epochs < 1 else []
+
+
+def _ratio_faults(epochs: int, clip_low: float, clip_high: float) -> list[UserError]:
+    return [
+        *_epoch_faults(epochs),
+        *_range_faults("clip_low", clip_low, most=1, above=True),
+        *_range_faults("clip_high", clip_high, above=True),
+    ]
+
+
+def _range_faults(name: str, value: float, most: float = float("inf"), above: bool = False) -> list[UserError]:
+    """The fault of a value outside [0, most], or outside (0, most] with `above`; NaN is outside."""
+    if (value > 0 if above else value >= 0) and value <= most:
+        return []
+    least = "above 0" if above else "to 0 or above"
+    limit = f", at most {most:g}" if most < float("inf") else ""
+    return [UserError(f"{name} is {value}", fix=f"set it {least}{limit}")]
+
+
+def _choice_faults(name: str, value: str, choices: tuple[str, ...]) -> list[UserError]:
+    return [UserError(f"{name} is {value!r}", fix=f"use one of {', '.join(choices)}")] if value not in choices else []

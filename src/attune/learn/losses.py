@@ -1,8 +1,9 @@
 """Losses: a record of tensors in, (loss, metrics) out.
 
 Every term is divided by totals of the *whole* optimiser batch, so the losses and metrics of its micro-batches add up to
-those of the batch: gradient accumulation is exact. Padding is never read and gets no gradient, whatever stands there: each
-function replaces it before any arithmetic, because 0 · inf in a backward pass is NaN even where the forward was masked.
+those of the batch: gradient accumulation is exact. Padding is never read and gets no gradient, whatever stands there:
+each function replaces it before any arithmetic, because 0 · inf in a backward pass is NaN even where the forward was
+masked.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def aggregate(per_token: Tensor, inputs: LossInputs, over: Over, max_length: int
     """A [B, R] term as this micro-batch's share of a scalar.
 
     `token`: mean over all tokens (DAPO, 2503.14476); `sequence`: mean over responses of their means (GRPO, 2402.03300,
-    eq. 3); `sum`: mean over responses of their sums (a response as one action: REINFORCE, RLOO); `constant`: sum over all
-    tokens / (responses · max_length) (Dr. GRPO, 2503.20783), where `max_length` is the most tokens a response may have.
+    eq. 3); `sum`: mean over responses of their sums (a response as one action: RLOO); `constant`: sum over all tokens /
+    (responses · max_length) (Dr. GRPO, 2503.20783), where `max_length` is the most tokens a response may have.
     """
     per_response = _kept(per_token, inputs.mask).sum(-1)
     if over == "token":
@@ -68,8 +69,8 @@ def aggregate(per_token: Tensor, inputs: LossInputs, over: Over, max_length: int
 
 
 def policy_gradient_loss(inputs: LossInputs, over: Over = "token") -> tuple[Tensor, Metrics]:
-    """−A log π (Williams 1992): the score-function form, without a ratio. Its gradient is the policy gradient only while
-    the policy is the one that sampled, so it serves for one pass over each rollout."""
+    """−A log π (Williams 1992): the score-function form, without a ratio. Its gradient is the policy gradient only
+    while the policy is the one that sampled, so it serves for one pass over each rollout."""
     per_token = -_kept(inputs.advantages, inputs.mask) * _kept(inputs.logprobs, inputs.mask)
     return aggregate(per_token, inputs, over), {}
 
@@ -91,8 +92,8 @@ def clipped_loss(
 
 
 def sequence_clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> tuple[Tensor, Metrics]:
-    """`clipped_loss` with the response as one action (RLOO, Ahmadian et al. 2024, sec. 3.1): ρ is the ratio of the whole
-    response, Π_t π / π_old, and A its one advantage, read at its first token; mean over responses.
+    """`clipped_loss` with the response as one action (RLOO, Ahmadian et al. 2024, sec. 3.1): ρ is the ratio of the
+    whole response, Π_t π / π_old, and A its one advantage, read at its first token; mean over responses.
 
     While the policy is the one that sampled, the gradient is that of −A Σ_t log π. The metrics are shares of all
     responses where the clip binds. An empty response adds 0.
@@ -106,27 +107,25 @@ def sequence_clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float)
 
 
 def largest_ratio(inputs: LossInputs) -> Tensor:
-    """The largest π / π_old of a token, scalar without gradient; 1 where no token counts. Micro-batches join by maximum,
-    so it is not among the metrics, which add up."""
+    """The largest π / π_old of a token, scalar without gradient; 1 where no token counts. Micro-batches join by
+    maximum, so it is not among the metrics, which add up."""
     return _log_ratio(inputs).detach().exp().max() if inputs.mask.any() else inputs.logprobs.new_ones(())
 
 
-def kl_penalty(
-    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Literal["k1", "k3"] = "k3"
-) -> Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Literal["k1", "k3"] = "k3") -> Tensor:
     """KL(π ‖ π_ref) estimated at each sampled token, nats, [B, R], 0 on padding (Schulman 2020, "Approximating KL
     divergence").
 
-    With d = log π_ref − log π: `k1` = −d, unbiased, of either sign, for rewards; `k3` = exp(d) − d − 1, unbiased too, never
-    negative, for losses (GRPO, 2402.03300, eq. 4). As a loss k1 would do nothing: the mean of its gradient is 0.
+    With d = log π_ref − log π: `k1` = −d, unbiased, of either sign, for rewards; `k3` = exp(d) − d − 1, unbiased too,
+    never negative, for losses (GRPO, 2402.03300, eq. 4). As a loss k1 would do nothing: the mean of its gradient is 0.
     """
     gap = _kept(ref_logprobs, mask) - _kept(logprobs, mask)
     return -gap if estimator == "k1" else gap.exp() - gap - 1
 
 
 def value_loss(inputs: LossInputs, clip: float) -> tuple[Tensor, Metrics]:
-    """½ max((V − R)², (V_clipped − R)²), mean over tokens; V_clipped stays within `clip` of what V was at sampling (as in
-    Ziegler et al. 2019)."""
+    """½ max((V − R)², (V_clipped − R)²), mean over tokens; V_clipped stays within `clip` of what V was at sampling (as
+    in Ziegler et al. 2019)."""
     assert inputs.values is not None and inputs.old_values is not None and inputs.returns is not None
     values, old = _kept(inputs.values, inputs.mask), _kept(inputs.old_values, inputs.mask)
     returns = _kept(inputs.returns, inputs.mask)
@@ -137,12 +136,12 @@ def value_loss(inputs: LossInputs, clip: float) -> tuple[Tensor, Metrics]:
 
 
 def dpo_loss(inputs: LossInputs, beta: float) -> tuple[Tensor, Metrics]:
-    """−log σ(β [Δ chosen − Δ rejected]), Δ = log π − log π_ref summed over tokens (Rafailov et al. 2023, eq. 7), the best
-    against the worst response of each group by reward; mean over groups.
+    """−log σ(β [Δ chosen − Δ rejected]), Δ = log π − log π_ref summed over tokens (Rafailov et al. 2023, eq. 7), the
+    best against the worst response of each group by reward; mean over groups.
 
     A group whose rewards are all equal has no pair and adds 0. The metrics are over all groups too, so that they add up:
-    divide `dpo/accuracy` (chosen ahead of rejected) and `dpo/margin` (β [Δ chosen − Δ rejected]) by `dpo/pairs`, the share
-    of groups that have a pair, for their means over pairs.
+    for means over pairs divide `dpo/accuracy` (chosen ahead of rejected) and `dpo/margin` (β [Δ chosen − Δ rejected]) by
+    `dpo/pairs`, the share of groups that have a pair.
     """
     assert inputs.ref_logprobs is not None
     gains = (_kept(inputs.logprobs, inputs.mask) - _kept(inputs.ref_logprobs, inputs.mask)).sum(-1)
@@ -160,8 +159,8 @@ def dpo_loss(inputs: LossInputs, beta: float) -> tuple[Tensor, Metrics]:
 
 
 def pairs(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the best and of the worst response of each group with unequal rewards, two of [pairs] int64; among equals
-    the first."""
+    """Places of the best and of the worst response of each group with unequal rewards, two of [pairs] int64; among
+    equals the first."""
     chosen, rejected = [], []
     for value in group.unique().tolist():
         places = (group == value).nonzero().flatten()
@@ -188,9 +187,7 @@ def _log_ratio(inputs: LossInputs) -> Tensor:
     return _kept(inputs.logprobs, inputs.mask) - _kept(inputs.old_logprobs, inputs.mask)
 
 
-def _clipped(
-    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
     """The clipped surrogate, and where (0 or 1) the clip binds from below and from above: three of the shape given."""
     ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)

@@ -191,7 +191,10 @@ class Trainer:
         mean = torch.zeros(len(sizes), device=rewards.device).index_add(0, rollout.prompt_index, rewards) / sizes
         gap = torch.zeros_like(mean).index_add(0, rollout.prompt_index, (rewards - mean[rollout.prompt_index]).abs())
         own = {
-            "reward": float(rewards.mean()),
+            "reward": sum(
+                weight * float(scores.signals[name].mean()) for name, weight in self.reward.config.weights.items()
+            ),
+            "reward/normalised": float(rewards.mean()),
             "reward_std": float(rewards.std(unbiased=False)),
             "frac_reward_zero_std": float((gap < 1e-6).float().mean()),
             "completions/mean_length": float(lengths.mean()),
@@ -216,7 +219,7 @@ class Trainer:
         """What the next step carries on from this one."""
         config, progress = self.config, self.progress
         progress.step += 1
-        progress.baseline = next_baseline(progress.baseline, metrics["reward"])
+        progress.baseline = next_baseline(progress.baseline, metrics["reward/normalised"])
         if config.kl_target is not None:
             progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["kl"], config.kl_target, len(rollout))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attune.errors import UserError
+from attune.errors import RunFailed, UserError
 from attune.model.families import shareable
 from attune.model.prefix import extend, prefill
 from attune.types import Prompts
@@ -81,6 +81,8 @@ def draw(
 
 def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32."""
+    if logits.isnan().any() or logits.isposinf().any():
+        raise RunFailed("the model's logits are not numbers", fix="look for NaN in its weights, or use --dtype float32")
     if sampling.temperature == 0:
         scores, tokens = logits.log_softmax(-1).max(-1)
         return tokens, scores
