@@ -1,10 +1,10 @@
-"""Seconds a training step and peak memory: attune against TRL's GRPOTrainer with the attention reward a user would write.
+"""Seconds a training step and peak memory: attune against TRL's GRPOTrainer with the attention reward users would write.
 
     python benchmarks/step.py [--threads 2] [--steps 3]
 
 Same model (Llama, 384 wide, 6 layers, 6/3 heads, vocabulary 4096, random weights), same prompts, K = 8, float32, KL to
-the frozen start, the reward read from the frozen start's attention: mean attention of response tokens to the prompt. TRL's
-reward function runs that model with `output_attentions=True`; attune replays it once. The two take turns, a step each, and
+the frozen start, and the same reward: mean attention of response tokens to the prompt in the frozen start. TRL's reward
+function runs that model with `output_attentions=True`; attune replays it once. The two take turns, a step each, and
 the ratio is the median of neighbouring steps. Peak memory (Linux) is of a process of its own for each.
 """
 
@@ -161,7 +161,9 @@ def seconds(shape: tuple[int, int, int], steps: int) -> dict[str, Any]:
                     taken[name].append(time.perf_counter() - start)
     return {
         **{f"{name}_seconds": round(statistics.median(values), 2) for name, values in taken.items()},
-        "trl_over_attune": round(statistics.median(t / a for t, a in zip(taken["trl"], taken["attune"], strict=True)), 2),
+        "trl_over_attune": round(
+            statistics.median(t / a for t, a in zip(taken["trl"], taken["attune"], strict=True)), 2
+        ),
     }
 
 

@@ -123,7 +123,9 @@ def build(family: str) -> PreTrainedModel:
 
 def _t5gemma() -> Any:
     part = {**_SMALL, **_WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "vocab_size": VOCAB}
-    config = AutoConfig.for_model("t5gemma", encoder=part, decoder={**part, "cross_attention_hidden_size": 32}, vocab_size=VOCAB)
+    config = AutoConfig.for_model(
+        "t5gemma", encoder=part, decoder={**part, "cross_attention_hidden_size": 32}, vocab_size=VOCAB
+    )
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
     return config
 

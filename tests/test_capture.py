@@ -57,7 +57,11 @@ def test_capture_equals_eager_attention(family, side):
         model(**inputs)
     assert model.config._attn_implementation == implementation
     expected = maps[..., rows, columns]
-    counted = inputs["attention_mask"].bool()[:, rows] if not model.config.is_encoder_decoder else torch.ones(3, RESPONSE).bool()
+    counted = (
+        inputs["attention_mask"].bool()[:, rows]
+        if not model.config.is_encoder_decoder
+        else torch.ones(3, RESPONSE).bool()
+    )
     difference = (uniform.result() - expected.mean((0, 2))).abs()[counted].max()
     assert difference <= 1e-5, f"{family}: {difference:.1e}"
     difference = (weighted.result() - torch.einsum("lh,lbhrc->brc", weights, expected)).abs()[counted].max()
@@ -139,7 +143,7 @@ def test_a_family_that_bypasses_the_interface_is_refused_by_name():
         "led", vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, attention_window=4, pad_token_id=0,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModel, match="'led'.*eager"):
+    with pytest.raises(UnsupportedModel, match=r"'led'.*eager"):
         verify(AutoModelForSeq2SeqLM.from_config(config).eval())
 
 
@@ -169,4 +173,4 @@ def test_hybrid_models_count_their_attention_layers_only():
     model = AutoModelForCausalLM.from_config(config).eval()
     assert attention_layers(model) == 1
     verify(model)
-    assert IMPLEMENTATION != model.config._attn_implementation
+    assert model.config._attn_implementation != IMPLEMENTATION

@@ -1,4 +1,4 @@
-"""The training loop: every algorithm raises the reward it is given, accumulation and chunking change nothing, a run that
+"""The training loop: every algorithm raises the reward it is given, accumulation changes nothing, a run that
 was killed and resumed ends bit-equal to an unbroken one, runs stop with a reason, and the run folder is complete."""
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def test_accumulation_over_micro_batches_is_exact(algorithm, tmp_path):
     ends = []
     for name, budget in (("whole", 10_000), ("pieces", 1)):
         policy = Policy.load(model, device="cpu")
-        trainer = Trainer(config(model, tmp_path, algorithm=algorithm, max_tokens=budget), policy, rows(), tmp_path / name)
+        trainer = Trainer(
+            config(model, tmp_path, algorithm=algorithm, max_tokens=budget), policy, rows(), tmp_path / name
+        )
         metrics = trainer.step()
         ends.append((metrics, torch.cat([p.detach().flatten() for p in policy.network.parameters()])))
     (whole, one), (pieces, other) = ends
@@ -112,7 +114,12 @@ def test_every_metric_of_a_run_is_defined_in_the_docs(tmp_path):
     model = save("llama", tmp_path / "model")
     text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     for algorithm in ALGORITHMS:
-        trainer = Trainer(config(model, tmp_path, algorithm=algorithm), Policy.load(model, device="cpu"), rows(), tmp_path / algorithm.name)
+        trainer = Trainer(
+            config(model, tmp_path, algorithm=algorithm),
+            Policy.load(model, device="cpu"),
+            rows(),
+            tmp_path / algorithm.name,
+        )
         for key in trainer.step():
             name = key.split("/")[0] + "/*" if key.startswith("signals/") else key
             assert f"`{name}`" in text, name
@@ -120,7 +127,9 @@ def test_every_metric_of_a_run_is_defined_in_the_docs(tmp_path):
 
 def test_data_order_walks_every_prompt_once_an_epoch(tmp_path):
     model = save("llama", tmp_path / "model")
-    trainer = Trainer(config(model, tmp_path, prompts_per_step=5), Policy.load(model, device="cpu"), rows(), tmp_path / "run")
+    trainer = Trainer(
+        config(model, tmp_path, prompts_per_step=5), Policy.load(model, device="cpu"), rows(), tmp_path / "run"
+    )
     walked = [i for step in range(12) for i in trainer._batch(step).tolist()]
     for epoch in range(5):
         assert sorted(walked[12 * epoch : 12 * epoch + 12]) == list(range(12))
@@ -130,7 +139,13 @@ def test_data_order_walks_every_prompt_once_an_epoch(tmp_path):
 def test_kl_is_zero_at_the_start_and_grows(tmp_path):
     model = save("llama", tmp_path / "model")
     seen = []
-    train(config(model, tmp_path / "run", steps=10), Policy.load(model, device="cpu"), rows(), tmp_path / "run", on_step=seen.append)
+    train(
+        config(model, tmp_path / "run", steps=10),
+        Policy.load(model, device="cpu"),
+        rows(),
+        tmp_path / "run",
+        on_step=seen.append,
+    )
     assert abs(seen[0]["kl"]) < 1e-4
     assert seen[-1]["kl"] > 0.01
 
@@ -139,7 +154,12 @@ def test_lora_trains_the_adapter_and_leaves_the_base(tmp_path):
     model = save("llama", tmp_path / "model")
     policy = Policy.load(model, device="cpu", lora=Lora(rank=4, alpha=8))
     before = policy.network.model.layers[0].mlp.up_proj.base_layer.weight.clone()
-    out = train(config(model, tmp_path / "run", lora=Lora(rank=4, alpha=8), learning_rate=1e-2), policy, rows(), tmp_path / "run")
+    out = train(
+        config(model, tmp_path / "run", lora=Lora(rank=4, alpha=8), learning_rate=1e-2),
+        policy,
+        rows(),
+        tmp_path / "run",
+    )
     assert out.steps == 4
     assert torch.equal(policy.network.model.layers[0].mlp.up_proj.base_layer.weight, before)
     trained = load_file(tmp_path / "run/checkpoints/step-4/trained.safetensors")
@@ -162,7 +182,9 @@ train(settings, policy, rows(), new_run_dir(run, resume), resume=resume, on_step
 """
 
 
-@pytest.mark.parametrize(("family", "algorithm", "steps"), [("llama", "PPO", 5), ("t5", "GRPO", 8), ("llama", "Reinforce", 11)])
+@pytest.mark.parametrize(
+    ("family", "algorithm", "steps"), [("llama", "PPO", 5), ("t5", "GRPO", 8), ("llama", "Reinforce", 11)]
+)
 def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, tmp_path):
     """`kill -9` after a few steps, wherever the process happens to be, then resume."""
     model = save(family, tmp_path / "model")

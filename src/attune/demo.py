@@ -13,9 +13,9 @@ from attune.measure.evaluate import EvalConfig, Evaluation, evaluate
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
 from attune.report.page import write_report
-from attune.world import Kind, make_rows, model_path
+from attune.world import Kind, Split, make_rows, model_path
 
-SPLITS = ("agree", "conflict", "novel")
+SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
 TRAIN_PROMPTS = 1000
 RESPONSE_TOKENS = 8
 
@@ -38,11 +38,9 @@ def demo_config(kind: Kind, run: Path, steps: int, seed: int) -> TrainConfig:
 def run_demo(
     kind: Kind, run: Path, *, steps: int, eval_prompts: int, seed: int, on_step: Callable[[Metrics], None]
 ) -> tuple[Trained, Evaluation]:
-    """Write training prompts (no answers in them), train, evaluate before and after on fresh prompts, write the page."""
+    """Write training prompts (no answers in them), train, evaluate on fresh prompts before and after, write it."""
     config = demo_config(kind, run, steps, seed)
-    prompts = [
-        {"prompt": row["prompt"]} for split in SPLITS for row in make_rows(split, "train", TRAIN_PROMPTS, seed)
-    ]
+    prompts = [{"prompt": row["prompt"]} for split in SPLITS for row in make_rows(split, "train", TRAIN_PROMPTS, seed)]
     write_jsonl(run / "prompts.jsonl", prompts)
     policy = Policy.load(model_path(kind), device="cpu")
     before = policy.reference()

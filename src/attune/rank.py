@@ -26,8 +26,8 @@ def score_rows(
     """Each row as it was read, plus `reward` and `signals`; in the order given.
 
     Rows with the same prompt form a group wherever they stand, so a group-normalised reward compares them. About
-    `batch_size` rows are scored at a time; a group is never split. Raises `UserError` when a row's prompt does not fit the
-    model.
+    `batch_size` rows are scored at a time; a group is never split. Raises `UserError` when a prompt does not fit
+    the model.
     """
     if reward.needs_heads and reward.copy_weights is None:
         prompts = list({_key(row): row.prompt for row in rows}.values())[:HEAD_PROMPTS]

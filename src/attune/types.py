@@ -80,7 +80,9 @@ class Rollout:
     def groups(self, first: int, last: int) -> tuple[Rollout, slice, slice, slice]:
         """The groups of prompts `first … last - 1`, trimmed of padding, and where they stand in this rollout: rows of
         the batch, response columns, prompt columns."""
-        start, stop = torch.searchsorted(self.prompt_index, torch.tensor([first, last], device=self.ended.device)).tolist()
+        start, stop = torch.searchsorted(
+            self.prompt_index, torch.tensor([first, last], device=self.ended.device)
+        ).tolist()
         rows = slice(start, stop)
         width = slice(0, max(1, int(self.lengths[rows].max())) if stop > start else 1)
         chosen = slice(first, last)
@@ -171,5 +173,5 @@ class Scores:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` over the last dimension where `mask` is True; 0 where nothing counts. Shapes [..., T] → [...]."""
+    """Mean of `values` over the last dimension where `mask` is True; 0 where nothing counts. [..., T] → [...]."""
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)

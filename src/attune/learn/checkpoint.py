@@ -34,7 +34,9 @@ class Progress:
     """Running mean reward, for algorithms that use one."""
 
 
-def save(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
     """Write a checkpoint; it appears under its name only when whole."""
     with atomic_dir(folder) as building:
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, building / WEIGHTS)

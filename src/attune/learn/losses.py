@@ -139,9 +139,9 @@ def dpo_loss(inputs: LossInputs, beta: float) -> tuple[Tensor, Metrics]:
     """−log σ(β [Δ chosen − Δ rejected]), Δ = log π − log π_ref summed over tokens (Rafailov et al. 2023, eq. 7), the
     best against the worst response of each group by reward; mean over groups.
 
-    A group whose rewards are all equal has no pair and adds 0. The metrics are over all groups too, so that they add up:
-    for means over pairs divide `dpo/accuracy` (chosen ahead of rejected) and `dpo/margin` (β [Δ chosen − Δ rejected]) by
-    `dpo/pairs`, the share of groups that have a pair.
+    A group whose rewards are all equal has no pair and adds 0. The metrics are over all groups too, so that they add
+    up: for means over pairs, divide `dpo/accuracy` (chosen ahead of rejected) and `dpo/margin` (β [Δ chosen −
+    Δ rejected]) by `dpo/pairs`, the share of groups that have a pair.
     """
     assert inputs.ref_logprobs is not None
     gains = (_kept(inputs.logprobs, inputs.mask) - _kept(inputs.ref_logprobs, inputs.mask)).sum(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from attune.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from attune.learn.stopping import Stopping
 from attune.model.policy import Lora
 from attune.model.sampling import Sampling
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -101,7 +102,7 @@ class TrainConfig:
         if self.num_samples < 2 and not isinstance(self.algorithm, PPO | Reinforce):
             faults.append(
                 UserError(
-                    f"{type(self.algorithm).__name__} compares samples of one prompt, but num_samples is {self.num_samples}",
+                    f"{self.algorithm.name} compares samples of one prompt, but num_samples is {self.num_samples}",
                     fix="set num_samples to 2 or above, or use ppo or reinforce",
                 )
             )
@@ -118,7 +119,7 @@ class TrainConfig:
         return self.learning_rate * SCHEDULES[self.schedule](share)
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1.0 - share,
     "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
     "constant": lambda share: 1.0,

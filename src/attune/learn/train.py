@@ -125,7 +125,7 @@ class Trainer:
         if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
             raise RunFailed(
                 f"step {step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
-                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound, go on from it with --resume",
+                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
             )
         self._advance(metrics, rollout)
         self.record.metrics(metrics)
@@ -164,7 +164,7 @@ class Trainer:
     def _check_lengths(self, rows: Sequence[Row]) -> None:
         if self.config.prompts_per_step % self.accelerator.num_processes:
             raise UserError(
-                f"{self.config.prompts_per_step} prompts a step do not divide among {self.accelerator.num_processes} processes",
+                f"prompts_per_step is {self.config.prompts_per_step}, for {self.accelerator.num_processes} processes",
                 fix="set prompts_per_step to a multiple",
             )
         room = self.policy.response_room(self.prompts)

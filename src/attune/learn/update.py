@@ -1,4 +1,4 @@
-"""From a scored rollout to an optimiser step: targets once, then loss and gradient over micro-batches of whole groups."""
+"""From a scored rollout to an optimiser step: targets once, then losses and gradients of micro-batches of groups."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def _values(learner: nn.Module, config: TrainConfig, rollout: Rollout) -> Tensor
     return values
 
 
-def _inputs(
-    batch: Batch, targets: Targets, out: Outputs, rows: slice, columns: slice, totals: _Totals
-) -> LossInputs:
+def _inputs(batch: Batch, targets: Targets, out: Outputs, rows: slice, columns: slice, totals: _Totals) -> LossInputs:
     def part(tensor: Tensor) -> Tensor:
         return tensor[rows, columns]
 

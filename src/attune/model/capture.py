@@ -222,7 +222,7 @@ def verify(model: PreTrainedModel) -> None:
     Raises `UnsupportedModel` when the two differ by more than the rounding of the model's dtype.
     """
     device, encoder_decoder = model.device, model.config.is_encoder_decoder
-    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     if encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :4]

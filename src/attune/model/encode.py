@@ -28,18 +28,20 @@ def encode_prompts(
     if not prompts:
         raise UserError("no prompts", fix="give at least one")
     limit = context_length(network)
-    texts, rows, templates = [], [], []
+    texts: list[str] = []
+    rows: list[list[int]] = []
+    templates: list[list[int]] = []
     for number, prompt in enumerate(prompts, 1):
         where = f"prompt {number}"
-        text, ids, template = _one(tokenizer, prompt, where)
-        if not ids or not text.strip():
+        text, tokens, template = _one(tokenizer, prompt, where)
+        if not tokens or not text.strip():
             raise UserError("the prompt is empty", where=where, fix="write some text")
-        if limit is not None and len(ids) > limit:
+        if limit is not None and len(tokens) > limit:
             raise UserError(
-                f"the prompt has {len(ids)} tokens, the model's context holds {limit}", where=where, fix="shorten it"
+                f"the prompt has {len(tokens)} tokens, the model's context holds {limit}", where=where, fix="shorten it"
             )
         texts.append(text)
-        rows.append(ids)
+        rows.append(tokens)
         templates.append(template)
     left = not network.config.is_encoder_decoder
     pad = int(tokenizer.pad_token_id)
@@ -71,7 +73,8 @@ def _one(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> tupl
         return prompt, list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     if tokenizer.chat_template is None:
         raise UserError("messages, but the tokenizer has no chat template", where=where, fix="write a plain `prompt`")
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    messages = [dict(message) for message in prompt]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = _content_spans(text, [message["content"] for message in prompt])
     template = [int(not any(a < end and start < b for a, b in spans)) for start, end in encoded["offset_mapping"]]

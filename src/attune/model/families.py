@@ -45,6 +45,6 @@ def shareable(model: PreTrainedModel) -> bool:
 def bypasses(model: PreTrainedModel) -> UnsupportedModel:
     """The error for a family whose attention does not pass through transformers' attention interface."""
     return UnsupportedModel(
-        f"the family {model.config.model_type!r} does not pass all its attention through transformers' attention interface",
+        f"the family {model.config.model_type!r} keeps attention away from transformers' attention interface",
         fix="load it with attention='eager' (--attention eager): exact, but slower and with full maps in memory",
     )

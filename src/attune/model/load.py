@@ -17,7 +17,14 @@ from transformers import (
 from attune.errors import UnsupportedModel, UserError
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 def pick_device(device: str) -> torch.device:
@@ -54,10 +61,13 @@ def load(
         model = auto.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **implementation, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModel(
-            f"cannot be loaded: {_first_line(error)}", where=where, fix="give a folder or hub id that transformers can load"
+            f"cannot be loaded: {_first_line(error)}",
+            where=where,
+            fix="give a folder or hub id that transformers can load",
         ) from error
     _fit(model, tokenizer, where)
-    return model.to(pick_device(device)).eval(), tokenizer
+    torch.nn.Module.to(model, pick_device(device))
+    return model.eval(), tokenizer
 
 
 def _check_folder(folder: Path, where: str) -> None:
@@ -89,7 +99,7 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str)
     if tokenizer.pad_token_id is None:
         # Every mask is carried beside the ids, so what fills the padding is never read.
         tokenizer.pad_token = tokenizer.eos_token
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
         raise UnsupportedModel(
@@ -97,6 +107,13 @@ def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str)
             where=where,
             fix="use the tokenizer the model was trained with, or model.resize_token_embeddings",
         )
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model can read."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
 
 
 def _first_line(error: Exception) -> str:

@@ -57,7 +57,9 @@ class Policy:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.network: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        network = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(network, PreTrainedModel)
+        self.network = network
         self.eager = eager
         self._adapter = adapter
         self._verified = False
@@ -136,7 +138,9 @@ class Policy:
             ids, mask, ended, logprobs = draw(
                 self.network, prompts, num_samples, sampling, ends, int(self.tokenizer.pad_token_id), seed
             )
-        texts = self.tokenizer.batch_decode([row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(
+            [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
         index = torch.arange(len(prompts), device=self.device).repeat_interleave(num_samples)
         return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
 
@@ -157,19 +161,21 @@ class Policy:
                 raise UserError("replay needs one response to each prompt", fix="pass replay(prompts, responses)")
             rollout = self.paired(rollout, responses)
         size, width = rollout.response_ids.shape
-        like = {"dtype": torch.float32, "device": self.device}
-        logprobs, entropy, certainty = (torch.zeros(size, width, **like) for _ in range(3))
-        shape = (size, width, rollout.prompts.ids.shape[1])
-        maps = _maps(shape, like, attention, copy_weights)
+        places = rollout.prompts.ids.shape[1]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "entropy", "certainty"), (size, width))
+        if attention:
+            shapes["attention"] = (size, width, places)
+        if copy_weights is not None:
+            shapes["copy_attention"] = (size, width, places)
+        whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
         for part, rows, columns, span in rollout.chunks(REPLAY_TOKENS):
-            kept = part.response_mask
+            padding = ~part.response_mask
             for name, values in self._read(part, attention, copy_weights).items():
-                if name in maps:
-                    maps[name][rows, columns, span] = values * kept[..., None]
+                if values.dim() == 3:
+                    whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
                 else:
-                    target = {"logprobs": logprobs, "entropy": entropy, "certainty": certainty}[name]
-                    target[rows, columns] = values.masked_fill(~kept, 0.0)
-        return Replay(rollout, logprobs, entropy, certainty, maps.get("attention"), maps.get("copy_attention"))
+                    whole[name][rows, columns] = values.masked_fill(padding, 0.0)
+        return Replay(rollout, **whole)
 
     def paired(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
         """The rollout of given pairs; neighbours with the same prompt form a group."""
@@ -219,7 +225,9 @@ class Policy:
             for piece in self._parts(part, self.shares_prefixes, watchers if wanted else None):
                 targets = part.response_ids[:, piece.response]
                 found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
-                for name, values in zip(("entropy", "certainty"), token_spread(piece.logits, part.temperature), strict=True):
+                for name, values in zip(
+                    ("entropy", "certainty"), token_spread(piece.logits, part.temperature), strict=True
+                ):
                     found[name].append(values)
         for window, maps in windows:
             expand = window.batch != len(part)
@@ -273,7 +281,9 @@ class Policy:
     def _end_tokens(self) -> set[int]:
         ends = {int(self.tokenizer.eos_token_id)}
         configured = getattr(self.network.generation_config, "eos_token_id", None)
-        return ends.union(configured if isinstance(configured, list) else [configured] if configured is not None else [])
+        return ends.union(
+            configured if isinstance(configured, list) else [configured] if configured is not None else []
+        )
 
     def _moved(self, prompts: Prompts) -> Prompts:
         return Prompts(
@@ -283,12 +293,3 @@ class Policy:
             prompts.template.to(self.device),
             prompts.answers,
         )
-
-
-def _maps(
-    shape: tuple[int, int, int], like: dict[str, Any], attention: bool, copy_weights: Tensor | None
-) -> dict[str, Tensor]:
-    names = (["attention"] if attention else []) + (["copy_attention"] if copy_weights is not None else [])
-    return {name: torch.zeros(shape, **like) for name in names}
-
-

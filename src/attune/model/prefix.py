@@ -80,7 +80,7 @@ class Prefix:
 
 
 def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -> Prefix:
-    """Run the prompts once. With `expandable=False` the cache is of the model's own kind and cannot be selected from."""
+    """Run the prompts once. With `expandable=False` the cache is of the model's own kind: no selecting from it."""
     config = model.config
     if config.is_encoder_decoder:
         encoded = model.get_encoder()(input_ids=prompts.ids, attention_mask=prompts.mask.long())
@@ -128,7 +128,8 @@ def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
             **_accepted(model, position_ids=places),
         )
     prefix.extended += count
-    return out.logits
+    logits: Tensor = out.logits
+    return logits
 
 
 def shared_parts(

@@ -116,8 +116,8 @@ def vocabulary() -> list[str]:
     words = {*PEOPLE, *STRANGERS, *THINGS, *PLACES, *NUMBERS, "yes", "no", "unknown", "and", *MARKER.split()}
     words.update(word for kind, other in PLACES.values() for word in (kind, other))
     words.update(word for text in (*ARRIVALS, *FILLERS) for word in text.split())
-    words.update("has the where is what kind of place in other words how many people are say list where and".split())
-    words.update(". ? , has does have who".split())
+    words.update(["has", "the", "where", "is", "what", "kind", "of", "place", "in", "other", "words", "how", "many", "people", "are", "say", "list", "where", "and"])
+    words.update([".", "?", ",", "has", "does", "have", "who"])
     return sorted(words)
 
 
