@@ -1,4 +1,4 @@
-"""Seconds a training step and peak memory: attune against TRL's GRPOTrainer with the attention reward users would write.
+"""Seconds a training step and peak memory: attune against TRL's GRPOTrainer with the attention reward users write.
 
     python benchmarks/step.py [--threads 2] [--steps 3]
 
@@ -80,8 +80,11 @@ def attune_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
     )
     rows = [Row(prompt=text) for text in prompts(length, 64)]
     trainer = Trainer(config, Policy.load(model, device="cpu"), rows, run)
-    step = iter(range(1000))
-    return lambda: trainer.step(next(step)) and None
+
+    def step() -> None:
+        trainer.step()
+
+    return step
 
 
 def trl_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:

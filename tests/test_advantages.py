@@ -1,4 +1,4 @@
-"""Advantages: hand-worked cases, GAE against its definition, the invariances that each estimator promises, edge cases."""
+"""Advantages: hand-worked cases, GAE against its definition, the invariances each estimator promises, edge cases."""
 
 from __future__ import annotations
 

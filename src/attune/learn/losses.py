@@ -109,7 +109,9 @@ def sequence_clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float)
 def largest_ratio(inputs: LossInputs) -> Tensor:
     """The largest π / π_old of a token, scalar without gradient; 1 where no token counts. Micro-batches join by
     maximum, so it is not among the metrics, which add up."""
-    return _log_ratio(inputs).detach().exp().max() if inputs.mask.any() else inputs.logprobs.new_ones(())
+    if not inputs.mask.any():
+        return inputs.logprobs.new_ones(())
+    return _log_ratio(inputs).detach()[inputs.mask].max().exp()
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Literal["k1", "k3"] = "k3") -> Tensor:

@@ -68,7 +68,7 @@ class WeightedMap:
             weights = self._weights[layer].to(values)
         else:
             raise UserError(
-                f"head weights are [L, H] = {list(self._weights.shape)}, but layer {layer} of the model has {heads} heads",
+                f"head weights are {list(self._weights.shape)}, but layer {layer} of the model has {heads} heads",
                 fix="measure the head weights on this very model",
             )
         # Over all keys and cut afterwards: the product wants the tile in one piece, and the prompt is most of it.

@@ -38,8 +38,15 @@ PEOPLE = (
 STRANGERS = ("zoe", "boris", "greta", "ivan", "paula", "rufus")
 NUMBERS = ("none", "one", "two", "three", "four")
 ARRIVALS = ("is in", "went to", "is now in", "walked to")
-FILLERS = ("the sun is high .", "it is late .", "the door is open .", "music plays outside .", "rain falls on the roof .")
+FILLERS = (
+    "the sun is high .",
+    "it is late .",
+    "the door is open .",
+    "music plays outside .",
+    "rain falls on the roof .",
+)
 MARKER = "answer :"
+OTHER_WORDS = "has the where is what kind of place in other words how many people are say list and does have who . ? ,"
 KINDS = ("extractive", "twohop", "category", "synonym", "count", "yesno", "multipart", "instruction", "unanswerable")
 MIX_AGREE = 0.85
 """Share of `mix` stories in which the favourites hold."""
@@ -77,9 +84,13 @@ def make_rows(
     """`count` rows `{"prompt", "answers", "kind", "split", "prior"}`, all different, the same for the same arguments.
 
     `prior` is the answer that the favourites suggest; None where they suggest nothing (`novel`).
+
+    Raises ValueError for a kind that does not exist.
     """
     rng = random.Random(f"{split}/{part}/{seed}")
     chosen = tuple(kinds or KINDS)
+    if unknown := set(chosen) - set(KINDS):
+        raise ValueError(f"no such kind of question: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < count:
         kind = rng.choice(chosen)
@@ -90,21 +101,6 @@ def make_rows(
     return list(rows.values())
 
 
-def facts() -> list[dict[str, Any]]:
-    """Questions without a story, answered by the favourites: what everybody knows."""
-    rows = []
-    for name, place in FAVOURITE_PLACE.items():
-        kind, other = PLACES[place]
-        for question, answer in (
-            (f"where is {name} ?", place),
-            (f"what kind of place is {name} in ?", kind),
-            (f"in other words where is {name} ?", other),
-            (f"say where {name} is and what {name} has .", f"{place} and {FAVOURITE_THING[name]}"),
-        ):
-            rows.append({"prompt": f"{question} {MARKER}", "answers": [answer]})
-    return rows
-
-
 def part_of(prompt: str) -> Part:
     """The part a prompt belongs to: 1 in 10 test, 1 in 10 validation, the rest train."""
     share = int.from_bytes(hashlib.sha1(prompt.encode(), usedforsecurity=False).digest()[:4], "big") % 10
@@ -113,11 +109,9 @@ def part_of(prompt: str) -> Part:
 
 def vocabulary() -> list[str]:
     """Every word that a row can hold, sorted."""
-    words = {*PEOPLE, *STRANGERS, *THINGS, *PLACES, *NUMBERS, "yes", "no", "unknown", "and", *MARKER.split()}
+    words = {*PEOPLE, *STRANGERS, *THINGS, *PLACES, *NUMBERS, "yes", "no", "unknown"}
     words.update(word for kind, other in PLACES.values() for word in (kind, other))
-    words.update(word for text in (*ARRIVALS, *FILLERS) for word in text.split())
-    words.update(["has", "the", "where", "is", "what", "kind", "of", "place", "in", "other", "words", "how", "many", "people", "are", "say", "list", "where", "and"])
-    words.update([".", "?", ",", "has", "does", "have", "who"])
+    words.update(word for text in (*ARRIVALS, *FILLERS, MARKER, OTHER_WORDS) for word in text.split())
     return sorted(words)
 
 
@@ -216,7 +210,9 @@ def _instruction(rng: random.Random, scene: _Scene) -> _Question:
     name = rng.choice(list(scene.things))
     place, thing = FAVOURITE_PLACE.get(name), FAVOURITE_THING.get(name)
     prior = f"{place} and {thing}" if place else None
-    return _Question(f"say where {name} is and what {name} has .", f"{scene.places[name]} and {scene.things[name]}", prior)
+    return _Question(
+        f"say where {name} is and what {name} has .", f"{scene.places[name]} and {scene.things[name]}", prior
+    )
 
 
 def _unanswerable(rng: random.Random, scene: _Scene) -> _Question:

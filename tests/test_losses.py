@@ -1,0 +1,444 @@
+"""Losses: hand-worked values and gradients, TRL's own code on the same numbers, padding never read, edge cases."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from attune.learn.losses import (
+    LossInputs,
+    aggregate,
+    bradley_terry_loss,
+    clipped_loss,
+    dpo_loss,
+    kl_penalty,
+    largest_ratio,
+    pairs,
+    policy_gradient_loss,
+    sequence_clipped_loss,
+    value_loss,
+)
+
+INF, NAN = float("inf"), float("nan")
+PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "values", "old_values", "returns")
+
+
+def given_inputs(mask, **changes):
+    """`LossInputs` of a whole batch: zeros wherever a test says nothing."""
+    mask = torch.as_tensor(mask)
+    zeros = torch.zeros(mask.shape)
+    settings = {
+        **dict.fromkeys(PER_TOKEN, zeros),
+        "mask": mask,
+        "rewards": torch.zeros(len(mask)),
+        "group": torch.zeros(len(mask), dtype=torch.long),
+        "kl_coef": 0.0,
+        "num_tokens": int(mask.sum()),
+        "num_responses": len(mask),
+    }
+    settings |= {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in changes.items()}
+    return LossInputs(**settings, num_groups=int(settings["group"].unique().numel()))
+
+
+def random_inputs(lengths, seed=0, drift=0.3, **changes):
+    """A batch as in training, float64, two responses to a prompt; `logprobs` and `values` take gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    count, width = len(lengths), max(1, *lengths)
+
+    def noise():
+        return torch.randn(count, width, generator=generator, dtype=torch.float64)
+
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    old = -noise().abs()
+    settings = {
+        "logprobs": (old + drift * noise()).requires_grad_(),
+        "old_logprobs": old,
+        "ref_logprobs": old + drift * noise(),
+        "advantages": noise()[:, :1] * mask,
+        "values": noise().requires_grad_(),
+        "old_values": noise(),
+        "returns": noise(),
+        "rewards": noise()[:, 0],
+        "group": torch.arange(count) // 2,
+    }
+    return given_inputs(mask, **{**settings, **changes})
+
+
+ONE_EACH = [[True, True, True, True]]
+
+
+def test_policy_gradient_by_hand():
+    # Response 0: two tokens, A = 2; response 1: one token, A = −1. log π: −0.5, −1.5 | −0.25.
+    # −A log π: 1, 3 | −0.25. Over tokens: 3.75 / 3 = 1.25. Gradient −A / 3: −2/3, −2/3 | 1/3.
+    logprobs = torch.tensor([[-0.5, -1.5], [-0.25, 9.0]], requires_grad=True)
+    inputs = given_inputs(
+        [[True, True], [True, False]], logprobs=logprobs, advantages=torch.tensor([[2.0, 2.0], [-1.0, 7.0]])
+    )
+    loss, metrics = policy_gradient_loss(inputs)
+    loss.backward()
+    assert float(loss) == pytest.approx(1.25)
+    assert metrics == {}
+    assert logprobs.grad.flatten().tolist() == pytest.approx([-2 / 3, -2 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("over", "value", "weights"),
+    [
+        # Terms 1, 3 | −0.25; what each token weighs.
+        ("token", 3.75 / 3, [1 / 3, 1 / 3, 1 / 3]),
+        ("sequence", (2 - 0.25) / 2, [1 / 4, 1 / 4, 1 / 2]),
+        ("sum", 3.75 / 2, [1 / 2, 1 / 2, 1 / 2]),
+        ("constant", 3.75 / (2 * 10), [1 / 20, 1 / 20, 1 / 20]),
+    ],
+)
+def test_aggregation_by_hand(over, value, weights):
+    terms = torch.tensor([[1.0, 3.0], [-0.25, 8.0]], requires_grad=True)
+    loss = aggregate(terms, given_inputs([[True, True], [True, False]]), over, 10)
+    loss.backward()
+    assert float(loss) == pytest.approx(value)
+    assert terms.grad.flatten().tolist() == pytest.approx([*weights, 0])
+
+
+def test_the_clipped_loss_by_hand():
+    # clip 0.2 below and 0.3 above. ρ = 1.5, 0.5, 1.5, 0.5 with A = 1, 1, −2, −2:
+    #   −min(1.5, 1.3) = −1.3, clipped: gradient 0       −min(0.5, 0.8) = −0.5: gradient −ρA = −0.5
+    #   −min(−3, −2.6) = 3: gradient −ρA = 3             −min(−1, −1.6) = 1.6, clipped: gradient 0
+    # Mean over 4 tokens: (−1.3 − 0.5 + 3 + 1.6) / 4 = 0.7.
+    logprobs = torch.tensor([[1.5, 0.5, 1.5, 0.5]]).log().requires_grad_()
+    loss, metrics = clipped_loss(
+        given_inputs(ONE_EACH, logprobs=logprobs, advantages=[[1.0, 1.0, -2.0, -2.0]]), 0.2, 0.3
+    )
+    loss.backward()
+    assert float(loss) == pytest.approx(0.7)
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0, -0.5 / 4, 3 / 4, 0])
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "clip_ratio/low_mean": 0.25,
+        "clip_ratio/high_mean": 0.25,
+    }
+
+
+def test_the_sequence_clipped_loss_by_hand():
+    # Ratios of whole responses: 1.25 · 1.2 = 1.5 and 0.5 · 0.8 = 0.4, with A = 1 and 1, clip 0.2:
+    #   −min(1.5, 1.2) = −1.2, clipped                   −min(0.4, 0.8) = −0.4: gradient −0.4 at each of its tokens
+    # Mean over 2 responses: −0.8. No token by itself left [0.8, 1.2] by much; the response did.
+    logprobs = torch.tensor([[1.25, 1.2], [0.5, 0.8]]).log().requires_grad_()
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    loss, metrics = sequence_clipped_loss(given_inputs(mask, logprobs=logprobs, advantages=torch.ones(2, 2)), 0.2, 0.2)
+    loss.backward()
+    assert float(loss) == pytest.approx(-0.8)
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0, 0, -0.2, -0.2])
+    assert (float(metrics["clip_ratio/low_mean"]), float(metrics["clip_ratio/high_mean"])) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "over"),
+    [
+        (lambda inputs: clipped_loss(inputs, 0.2, 0.2), "token"),
+        (lambda inputs: clipped_loss(inputs, 0.2, 0.2, "sequence"), "sequence"),
+        (lambda inputs: sequence_clipped_loss(inputs, 0.2, 0.2), "sum"),
+    ],
+    ids=["token", "sequence mean", "whole response"],
+)
+def test_on_policy_the_clipped_losses_have_the_policy_gradient(loss_of, over):
+    inputs = random_inputs([3, 1, 4, 2], drift=0.0)
+    loss_of(inputs)[0].backward()
+    clipped = inputs.logprobs.grad.clone()
+    inputs.logprobs.grad = None
+    policy_gradient_loss(inputs, over)[0].backward()
+    assert torch.allclose(clipped, inputs.logprobs.grad, atol=1e-12)
+
+
+def test_the_largest_ratio_reads_tokens_only():
+    mask = torch.tensor([[True, True], [True, False]])
+    logprobs = torch.tensor([[0.5, 2.0], [1.25, 50.0]]).log()
+    assert float(largest_ratio(given_inputs(mask, logprobs=logprobs))) == pytest.approx(2.0)
+    # Padding has ratio 1 and must not hide that every token's ratio is below it.
+    assert float(largest_ratio(given_inputs(mask, logprobs=logprobs - math.log(4)))) == pytest.approx(0.5)
+    assert float(largest_ratio(given_inputs(torch.zeros(2, 2, dtype=torch.bool), logprobs=logprobs))) == 1.0
+
+
+def test_kl_estimates_by_hand():
+    # d = log π_ref − log π = −log 2 and log 2. k1 = −d; k3 = exp(d) − d − 1 = 0.5 + log 2 − 1 and 2 − log 2 − 1.
+    logprobs, reference = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    mask = torch.tensor([[True, True]])
+    log2 = math.log(2)
+    assert kl_penalty(logprobs, reference, mask, "k1").flatten().tolist() == pytest.approx([log2, -log2])
+    assert kl_penalty(logprobs, reference, mask).flatten().tolist() == pytest.approx([log2 - 0.5, 1 - log2])
+    # d k3 / d log π = 1 − exp(d) = 0.5 and −1.
+    logprobs.requires_grad_()
+    kl_penalty(logprobs, reference, mask, "k3").sum().backward()
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0.5, -1.0])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.lists(st.integers(1, 9), min_size=6, max_size=6))
+def test_both_kl_estimates_are_unbiased(estimator, mine, reference):
+    """Their mean under π over all tokens is KL(π ‖ π_ref)."""
+    p = torch.tensor(mine, dtype=torch.float64) / sum(mine)
+    q = torch.tensor(reference[: len(mine)], dtype=torch.float64) / sum(reference[: len(mine)])
+    estimates = kl_penalty(p.log()[None], q.log()[None], torch.ones(1, len(p), dtype=torch.bool), estimator)[0]
+    assert float((p * estimates).sum()) == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-9)
+    assert estimator == "k1" or estimates.ge(-1e-12).all()
+
+
+def test_the_value_loss_by_hand():
+    # clip 0.2. V = 1, 0.1, 1, old 0.5, 0, 1.1; returns 2, 0, 1. V_clipped = 0.7, 0.1, 1.
+    # (V − R)² = 1, 0.01, 0; clipped: 1.69, 0.01, 0. ½ · (1.69 + 0.01 + 0) / 3 = 17/60.
+    # Gradient (V − R) / 3: 0 where the clipped error, which does not move with V, is larger; 0.1 / 3; 0.
+    values = torch.tensor([[1.0, 0.1, 1.0]], requires_grad=True)
+    inputs = given_inputs([[True] * 3], values=values, old_values=[[0.5, 0.0, 1.1]], returns=[[2.0, 0.0, 1.0]])
+    loss, metrics = value_loss(inputs, 0.2)
+    loss.backward()
+    assert float(loss) == pytest.approx(17 / 60)
+    assert values.grad.flatten().tolist() == pytest.approx([0, 0.1 / 3, 0])
+    assert float(metrics["value_loss"]) == pytest.approx(17 / 60)
+    assert not metrics["value_loss"].requires_grad
+
+
+def test_dpo_by_hand():
+    # Group 0: rewards 1, 5, 3: response 1 against 0. Group 1: equal rewards, no pair.
+    # Δ = sum of log π − log π_ref: response 0: 0.5 − 0.25 = 0.25; response 1: 1.25 (one token). β = 0.5: margin 0.5.
+    # Loss −log σ(0.5) over two groups. Gradient at each token of the chosen −β σ(−0.5) / 2, at the rejected the opposite.
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, True]])
+    logprobs = torch.tensor([[0.5, -0.25], [1.25, 40.0], [3.0, 3.0], [3.0, 3.0], [1.0, 1.0]]).sub(1).requires_grad_()
+    inputs = given_inputs(
+        mask,
+        logprobs=logprobs,
+        ref_logprobs=torch.full((5, 2), -1.0),
+        rewards=[1.0, 5.0, 3.0, 2.0, 2.0],
+        group=[0, 0, 0, 1, 1],
+    )
+    loss, metrics = dpo_loss(inputs, 0.5)
+    loss.backward()
+    assert float(loss) == pytest.approx(math.log(1 + math.exp(-0.5)) / 2)
+    pull = 0.5 / (1 + math.exp(0.5)) / 2
+    assert logprobs.grad[0].tolist() == pytest.approx([pull, pull])
+    assert logprobs.grad[1].tolist() == pytest.approx([-pull, 0])
+    assert logprobs.grad[2:].eq(0).all()
+    found = {name: float(value) for name, value in metrics.items()}
+    assert found == pytest.approx({"dpo/accuracy": 0.5, "dpo/margin": 0.25, "dpo/pairs": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "group", "wanted"),
+    [
+        ([1.0, 3.0, 2.0], [0, 0, 0], ([1], [0])),
+        ([2.0, 2.0, 1.0, 1.0], [0, 0, 0, 0], ([0], [2])),
+        ([1.0, 1.0], [0, 0], ([], [])),
+        ([1.0], [0], ([], [])),
+        ([1.0, 2.0, 3.0, 3.0, 9.0, 8.0], [4, 4, 5, 5, 7, 7], ([1, 4], [0, 5])),
+        ([], [], ([], [])),
+    ],
+    ids=["three", "ties: the first", "all equal", "alone", "three groups", "nothing"],
+)
+def test_pairs(rewards, group, wanted):
+    chosen, rejected = pairs(torch.tensor(rewards), torch.tensor(group, dtype=torch.long))
+    assert (chosen.tolist(), rejected.tolist()) == wanted
+    assert chosen.dtype == rejected.dtype == torch.long
+
+
+def test_dpo_without_a_pair_is_zero_with_zero_gradients():
+    inputs = replace(random_inputs([3, 2]), rewards=torch.ones(2))
+    loss, metrics = dpo_loss(inputs, 0.1)
+    loss.backward()
+    assert float(loss) == 0 and inputs.logprobs.grad.eq(0).all()
+    assert all(float(value) == 0 for value in metrics.values())
+
+
+def test_bradley_terry_by_hand():
+    # −log σ(1) and −log σ(−2), mean.
+    wanted = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
+    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert float(bradley_terry_loss(chosen, rejected)) == pytest.approx(wanted)
+    assert float(bradley_terry_loss(chosen[:0], rejected[:0])) == 0
+
+
+LOSSES = {
+    "policy gradient": policy_gradient_loss,
+    "clipped": lambda inputs: clipped_loss(inputs, 0.2, 0.2),
+    "sequence mean": lambda inputs: clipped_loss(inputs, 0.2, 0.2, "sequence"),
+    "constant": lambda inputs: clipped_loss(inputs, 0.2, 0.2, "constant", 9),
+    "whole response": lambda inputs: sequence_clipped_loss(inputs, 0.2, 0.2),
+    "kl": lambda inputs: (
+        aggregate(kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask), inputs, "token"),
+        {},
+    ),
+    "value": lambda inputs: value_loss(inputs, 0.2),
+    "dpo": lambda inputs: dpo_loss(inputs, 0.1),
+}
+
+
+@pytest.mark.parametrize("padding", [-INF, INF, NAN, 3.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_padding_is_never_read_and_gets_no_gradient(name, padding):
+    """One response fills its row, one has a single token, one is empty."""
+    clean = random_inputs([4, 1, 0, 3], seed=3)
+
+    def dirty(tensor):
+        out = tensor.detach().masked_fill(~clean.mask, padding)
+        return out.requires_grad_() if tensor.requires_grad else out
+
+    dirtied = replace(clean, **{field: dirty(getattr(clean, field)) for field in PER_TOKEN})
+    results = []
+    for inputs in (clean, dirtied):
+        loss, metrics = LOSSES[name](inputs)
+        loss.backward()
+        results.append((loss, metrics, inputs.logprobs.grad, inputs.values.grad))
+    (loss, metrics, *gradients), (other, others, *other_gradients) = results
+    assert torch.isfinite(loss) and torch.equal(loss, other) and metrics == others
+    for one, two in zip(gradients, other_gradients, strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or (torch.equal(one, two) and two[~clean.mask].eq(0).all())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_but_padding_is_a_loss_of_zero(name):
+    """`num_tokens` is 0 then, which must not be divided by. DPO alone has something to say: a pair with no margin."""
+    inputs = random_inputs([0, 0])
+    loss, metrics = LOSSES[name](inputs)
+    loss.backward()
+    assert float(loss) == pytest.approx(math.log(2) if name == "dpo" else 0)
+    assert all(torch.isfinite(value) for value in metrics.values())
+    assert inputs.logprobs.grad is None or inputs.logprobs.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("loss_of", [LOSSES["clipped"], LOSSES["whole response"]], ids=["token", "whole response"])
+def test_a_ratio_beyond_float32_leaves_finite_numbers(loss_of):
+    """exp(200) is inf in float32, and inf times an advantage of 0 would be NaN for the whole batch."""
+    logprobs = torch.zeros(3, 2, requires_grad=True)
+    advantages = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0]])
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    loss, _ = loss_of(
+        given_inputs(mask, logprobs=logprobs, old_logprobs=torch.full((3, 2), -200.0), advantages=advantages)
+    )
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
+
+
+@pytest.fixture(scope="module")
+def trl():
+    return pytest.importorskip("trl", reason="trl is not installed: TRL's own losses are not compared")
+
+
+def bare(cls, **attributes):
+    """A trainer of TRL with what its loss reads, and nothing that needs a model or data."""
+    trainer = object.__new__(cls)
+    defaults = {
+        "accelerator": Accelerator(cpu=True),
+        "model": nn.Linear(1, 1),
+        "aux_loss_enabled": False,
+        "_metrics": {"train": defaultdict(list)},
+        "_total_train_tokens": 0,
+        "_tp_size": 1,
+    }
+    for name, value in {**defaults, **attributes}.items():
+        setattr(trainer, name, value)
+    return trainer
+
+
+def in_trl(inputs, **more):
+    nothing = torch.zeros(len(inputs.mask), 1, dtype=torch.long)
+    mask = inputs.mask.long()
+    return {
+        **{"prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask, "completion_mask": mask},
+        "advantages": inputs.advantages[:, 0],
+        "num_items_in_batch": mask.sum(),
+        **more,
+    }
+
+
+def gradient(loss, inputs):
+    return torch.autograd.grad(loss, inputs.logprobs)[0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(("kind", "over"), [("dapo", "token"), ("grpo", "sequence"), ("dr_grpo", "constant")])
+def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
+    inputs = random_inputs([4, 2, 5, 1, 6, 6], seed=1, drift=0.5)
+    trainer = bare(
+        trl.GRPOTrainer,
+        **{"loss_type": kind, "beta": beta, "epsilon_low": 0.2, "epsilon_high": 0.28, "max_completion_length": 9},
+        **{"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "importance_sampling_level": "token"},
+        **{"use_vllm": False, "_entropy_bonus_enabled": False, "current_gradient_accumulation_steps": 1},
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+    )
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (
+        inputs.logprobs,
+        torch.zeros_like(inputs.logprobs),
+        None,
+    )
+    theirs = trainer._compute_loss(
+        None,
+        in_trl(inputs, old_per_token_logps=inputs.old_logprobs, ref_per_token_logps=inputs.ref_logprobs),
+    )
+    ours, metrics = clipped_loss(inputs, 0.2, 0.28, over, 9)
+    penalty = kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask)
+    ours = ours + beta * aggregate(penalty, inputs, over, 9)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-9)
+    assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
+    logged = trainer._metrics["train"]
+    for name, value in metrics.items():
+        assert float(value) == pytest.approx(logged[name][0], abs=1e-6) and float(value) > 0
+    if beta:
+        assert float(aggregate(penalty, inputs, "token")) == pytest.approx(logged["kl"][0], rel=1e-6)
+
+
+def test_the_sequence_clipped_loss_is_the_rloo_of_trl(trl):
+    inputs = random_inputs([4, 2, 5, 1, 3, 3], seed=2, drift=0.2)
+    trainer = bare(trl.RLOOTrainer, epsilon_low=0.2, epsilon_high=0.2)
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (
+        inputs.logprobs,
+        torch.zeros_like(inputs.logprobs),
+        None,
+    )
+    old = (inputs.old_logprobs * inputs.mask).sum(-1)
+    theirs = trainer._compute_loss(None, in_trl(inputs, old_logps=old))
+    ours, metrics = sequence_clipped_loss(inputs, 0.2, 0.2)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-9)
+    assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
+    found = {name: float(value) for name, value in metrics.items()}
+    assert found == pytest.approx({name: trainer._metrics["train"][name][0] for name in found})
+    assert sum(found.values()) > 0
+
+
+def test_dpo_is_the_one_of_trl(trl):
+    """TRL has one pair a row, chosen first; ours are groups of two with the better response at either place."""
+    inputs = replace(random_inputs([4, 2, 5, 1], seed=5), rewards=torch.tensor([1.0, 2.0, 4.0, 3.0]))
+    order = torch.tensor([1, 2, 0, 3])
+    logprobs = (inputs.logprobs * inputs.mask)[order]
+    reference = (inputs.ref_logprobs * inputs.mask)[order].sum(-1)
+    nothing = torch.zeros_like(logprobs)
+    outputs = SimpleNamespace(log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    trainer = bare(
+        trl.DPOTrainer,
+        **{"ld_alpha": None, "precompute_ref_logps": True, "f_divergence_type": "reverse_kl", "beta": 0.3},
+        **{"loss_types": ["sigmoid"], "loss_weights": [1.0], "use_weighting": False},
+    )
+    mask = torch.cat([torch.zeros(4, 1, dtype=torch.long), inputs.mask[order].long()], dim=1)
+    batch = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
+    batch |= {"ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:]}
+    theirs = trainer._compute_loss(lambda **k: outputs, batch, False)
+    ours, metrics = dpo_loss(inputs, 0.3)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-9)
+    assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
+    logged = trainer._metrics["train"]
+    assert float(metrics["dpo/accuracy"]) == pytest.approx(logged["rewards/accuracies"][0])
+    assert float(metrics["dpo/margin"]) == pytest.approx(logged["rewards/margins"][0], rel=1e-6)
+    assert float(metrics["dpo/pairs"]) == 1
+
+
+def test_bradley_terry_is_the_reward_trainer_of_trl(trl):
+    logits = torch.tensor([[0.3], [-1.2], [2.0], [0.1], [0.4], [-0.7]])
+    trainer = bare(trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=None))
+    batch = {"input_ids": torch.zeros(6, 1), "attention_mask": torch.ones(6, 1)}
+    theirs = trainer.compute_loss(lambda **k: SimpleNamespace(logits=logits), batch)
+    assert float(bradley_terry_loss(logits[:3, 0], logits[3:, 0])) == pytest.approx(float(theirs))
