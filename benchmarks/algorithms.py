@@ -1,4 +1,4 @@
-"""Does every algorithm raise the reward it is given, on both embedded models? And what does the exact-answer reward buy?
+"""Does every algorithm raise the reward it is given on both embedded models, and what does an exact reward buy?
 
     python benchmarks/algorithms.py [--steps 40] [--only causal/grpo …]
 

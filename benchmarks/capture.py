@@ -14,9 +14,9 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from memory import peak_mb
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attune.model.accumulate import WeightedMap
@@ -93,16 +93,7 @@ def _peak(name: str, threads: int) -> float:
     model = build()
     WAYS[name](model, torch.randint(0, 4096, (1, 32)), 16)
     ids = torch.randint(0, 4096, (1, sum(MEMORY_SHAPE)))
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
-    before = _status("VmRSS")
-    WAYS[name](model, ids, MEMORY_SHAPE[0])
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    """A figure of /proc/self/status, kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+    return peak_mb(lambda: WAYS[name](model, ids, MEMORY_SHAPE[0]))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_mb
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -181,17 +182,7 @@ def _peak(name: str, shape: tuple[int, int, int], threads: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder, "model"))
         way = SIDES[name](Path(folder, "model"), Path(folder, "run"), shape)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
-        before = _status("VmRSS")
-        way()
-        way()
-        return round((_status("VmHWM") - before) / 1024, 1)
-
-
-def _status(field: str) -> int:
-    """A figure of /proc/self/status, kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+        return peak_mb(lambda: (way(), way()))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attune.errors import UserError
+from attune.errors import RunFailed, UserError
 from attune.model.policy import Policy
 from attune.reward.heads import FILE_NAME, copy_weights, load_heads, measure, save_heads
 from attune.reward.salience import token_classes
@@ -59,7 +59,7 @@ def test_a_save_that_breaks_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunFailed, match="no room on disk"):
         save_heads(tmp_path, torch.ones(1, 2) / 2)
     assert torch.equal(load_heads(tmp_path), weights)
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]

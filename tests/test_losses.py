@@ -85,7 +85,7 @@ def test_policy_gradient_by_hand():
     )
     loss, metrics = policy_gradient_loss(inputs)
     loss.backward()
-    assert float(loss) == pytest.approx(1.25)
+    assert loss.item() == pytest.approx(1.25)
     assert metrics == {}
     assert logprobs.grad.flatten().tolist() == pytest.approx([-2 / 3, -2 / 3, 1 / 3, 0])
 
@@ -104,7 +104,7 @@ def test_aggregation_by_hand(over, value, weights):
     terms = torch.tensor([[1.0, 3.0], [-0.25, 8.0]], requires_grad=True)
     loss = aggregate(terms, given_inputs([[True, True], [True, False]]), over, 10)
     loss.backward()
-    assert float(loss) == pytest.approx(value)
+    assert loss.item() == pytest.approx(value)
     assert terms.grad.flatten().tolist() == pytest.approx([*weights, 0])
 
 
@@ -118,7 +118,7 @@ def test_the_clipped_loss_by_hand():
         given_inputs(ONE_EACH, logprobs=logprobs, advantages=[[1.0, 1.0, -2.0, -2.0]]), 0.2, 0.3
     )
     loss.backward()
-    assert float(loss) == pytest.approx(0.7)
+    assert loss.item() == pytest.approx(0.7)
     assert logprobs.grad.flatten().tolist() == pytest.approx([0, -0.5 / 4, 3 / 4, 0])
     assert {name: float(value) for name, value in metrics.items()} == {
         "clip_ratio/low_mean": 0.25,
@@ -134,7 +134,7 @@ def test_the_sequence_clipped_loss_by_hand():
     mask = torch.ones(2, 2, dtype=torch.bool)
     loss, metrics = sequence_clipped_loss(given_inputs(mask, logprobs=logprobs, advantages=torch.ones(2, 2)), 0.2, 0.2)
     loss.backward()
-    assert float(loss) == pytest.approx(-0.8)
+    assert loss.item() == pytest.approx(-0.8)
     assert logprobs.grad.flatten().tolist() == pytest.approx([0, 0, -0.2, -0.2])
     assert (float(metrics["clip_ratio/low_mean"]), float(metrics["clip_ratio/high_mean"])) == (0.0, 0.5)
 
@@ -190,6 +190,20 @@ def test_both_kl_estimates_are_unbiased(estimator, mine, reference):
     assert estimator == "k1" or estimates.ge(-1e-12).all()
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_gradient_of_a_kl_loss_on_own_samples(estimator):
+    """Its mean under π: nothing for k1; for k3 the gradient of KL(π_ref ‖ π)."""
+    logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    p = logits.log_softmax(-1)
+    estimates = kl_penalty(p[None], q.log()[None], torch.ones(1, 3, dtype=torch.bool), estimator)[0]
+    # The samples are fixed when the loss is taken, so their probability carries no gradient.
+    found = torch.autograd.grad((p.exp().detach() * estimates).sum(), logits, retain_graph=True)[0]
+    forward = torch.autograd.grad((q * (q.log() - p)).sum(), logits)[0]
+    wanted = torch.zeros_like(forward) if estimator == "k1" else forward
+    assert torch.allclose(found, wanted, atol=1e-12, rtol=0)
+
+
 def test_the_value_loss_by_hand():
     # clip 0.2. V = 1, 0.1, 1, old 0.5, 0, 1.1; returns 2, 0, 1. V_clipped = 0.7, 0.1, 1.
     # (V − R)² = 1, 0.01, 0; clipped: 1.69, 0.01, 0. ½ · (1.69 + 0.01 + 0) / 3 = 17/60.
@@ -198,7 +212,7 @@ def test_the_value_loss_by_hand():
     inputs = given_inputs([[True] * 3], values=values, old_values=[[0.5, 0.0, 1.1]], returns=[[2.0, 0.0, 1.0]])
     loss, metrics = value_loss(inputs, 0.2)
     loss.backward()
-    assert float(loss) == pytest.approx(17 / 60)
+    assert loss.item() == pytest.approx(17 / 60)
     assert values.grad.flatten().tolist() == pytest.approx([0, 0.1 / 3, 0])
     assert float(metrics["value_loss"]) == pytest.approx(17 / 60)
     assert not metrics["value_loss"].requires_grad
@@ -207,7 +221,7 @@ def test_the_value_loss_by_hand():
 def test_dpo_by_hand():
     # Group 0: rewards 1, 5, 3: response 1 against 0. Group 1: equal rewards, no pair.
     # Δ = sum of log π − log π_ref: response 0: 0.5 − 0.25 = 0.25; response 1: 1.25 (one token). β = 0.5: margin 0.5.
-    # Loss −log σ(0.5) over two groups. Gradient at each token of the chosen −β σ(−0.5) / 2, at the rejected the opposite.
+    # Loss −log σ(0.5) over two groups. Gradient at a token of the chosen −β σ(−0.5) / 2, of the rejected the opposite.
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, True]])
     logprobs = torch.tensor([[0.5, -0.25], [1.25, 40.0], [3.0, 3.0], [3.0, 3.0], [1.0, 1.0]]).sub(1).requires_grad_()
     inputs = given_inputs(
@@ -219,13 +233,16 @@ def test_dpo_by_hand():
     )
     loss, metrics = dpo_loss(inputs, 0.5)
     loss.backward()
-    assert float(loss) == pytest.approx(math.log(1 + math.exp(-0.5)) / 2)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.5)) / 2)
     pull = 0.5 / (1 + math.exp(0.5)) / 2
     assert logprobs.grad[0].tolist() == pytest.approx([pull, pull])
     assert logprobs.grad[1].tolist() == pytest.approx([-pull, 0])
     assert logprobs.grad[2:].eq(0).all()
     found = {name: float(value) for name, value in metrics.items()}
     assert found == pytest.approx({"dpo/accuracy": 0.5, "dpo/margin": 0.25, "dpo/pairs": 0.5})
+    # The other way round the policy has it wrong.
+    wrong = dpo_loss(replace(inputs, rewards=-inputs.rewards), 0.5)[1]
+    assert float(wrong["dpo/accuracy"]) == 0.0 and float(wrong["dpo/margin"]) < 0
 
 
 @pytest.mark.parametrize(
@@ -250,7 +267,7 @@ def test_dpo_without_a_pair_is_zero_with_zero_gradients():
     inputs = replace(random_inputs([3, 2]), rewards=torch.ones(2))
     loss, metrics = dpo_loss(inputs, 0.1)
     loss.backward()
-    assert float(loss) == 0 and inputs.logprobs.grad.eq(0).all()
+    assert loss.item() == 0 and inputs.logprobs.grad.eq(0).all()
     assert all(float(value) == 0 for value in metrics.values())
 
 
@@ -306,7 +323,7 @@ def test_nothing_but_padding_is_a_loss_of_zero(name):
     inputs = random_inputs([0, 0])
     loss, metrics = LOSSES[name](inputs)
     loss.backward()
-    assert float(loss) == pytest.approx(math.log(2) if name == "dpo" else 0)
+    assert loss.item() == pytest.approx(math.log(2) if name == "dpo" else 0)
     assert all(torch.isfinite(value) for value in metrics.values())
     assert inputs.logprobs.grad is None or inputs.logprobs.grad.eq(0).all()
 
@@ -377,13 +394,12 @@ def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
         None,
     )
     theirs = trainer._compute_loss(
-        None,
-        in_trl(inputs, old_per_token_logps=inputs.old_logprobs, ref_per_token_logps=inputs.ref_logprobs),
+        None, in_trl(inputs, old_per_token_logps=inputs.old_logprobs, ref_per_token_logps=inputs.ref_logprobs)
     )
     ours, metrics = clipped_loss(inputs, 0.2, 0.28, over, 9)
     penalty = kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask)
     ours = ours + beta * aggregate(penalty, inputs, over, 9)
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-9)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
     logged = trainer._metrics["train"]
     for name, value in metrics.items():
@@ -403,7 +419,7 @@ def test_the_sequence_clipped_loss_is_the_rloo_of_trl(trl):
     old = (inputs.old_logprobs * inputs.mask).sum(-1)
     theirs = trainer._compute_loss(None, in_trl(inputs, old_logps=old))
     ours, metrics = sequence_clipped_loss(inputs, 0.2, 0.2)
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-9)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
     found = {name: float(value) for name, value in metrics.items()}
     assert found == pytest.approx({name: trainer._metrics["train"][name][0] for name in found})
@@ -428,7 +444,7 @@ def test_dpo_is_the_one_of_trl(trl):
     batch |= {"ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:]}
     theirs = trainer._compute_loss(lambda **k: outputs, batch, False)
     ours, metrics = dpo_loss(inputs, 0.3)
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-9)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
     logged = trainer._metrics["train"]
     assert float(metrics["dpo/accuracy"]) == pytest.approx(logged["rewards/accuracies"][0])
@@ -441,4 +457,4 @@ def test_bradley_terry_is_the_reward_trainer_of_trl(trl):
     trainer = bare(trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=None))
     batch = {"input_ids": torch.zeros(6, 1), "attention_mask": torch.ones(6, 1)}
     theirs = trainer.compute_loss(lambda **k: SimpleNamespace(logits=logits), batch)
-    assert float(bradley_terry_loss(logits[:3, 0], logits[3:, 0])) == pytest.approx(float(theirs))
+    assert float(bradley_terry_loss(logits[:3, 0], logits[3:, 0])) == pytest.approx(theirs.item())

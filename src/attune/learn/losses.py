@@ -119,7 +119,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: 
     divergence").
 
     With d = log π_ref − log π: `k1` = −d, unbiased, of either sign, for rewards; `k3` = exp(d) − d − 1, unbiased too,
-    never negative, for losses (GRPO, 2402.03300, eq. 4). As a loss k1 would do nothing: the mean of its gradient is 0.
+    never negative, for losses (GRPO, 2402.03300, eq. 4). As a loss on the policy's own samples k1 does nothing, for the
+    mean of its gradient is 0; that of k3 is the gradient of KL(π_ref ‖ π), the other way round, with the same optimum.
     """
     gap = _kept(ref_logprobs, mask) - _kept(logprobs, mask)
     return -gap if estimator == "k1" else gap.exp() - gap - 1

@@ -6,8 +6,6 @@ samples: no labels. One or two heads in twelve do most of the copying, so an ave
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from attune.errors import UserError
+from attune.files import atomic_write
 from attune.reward.salience import response_content
 from attune.types import Prompts
 
@@ -62,18 +61,7 @@ def measure(policy: Policy, prompts: Prompts, num_samples: int, seed: int, class
 def save_heads(directory: str | Path, weights: Tensor) -> Path:
     """Write `weights` [L, H] to `directory`/heads.safetensors: whole or not at all. Returns the path."""
     path = Path(directory) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Same folder, so that the last step is a rename within one file system, which is atomic.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{FILE_NAME}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save({_KEY: weights.detach().float().cpu().contiguous()}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    atomic_write(path, save({_KEY: weights.detach().float().cpu().contiguous()}))
     return path
 
 
