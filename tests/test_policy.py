@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from attune.errors import UnsupportedModel, UserError
 from attune.model.policy import Lora, Policy
@@ -260,3 +260,19 @@ def test_the_saved_model_loads_without_attune(policy, tmp_path):
         assert torch.allclose(plain(ids).logits, policy.network(ids).logits, atol=1e-5)
     assert (tmp_path / "model.safetensors").exists()
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_family_that_bypasses_the_interface_is_served_by_eager_attention(tmp_path):
+    config = AutoConfig.for_model(
+        "led", vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, attention_window=4, pad_token_id=0,
+        decoder_start_token_id=2, eos_token_id=2, bos_token_id=1, max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
+    )  # fmt: skip
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"'led'.*--attention eager"):
+        Policy.load(tmp_path, device="cpu").replay(PROMPTS, ["w1", "w2", "w3"])
+    replay = Policy.load(tmp_path, device="cpu", attention="eager").replay(PROMPTS, ["w1 w2", "w2", "w3"])
+    rows = replay.attention.sum(-1)[replay.response_mask]
+    assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5)
