@@ -234,6 +234,15 @@ def test_the_kl_term_is_brought_together_as_the_policy_term():
         assert algorithm.loss(inputs)[0].item() == pytest.approx(wanted, rel=1e-5), algorithm
 
 
+@pytest.mark.parametrize(("over", "wanted"), [("token", -7 / 4), ("sequence", -3 / 2)])
+def test_grpo_brings_the_policy_term_together_as_told(over, wanted):
+    # Responses of 1 and 3 tokens with advantages 1 and 2, ratio 1: −(1 + 3 · 2)/4, or −(1 + 2)/2.
+    mask, zeros = torch.tensor([[True, False, False], [True, True, True]]), torch.zeros(2, 3)
+    gains, rest = torch.tensor([[1.0], [2.0]]).expand(2, 3), (None, None, None, None, 0.1, 4, 2, 1)
+    inputs = LossInputs(zeros, zeros, mask, gains, zeros[:, 0], torch.tensor([0, 0]), *rest)
+    assert GRPO(loss_over=over).loss(inputs)[0].item() == pytest.approx(wanted)
+
+
 def test_next_kl_coef_by_hand():
     # Error clip(KL/target − 1, ±0.2): 0.1 → 1 + 0.1 · 500/1000; far above and far below are held at 0.2.
     assert next_kl_coef(0.2, 2.2, 2.0, 500, 1000) == pytest.approx(0.2 * 1.05)

@@ -315,3 +315,43 @@ def test_an_encoder_decoder_run_loads_with_automodel(tmp_path):
     run = tmp_path / "run"
     train(config(model, run, steps=2), Policy.load(model, device="cpu"), rows(), run)
     assert AutoModelForSeq2SeqLM.from_pretrained(run / "model").config.is_encoder_decoder
+
+
+PAIR = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from attune.learn.algorithms import {algorithm}
+from attune.learn.train import Trainer
+from attune.model.policy import Lora, Policy
+from tests.test_train import config, rows
+torch.set_num_threads(1)
+model, run = sys.argv[1], Path(sys.argv[2])
+state = PartialState(cpu=True)
+torch.manual_seed(state.process_index)  # so that fresh adapters differ until they are made equal
+policy = Policy.load(model, device="cpu", lora=Lora(rank=2, alpha=4))
+# A budget of one group a micro-batch, and groups of unequal cost on the two processes.
+trainer = Trainer(config(model, run, algorithm={algorithm}(), max_tokens=40, lora=Lora(rank=2, alpha=4)), policy, rows(), run)
+for _ in range(3):
+    metrics = trainer.step()
+weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
+torch.save((weights, metrics["loss"], metrics["reward"]), run / f"rank-{{state.process_index}}.pt")
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["GRPO", "PPO"])
+def test_two_processes_stay_in_step(algorithm, tmp_path):
+    """`torchrun` on two CPU processes: the same weights, loss and reward on both after three steps, one log."""
+    model, run = save("llama", tmp_path / "model"), tmp_path / "run"
+    run.mkdir()
+    script = tmp_path / "pair.py"
+    script.write_text(PAIR.format(algorithm=algorithm))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(script), str(model), str(run)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (one, *figures), (other, *same) = (torch.load(run / f"rank-{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, other)
+    assert figures == same
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3

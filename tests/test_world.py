@@ -179,6 +179,14 @@ def test_no_prompt_is_in_two_parts_whatever_the_seed() -> None:
     assert all(part_of(prompt) == part for part, prompts in seen.items() for prompt in prompts)
 
 
+def test_a_prompt_keeps_its_part_for_good() -> None:
+    # The shipped models were trained on `train` as it is: were parts dealt anew, they would be checked on rows they know.
+    prompts = [f"where is the {thing} ? answer :" for thing in ("ball", "book", "bell")]
+    assert [part_of(prompt) for prompt in prompts] == ["train", "validation", "test"]
+    parts = [part_of(str(number)) for number in range(2000)]
+    assert 0.75 < parts.count("train") / 2000 < 0.85 and 0.07 < parts.count("test") / 2000 < 0.13
+
+
 def test_rows_are_all_different_and_as_many_as_asked_for() -> None:
     assert len({row["prompt"] for row in rows_of("mix", count=500)}) == 500
     assert make_rows("agree", "test", 0) == []
@@ -233,10 +241,11 @@ def shipped(request: pytest.FixtureRequest) -> tuple[Path, PreTrainedModel, Any]
 
 
 def exact(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
+    # Four tokens hold the longest answer and its end; a longer one is wrong however it goes on.
     tokenizer.padding_side = "left"
     batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)
     out = model.generate(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8, do_sample=False
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, do_sample=False
     )
     start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
     texts = tokenizer.batch_decode(out[:, start:], skip_special_tokens=True)

@@ -10,14 +10,15 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast
+from torch import Tensor, nn
 
 from attune.data import Row
 from attune.errors import RunFailed, UserError
@@ -34,6 +35,7 @@ from attune.reward.named import Reward
 from attune.types import Rollout, Scores
 
 Metrics = dict[str, float]
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 OnStep = Callable[[Metrics], None]
 
 
@@ -92,12 +94,12 @@ class Trainer:
         self.reward = Reward.resolve(config.reward, policy)
         frozen = config.algorithm.needs_reference or config.kl_coef > 0
         self.reference = (self.reward.reference or policy.reference()) if frozen else None
-        learner = Learner(policy, config.algorithm.needs_value_head)
-        self.parameters = learner.trained()
+        self.learner = Learner(policy, config.algorithm.needs_value_head)
+        self.parameters = self.learner.trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.learner = self.accelerator.prepare_model(learner)
+        _same_everywhere(self.accelerator, self.parameters)
         self.record = Record(run, config, self.accelerator)
         self.progress = checkpoint.Progress(kl_coef=config.kl_coef)
         if resume and (folder := checkpoint.latest(run)) is not None:
@@ -259,6 +261,20 @@ def _ctrl_c() -> Iterator[list[int]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give every process the first one's weights: a fresh adapter is drawn at random.
+
+    Raises `UserError` for engines that shard the weights, which sampling and replay would have to gather."""
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"training on {accelerator.distributed_type.value} is not supported",
+            fix="launch with plain data parallelism: accelerate launch --num_processes N",
+        )
+    if accelerator.num_processes > 1:
+        for parameter in parameters.values():
+            broadcast(parameter.data)
 
 
 def _seed(seed: int, step: int, rank: int) -> int:

@@ -51,11 +51,11 @@ def update(
             out: Outputs = learner(part)
             inputs = _inputs(batch, targets, out, rows, columns, totals)
             loss, own = algorithm.loss(inputs)
-            # Distributed gradients are averaged over processes, but every total above is already over all of them.
-            accelerator.backward(loss * accelerator.num_processes)
+            accelerator.backward(loss)
             own["loss"] = loss.detach()
             own["entropy"] = out.entropy.sum() / totals.num_tokens
             metrics = {name: metrics.get(name, 0.0) + value.detach() for name, value in own.items()}
+        _sum_gradients(accelerator, learner)
         norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
         if norm is not None and torch.isfinite(norm):
             optimizer.step()
@@ -63,6 +63,19 @@ def update(
         metrics = {name: accelerator.reduce(value, "sum") for name, value in metrics.items()}
         metrics["grad_norm"] = torch.as_tensor(norm)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _sum_gradients(accelerator: Accelerator, learner: nn.Module) -> None:
+    """Add up the gradients of all processes, once a step: the totals in every loss are already over all of them.
+
+    DistributedDataParallel would do it at every backward, and wait forever where processes have different numbers of
+    micro-batches."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in learner.parameters():
+        if parameter.requires_grad:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(own, "sum")
 
 
 @dataclass(frozen=True)
