@@ -332,7 +332,8 @@ state = PartialState(cpu=True)
 torch.manual_seed(state.process_index)  # so that fresh adapters differ until they are made equal
 policy = Policy.load(model, device="cpu", lora=Lora(rank=2, alpha=4))
 # A budget of one group a micro-batch, and groups of unequal cost on the two processes.
-trainer = Trainer(config(model, run, algorithm={algorithm}(), max_tokens=40, lora=Lora(rank=2, alpha=4)), policy, rows(), run)
+settings = config(model, run, algorithm={algorithm}(), max_tokens=40, lora=Lora(rank=2, alpha=4))
+trainer = Trainer(settings, policy, rows(), run)
 for _ in range(3):
     metrics = trainer.step()
 weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])

@@ -180,7 +180,7 @@ def test_no_prompt_is_in_two_parts_whatever_the_seed() -> None:
 
 
 def test_a_prompt_keeps_its_part_for_good() -> None:
-    # The shipped models were trained on `train` as it is: were parts dealt anew, they would be checked on rows they know.
+    # The shipped models learned from `train` as it is: were parts dealt anew, they would be checked on rows they know.
     prompts = [f"where is the {thing} ? answer :" for thing in ("ball", "book", "bell")]
     assert [part_of(prompt) for prompt in prompts] == ["train", "validation", "test"]
     parts = [part_of(str(number)) for number in range(2000)]

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = COMMANDS[name]
     parser = Parser(prog=f"attune {name}", description=command.help, formatter_class=_Formatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else, on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
     command.arguments(parser)
     options = parser.parse_args(given[1:])
@@ -99,12 +99,15 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     )
     policy.encode([row.prompt for row in rows])  # every prompt is readable before anything is written
     if not policy.shares_prefixes:
-        console.note(f"{policy.network.config.model_type}: its cache cannot be expanded, so prompts are computed for each sample")
+        family = policy.network.config.model_type
+        console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
     run = new_run_dir(config.output, options.resume)
     with console.progress(config.steps, f"training on {reward_name(config.reward)}") as progress:
-        trained = train(
-            config, policy, rows, run, resume=options.resume, on_step=lambda m: progress.update(int(m["step"]), **_shown(m))
-        )
+
+        def on_step(metrics: Mapping[str, float]) -> None:
+            progress.update(int(metrics["step"]), **_shown(metrics))
+
+        trained = train(config, policy, rows, run, resume=options.resume, on_step=on_step)
     page = write_report(run)
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
@@ -119,8 +122,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 def _score_arguments(parser: Parser) -> None:
     _model_arguments(parser)
     parser.add_argument("--input", required=True, metavar="FILE", help="rows with a prompt and a `response`")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON Lines: each row plus reward and signals")
-    parser.add_argument("--reward", default="attention", help="name of a reward, or module:function (default: attention)")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="each row plus reward and signals")
+    parser.add_argument("--reward", default="attention", help="a reward's name, or module:function")
     parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows scored at a time (default: 64)")
 
@@ -138,7 +141,7 @@ def _score(options: argparse.Namespace, console: Console) -> int:
         scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
     write_jsonl(options.output, scored)
     names = ["reward", *scored[0]["signals"]]
-    means = {name: _mean([row["reward"] if name == "reward" else row["signals"][name] for row in scored]) for name in names}
+    means = {name: _mean([{"reward": row["reward"], **row["signals"]}[name] for row in scored]) for name in names}
     console.table(f"{len(scored)} responses scored", ["signal", "mean"], [[name, mean] for name, mean in means.items()])
     console.result({"rows": len(scored), "output": options.output, "means": means})
     return 0
@@ -150,8 +153,12 @@ def _eval_arguments(parser: Parser) -> None:
 
     _model_arguments(parser)
     parser.add_argument("--baseline", metavar="MODEL", help="another model to compare with, prompt by prompt")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts; with `answers`, `reference` or `prior` more is measured")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="gets results.json and report.html")
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="rows; `answers`, `reference`, `prior` measure more"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="gets results.json and report.html"
+    )
     parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     add_arguments(parser, EvalConfig)
@@ -181,10 +188,10 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
 
 
 def _demo_arguments(parser: Parser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="folder of the run (default: runs/demo)")
-    parser.add_argument("--model", choices=("causal", "encdec"), default="causal", help="which embedded model (default: causal)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="folder of the run")
+    parser.add_argument("--model", choices=("causal", "encdec"), default="causal", help="which embedded model")
     parser.add_argument("--steps", type=int, default=60, metavar="N", help="training steps (default: 60)")
-    parser.add_argument("--eval-prompts", type=int, default=150, metavar="N", help="fresh prompts of each split (default: 150)")
+    parser.add_argument("--eval-prompts", type=int, default=150, metavar="N", help="fresh prompts of each split")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (default: 0)")
 
 
@@ -220,7 +227,9 @@ def _model_arguments(parser: Parser) -> None:
     parser.add_argument("--model", required=True, help="model folder or hub id, causal or encoder–decoder")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
-    parser.add_argument("--attention", default="auto", choices=("auto", "eager"), help="eager for families that bypass transformers' attention interface")
+    parser.add_argument(
+        "--attention", default="auto", choices=("auto", "eager"), help="eager serves families that auto refuses"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
