@@ -146,7 +146,7 @@ def test_the_default_reward_is_its_four_signals_normalised_and_gated(policy, rol
     cut = replace(rollout, ended=torch.tensor([True, True, False, True, True, True, True, True]))
     scores = Reward.named("attention", policy, HEADS)(cut)
     total = torch.zeros(8)
-    for name, weight in {"grounding": 1, "coverage": 1, "coherence": 1, "repetition": -1}.items():
+    for name, weight in {"grounding": 0.5, "coverage": 0, "coherence": 1, "repetition": -1}.items():
         for rows in (torch.tensor([0, 1, 3]), torch.tensor([4, 5, 6, 7])):
             x = scores.signals[name][rows]
             if x.std(unbiased=False) > 1e-5:

@@ -201,7 +201,7 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 
     run = new_run_dir(options.output)
     console.note(
-        f"The embedded {options.model} model answers questions about short stories. It was taught everybody's favourite "
+        f"The embedded {options.model} model answers questions about stories. It was taught everybody's favourite "
         "place, and leans on that even when a story says otherwise (conflict).\n"
         "Now it trains on prompts alone: no answers, no reward model, only its attention to the prompt."
     )
