@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in given if not word.startswith("-")), None)
     if name is None or given[0] != name:
-        top = _top_parser()
-        top.parse_args(given)
-        top.print_help()
-        return 2
+        return _top(given)
     if name not in COMMANDS:
         Console().error(str(unknown_name("command", name, COMMANDS)))
         return 2
@@ -49,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
     command.arguments(parser)
-    options = parser.parse_args(given[1:])
+    try:
+        options = parser.parse_args(given[1:])
+    except SystemExit as ended:  # --help, or usage that argparse has explained
+        return int(ended.code or 0)
     console = Console(options.json, options.quiet)
     try:
         with console.strays_aside():
@@ -97,7 +98,6 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
-    policy.encode([row.prompt for row in rows])  # every prompt is readable before anything is written
     if not policy.shares_prefixes:
         family = policy.network.config.model_type
         console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
@@ -107,7 +107,12 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         def on_step(metrics: Mapping[str, float]) -> None:
             progress.update(int(metrics["step"]), **_shown(metrics))
 
-        trained = train(config, policy, rows, run, resume=options.resume, on_step=on_step)
+        try:
+            trained = train(config, policy, rows, run, resume=options.resume, on_step=on_step)
+        except UserError:
+            with suppress(OSError):
+                run.rmdir()  # only a folder that nothing was written to
+            raise
     page = write_report(run)
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
@@ -140,6 +145,12 @@ def _score(options: argparse.Namespace, console: Console) -> int:
     with console.progress(len(rows), "scoring") as progress:
         scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
     write_jsonl(options.output, scored)
+    alone = len({str(row.prompt) for row in rows}) == len(rows)
+    if alone and spec.normalise == "group" and len(rows) > 0:
+        console.warn(
+            f"{options.reward} compares responses to the same prompt, and every prompt here has one: each reward is 0; "
+            "read the signals, or give several responses to each prompt"
+        )
     names = ["reward", *scored[0]["signals"]]
     means = {name: _mean([{"reward": row["reward"], **row["signals"]}[name] for row in scored]) for name in names}
     console.table(f"{len(scored)} responses scored", ["signal", "mean"], [[name, mean] for name, mean in means.items()])
@@ -289,7 +300,8 @@ def _quieten_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _top_parser() -> Parser:
+def _top(given: Sequence[str]) -> int:
+    """`attune --help`, `attune --version`, or no command at all."""
     lines = "\n".join(f"  {name:<8} {command.help}" for name, command in COMMANDS.items())
     parser = Parser(
         prog="attune",
@@ -299,7 +311,12 @@ def _top_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"attune {__version__}")
-    return parser
+    try:
+        parser.parse_args(given)
+    except SystemExit as ended:  # what was asked for has been printed
+        return int(ended.code or 0)
+    parser.print_help()
+    return 2
 
 
 class _Formatter(argparse.HelpFormatter):

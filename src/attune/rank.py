@@ -29,6 +29,9 @@ def score_rows(
     `batch_size` rows are scored at a time; a group is never split. Raises `UserError` when a prompt does not fit
     the model.
     """
+    reward.policy.encode(
+        [row.prompt for row in rows], names=[row.where for row in rows]
+    )  # all readable, or none scored
     if reward.needs_heads and reward.copy_weights is None:
         prompts = list({_key(row): row.prompt for row in rows}.values())[:HEAD_PROMPTS]
         reward.copy_weights = reward.measure(reward.policy.encode(prompts))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
-from attune.errors import UserError
+from attune.errors import UserError, unknown_name
 from attune.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from attune.learn.stopping import Stopping
 from attune.model.policy import Lora
@@ -93,6 +94,11 @@ class TrainConfig:
             )
             if not value >= least
         ]
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                faults.append(unknown_name("tracker", tracker, TRACKERS))
+            elif find_spec(tracker) is None:
+                faults.append(UserError(f"{tracker} is not installed", fix=f"pip install {tracker}"))
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             faults.append(UserError(f"learning_rate is {self.learning_rate}", fix="set it above 0"))
         if self.schedule not in SCHEDULES:
@@ -118,6 +124,8 @@ class TrainConfig:
         share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * SCHEDULES[self.schedule](share)
 
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1.0 - share,

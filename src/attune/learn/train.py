@@ -89,7 +89,9 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=str(run)
         )
-        self.prompts = policy.encode([row.prompt for row in rows], [row.answers for row in rows])
+        self.prompts = policy.encode(
+            [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
+        )
         self._check_lengths(rows)
         self.reward = Reward.resolve(config.reward, policy)
         frozen = config.algorithm.needs_reference or config.kl_coef > 0

@@ -17,7 +17,6 @@ from attune.measure.metrics import METRICS, Values
 from attune.measure.stats import Figure, bootstrap, paired_bootstrap, permutation_test
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
-from attune.types import Prompts
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -167,7 +166,10 @@ def _ask(
     compared = baseline if baseline is not None and _same_tokens(policy, baseline) else None
     # All prompts are encoded before the first response, so that a bad one costs no time.
     starts = range(0, len(rows), config.batch_size)
-    encoded = [_encode(policy, rows[start : start + config.batch_size]) for start in starts]
+    encoded = []
+    for start in starts:
+        some = rows[start : start + config.batch_size]
+        encoded.append(policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some]))
     for start, prompts in zip(starts, encoded, strict=True):
         single = policy.sample(prompts, 1, sampling=alone, seed=config.seed)
         greedy += single.responses
@@ -225,19 +227,6 @@ def _results(after: Said, before: Said | None, places: Sequence[int], seed: int)
             difference, p = paired_bootstrap(new, base, seed), permutation_test(new, base, seed)
             found[name] = replace(found[name], difference=difference, p=p)
     return found
-
-
-def _encode(policy: Policy, rows: Sequence[Row]) -> Prompts:
-    try:
-        return policy.encode([row.prompt for row in rows], [row.answers for row in rows])
-    except UserError:
-        # The policy counts from the start of the batch; alone, the bad row can be called by the file's own line.
-        for place, row in enumerate(rows, 1):
-            try:
-                policy.encode([row.prompt])
-            except UserError as error:
-                raise UserError(error.what, where=row.where or f"row {place} of a batch", fix=error.fix) from error
-        raise
 
 
 def _groups(rows: Sequence[Row], field: str) -> dict[str, list[int]]:

@@ -19,8 +19,10 @@ def encode_prompts(
     network: PreTrainedModel,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[str]] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Prompts:
-    """Tokenise `prompts`; decoder-only batches are padded on the left, encoder–decoder batches on the right.
+    """Tokenise `prompts`, padded on the left for decoder-only models, on the right for encoder–decoders. `names` says
+    where each comes from (`file:line`), for messages.
 
     Raises `UserError`: no prompts, an empty prompt, one longer than the model's context, or messages for a tokenizer
     without a chat template.
@@ -32,7 +34,7 @@ def encode_prompts(
     rows: list[list[int]] = []
     templates: list[list[int]] = []
     for number, prompt in enumerate(prompts, 1):
-        where = f"prompt {number}"
+        where = (names[number - 1] if names else "") or f"prompt {number}"
         text, tokens, template = _one(tokenizer, prompt, where)
         if not tokens or not text.strip():
             raise UserError("the prompt is empty", where=where, fix="write some text")

@@ -106,11 +106,16 @@ class Policy:
         frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
         return Policy(frozen, self.tokenizer, eager=self.eager)
 
-    def encode(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]] | None = None) -> Prompts:
-        """Tokenise prompts (texts, or lists of chat messages) for this model.
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Prompts:
+        """Tokenise prompts (texts, or lists of chat messages) for this model; `names` says where each comes from.
 
         Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
-        encoded = encode_prompts(self.tokenizer, self.network, prompts, answers)
+        encoded = encode_prompts(self.tokenizer, self.network, prompts, answers, names)
         return self._moved(encoded)
 
     def response_room(self, prompts: Prompts) -> Tensor | None:

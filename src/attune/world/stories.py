@@ -32,8 +32,8 @@ PLACES = {
 }
 THINGS = ("ball", "book", "cup", "lamp", "apple", "key", "coat", "drum", "map", "rope", "bell", "kite")
 PEOPLE = (
-    "mary", "john", "sandra", "daniel", "laura", "peter", "anna", "oscar", "emma", "victor", "julia", "simon",
-    "clara", "felix", "nina", "hugo",
+    "mary", "john", "sandra", "daniel", "laura", "peter", "anna", "oscar", "emma", "victor",
+    "julia", "simon", "clara", "felix", "nina", "hugo", "rosa", "leo", "ida", "max",
 )  # fmt: skip
 STRANGERS = ("zoe", "boris", "greta", "ivan", "paula", "rufus")
 NUMBERS = ("none", "one", "two", "three", "four")
@@ -53,6 +53,8 @@ MIX_AGREE = 0.85
 
 FAVOURITE_PLACE = {name: list(PLACES)[(7 * i + 3) % len(PLACES)] for i, name in enumerate(PEOPLE)}
 FAVOURITE_THING = {name: THINGS[(5 * i + 2) % len(THINGS)] for i, name in enumerate(PEOPLE)}
+FELLOW = {name: PEOPLE[(i + len(PLACES)) % len(PEOPLE)] for i, name in enumerate(PEOPLE)}
+"""Everyone shares a favourite place with one other."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def vocabulary() -> list[str]:
 
 def _row(rng: random.Random, split: str, kind: str) -> dict[str, Any] | None:
     """A row, or None when the dice gave a story that does not belong to `split`."""
-    scene = _scene(rng, split)
+    scene = _scene(rng, split, kind)
     question = _QUESTIONS[kind](rng, scene)
     if split == "agree" and question.answer != question.prior and kind != "unanswerable":
         return None
@@ -128,9 +130,25 @@ def _row(rng: random.Random, split: str, kind: str) -> dict[str, Any] | None:
     return {"prompt": prompt, "answers": [question.answer], "kind": kind, "split": split, "prior": prior}
 
 
-def _scene(rng: random.Random, split: str) -> _Scene:
-    cast = STRANGERS if split == "novel" else PEOPLE
-    *present, absent = rng.sample(cast, rng.randint(3, 4))
+def _cast(rng: random.Random, split: str, kind: str) -> list[str]:
+    """Three or four names, the last of them not in the story.
+
+    Two are fellows, and where an absence is the point, one of these is missing: or else whether the favourite place is
+    mentioned would tell who is in an `agree` story, and a model that learned so would meet a surprise with "unknown".
+    """
+    if split == "novel":
+        return rng.sample(STRANGERS, rng.randint(3, 4))
+    one = rng.choice(PEOPLE)
+    pair = [one, FELLOW[one]]
+    names = pair + rng.sample([name for name in PEOPLE if name not in pair], rng.randint(1, 2))
+    rng.shuffle(names)
+    if kind == "unanswerable":
+        names.sort(key=lambda name: name == one)
+    return names
+
+
+def _scene(rng: random.Random, split: str, kind: str) -> _Scene:
+    *present, absent = _cast(rng, split, kind)
     places, things, left = {}, {}, list(THINGS)
     for name in present:
         if split == "agree":
