@@ -2,9 +2,9 @@
 
     python benchmarks/algorithms.py [--steps 100] [--only causal/grpo …]
 
-Reward `exact` (or another), prompts of the `conflict` and `agree` training stories. Printed for each run: mean reward over the first
-and the last five steps, and greedy exact match on fresh validation stories before and after, with the paired bootstrap
-95 % interval of the difference.
+Reward `exact` (or another), prompts of the `conflict` and `agree` training stories. Printed for each run: mean reward
+over the first and the last five steps, and greedy exact match on fresh validation stories before and after, with the
+paired bootstrap 95 % interval of the difference.
 """
 
 from __future__ import annotations
