@@ -43,7 +43,7 @@ def train(model, prompts, run, *more):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("demo", "train", "score", "eval"):
+    for command in ("demo", "train", "audit", "score", "eval"):
         assert command in text
         assert main([command, "--help"]) == 0
         assert "usage: attune " + command in capsys.readouterr().out
@@ -80,6 +80,30 @@ def test_train_with_adapters_and_tensorboard(model, prompts, tmp_path):
     more = ["--reward", "certainty", "--lora", "--lora-rank", "2", "--trackers", "tensorboard"]
     assert train(model, prompts, tmp_path / "run", *more) == 0
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_audit_tells_a_gameable_reward_by_its_exit_code(model, prompts, tmp_path, capsys):
+    given = ["audit", "--model", str(model), "--prompts", str(prompts), "--device", "cpu", "--max-new-tokens", "6"]
+    assert main([*given, "--reward", "length", "--output", str(tmp_path / "a"), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["gameable"] and found == json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert "<html" in (tmp_path / "a" / "audit.html").read_text()
+    assert main([*given, "--reward", "exact", "--output", str(tmp_path / "b"), "--quiet"]) == 0
+    assert "beats the best own sample" in capsys.readouterr().out
+    assert main([*given, "--reward", "exact", "--output", str(tmp_path / "b")]) == 2
+    file = tmp_path / "reward.yaml"
+    file.write_text("reward: {weights: {lenght: 1.0}}\n")
+    assert main([*given, "--reward", str(file), "--output", str(tmp_path / "c")]) == 2
+    assert "length" in capsys.readouterr().err and not (tmp_path / "c").exists()
+
+
+def test_train_warns_of_a_gameable_reward_first(model, prompts, tmp_path, capsys):
+    assert train(model, prompts, tmp_path / "a", "--reward", "length") == 0
+    assert "Gameable" in capsys.readouterr().err
+    assert train(model, prompts, tmp_path / "b", "--reward", "length", "--skip-audit") == 0
+    assert "Gameable" not in capsys.readouterr().err
+    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("a", "b")]
+    assert last[0]["loss"] == last[1]["loss"]  # looking changes nothing
 
 
 def test_score_keeps_order_and_adds_reward_and_signals(model, tmp_path, capsys):

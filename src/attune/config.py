@@ -63,6 +63,12 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping
     return built
 
 
+def read_mapping(path: str | Path, key: str) -> Any:
+    """What stands under `key` in a YAML file, or all of the file where it has no such key. Raises `UserError`."""
+    tree, _ = _read_yaml(Path(path))
+    return tree.get(key, tree)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The tree as plain values, every default resolved, in the form that `load_config` reads."""
     found: dict[str, Any] = {}

@@ -77,6 +77,20 @@ class Rollout:
         """[B] int64: tokens of each response."""
         return self.response_mask.sum(-1)
 
+    def select(self, rows: Tensor) -> Rollout:
+        """The responses `rows` ([n] int64, ascending), with all prompts and the padding they had."""
+        picked = rows.tolist()
+        return Rollout(
+            self.prompts,
+            self.prompt_index[rows],
+            self.response_ids[rows],
+            self.response_mask[rows],
+            self.ended[rows],
+            tuple(self.responses[i] for i in picked),
+            None if self.logprobs is None else self.logprobs[rows],
+            self.temperature,
+        )
+
     def groups(self, first: int, last: int) -> tuple[Rollout, slice, slice, slice]:
         """The groups of prompts `first … last - 1`, trimmed of padding, and where they stand in this rollout: rows of
         the batch, response columns, prompt columns."""
@@ -138,6 +152,17 @@ class Replay:
     to 1; None when it was not asked for."""
     copy_attention: Tensor | None = None
     """[B, R, P] the same, combined with the copy-head weights w^copy."""
+
+    def select(self, rows: Tensor) -> Replay:
+        """The responses `rows` ([n] int64, ascending)."""
+        return Replay(
+            self.rollout.select(rows),
+            self.logprobs[rows],
+            self.entropy[rows],
+            self.certainty[rows],
+            None if self.attention is None else self.attention[rows],
+            None if self.copy_attention is None else self.copy_attention[rows],
+        )
 
     @property
     def prompt_ids(self) -> Tensor:

@@ -171,15 +171,7 @@ class Trainer:
                 f"prompts_per_step is {self.config.prompts_per_step}, for {self.accelerator.num_processes} processes",
                 fix="set prompts_per_step to a multiple",
             )
-        room = self.policy.response_room(self.prompts)
-        if room is not None and (short := (room < self.config.sampling.max_new_tokens).nonzero().flatten().tolist()):
-            row = rows[short[0]]
-            raise UserError(
-                f"prompt and {self.config.sampling.max_new_tokens} new tokens do not fit the model's context"
-                + (f" ({len(short)} such prompts)" if len(short) > 1 else ""),
-                where=row.where or f"prompt {short[0] + 1}",
-                fix=f"shorten the prompt, or set max_new_tokens to {int(room.min())} or less",
-            )
+        self.policy.check_room(self.prompts, self.config.sampling.max_new_tokens, [row.where for row in rows])
 
     def _reference_logprobs(self, rollout: Rollout, scores: Scores) -> Tensor | None:
         """[B, R]: from the scorer's own replay when the reference scored, else from one forward more."""

@@ -125,6 +125,17 @@ class Policy:
             return None
         return torch.full_like(prompts.ids[:, 0], limit) if self.is_encoder_decoder else limit - prompts.mask.sum(-1)
 
+    def check_room(self, prompts: Prompts, max_new_tokens: int, names: Sequence[str]) -> None:
+        """Raise `UserError` where a prompt and `max_new_tokens` do not fit the context; `names` says where each is."""
+        room = self.response_room(prompts)
+        if room is not None and (short := (room < max_new_tokens).nonzero().flatten().tolist()):
+            raise UserError(
+                f"prompt and {max_new_tokens} new tokens do not fit the model's context"
+                + (f" ({len(short)} such prompts)" if len(short) > 1 else ""),
+                where=names[short[0]] or f"prompt {short[0] + 1}",
+                fix=f"shorten the prompt, or set max_new_tokens to {int(room.min())} or less",
+            )
+
     def respond(self, prompts: Prompts, responses: Sequence[str], prompt_index: Tensor) -> Rollout:
         """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing)."""
         ids, mask = encode_responses(self.tokenizer, responses)

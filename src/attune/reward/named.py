@@ -318,8 +318,11 @@ class Reward:
 
     def __call__(self, rollout: Rollout, policy: Policy | None = None) -> Scores:
         """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`."""
-        scorer = self.reference or policy or self.policy
-        evidence = self.evidence(rollout, scorer)
+        return self.judge(self.evidence(rollout, self.reference or policy or self.policy))
+
+    def judge(self, evidence: Evidence) -> Scores:
+        """The signals and the reward of responses that have been read: no model runs here."""
+        rollout = evidence.replay.rollout
         read = rivals.shuffled(evidence) if self.config.shuffle else evidence
         values: dict[str, Tensor] = {}
         for name, function in self._functions.items():
@@ -356,6 +359,11 @@ class Reward:
             _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
             user_tokens(rollout.prompts, self.classes)[rollout.prompt_index] if config.renormalise else None,
         )
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether a signal of this reward reads any attention."""
+        return bool(self.config.reads & (Reads.ATTENTION | Reads.COPY))
 
     @property
     def needs_heads(self) -> bool:

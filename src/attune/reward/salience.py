@@ -94,6 +94,52 @@ def user_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
     return prompts.mask & ~prompts.template & (classes_of(prompts.ids, classes) != TokenClass.SPECIAL)
 
 
+def question_span(prompts: Prompts, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the question of each prompt stands: the positions just before and just after it, [N, 1] int64 each.
+
+    Rule: cut the user's tokens after every STOP; the last piece with a word in it is the question. If a colon follows
+    its last word, it is a cue ("Answer:") and the piece before it is the question, where there is one.
+    """
+    user = user_tokens(prompts, classes)
+    kind = classes_of(prompts.ids, classes)
+    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device).expand_as(prompts.ids)
+    word = user & ((kind == TokenClass.CONTENT) | (kind == TokenClass.FUNCTION))
+    stop = user & (kind == TokenClass.STOP)
+
+    def last(mask: Tensor, before: Tensor) -> Tensor:
+        """[N, 1]: the last position where `mask` holds, before `before`; -1 where there is none."""
+        return torch.where(mask & (position < before), position, -1).amax(-1, keepdim=True)
+
+    end = torch.full((len(prompts), 1), position.shape[1], device=prompts.ids.device)
+    final = last(word, end)
+    start = last(stop, final)
+    earlier = last(word, start)
+    cue = (user & (kind == TokenClass.COLON) & (position > final)).any(-1, keepdim=True) & (earlier >= 0)
+    return torch.where(cue, last(stop, earlier), start), torch.where(cue, start, end)
+
+
+def question_only(prompts: Prompts, classes: Tensor, *, left: bool) -> tuple[Prompts, Tensor]:
+    """The prompts without what stands before their question, and where that took anything away ([N] bool).
+
+    Template tokens stay, and so does everything after the question. `left`: the side of the padding. `texts` stay those
+    of the whole prompts.
+    """
+    start, _ = question_span(prompts, classes)
+    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
+    keep = prompts.mask & (~user_tokens(prompts, classes) | (position > start))
+    order = (keep if left else ~keep).int().argsort(dim=-1, stable=True)
+    mask = keep.gather(1, order)
+    used = mask.any(0)
+    kept = Prompts(
+        prompts.texts,
+        prompts.ids.gather(1, order).masked_fill(~mask, 0)[:, used],
+        mask[:, used],
+        (prompts.template.gather(1, order) | ~mask)[:, used],
+        prompts.answers,
+    )
+    return kept, (keep != prompts.mask).any(-1)
+
+
 def salience(kind: str, replay: Replay, classes: Tensor) -> Tensor:
     """How much each prompt token counts, [B, P] float32 in [0, 1]; 0 on padding, template and special tokens.
 
@@ -132,31 +178,12 @@ def _idf(replay: Replay, classes: Tensor) -> Tensor:
 
 
 def _question(replay: Replay, classes: Tensor) -> Tensor:
-    """Content tokens of the last sentence, 1.
-
-    Rule: cut the user's tokens after every STOP; the last piece with a word in it is the question. If a colon follows
-    its last word, it is a cue ("Answer:") and the piece before it is the question, where there is one.
-    """
+    """Content tokens of the last sentence (see `question_span`), 1."""
     prompts = replay.rollout.prompts
-    user = user_tokens(prompts, classes)
-    kind = classes_of(prompts.ids, classes)
-    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device).expand_as(prompts.ids)
-    content = user & (kind == TokenClass.CONTENT)
-    word = content | (user & (kind == TokenClass.FUNCTION))
-    stop = user & (kind == TokenClass.STOP)
-
-    def last(mask: Tensor, before: Tensor) -> Tensor:
-        """[N, 1]: the last position where `mask` holds, before `before`; -1 where there is none."""
-        return torch.where(mask & (position < before), position, -1).amax(-1, keepdim=True)
-
-    end = torch.full((len(prompts), 1), position.shape[1], device=prompts.ids.device)
-    final = last(word, end)
-    start = last(stop, final)
-    earlier = last(word, start)
-    cue = (user & (kind == TokenClass.COLON) & (position > final)).any(-1, keepdim=True) & (earlier >= 0)
-    end = torch.where(cue, start, end)
-    start = torch.where(cue, last(stop, earlier), start)
-    return (content & (position > start) & (position < end)).float()[replay.rollout.prompt_index]
+    start, end = question_span(prompts, classes)
+    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
+    inside = (position > start) & (position < end)
+    return (_content_tokens(prompts, classes) & inside).float()[replay.rollout.prompt_index]
 
 
 def _self(replay: Replay, classes: Tensor) -> Tensor:

@@ -34,6 +34,16 @@ class Evidence:
     keep: Tensor | None = None
     """[B, P] bool: attention rows are renormalised over these prompt tokens; None leaves them as captured."""
 
+    def select(self, rows: Tensor) -> Evidence:
+        """The responses `rows` ([n] int64, ascending)."""
+        return Evidence(
+            self.replay.select(rows),
+            self.salience[rows],
+            self.content[rows],
+            None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
+            None if self.keep is None else self.keep[rows],
+        )
+
     @cached_property
     def attention(self) -> Tensor:
         """[B, R, P] prompt attention, renormalised where `keep` says so."""
