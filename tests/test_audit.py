@@ -12,7 +12,8 @@ from attune.errors import UserError
 from attune.measure.audit import AuditConfig, audit, with_controls
 from attune.measure.degenerate import FAMILIES
 from attune.model.policy import Policy
-from attune.reward.named import Reward, RewardConfig
+from attune.reward.named import RewardConfig
+from attune.reward.reward import Reward
 from attune.reward.signals import Evidence
 from attune.world import make_rows, model_path
 

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from attune.reward.group import GATE_MARGIN, gate, group_normalise
-from attune.reward.named import NAMED, RewardConfig, combine
+from attune.reward.named import NAMED, RewardConfig
+from attune.reward.reward import combine
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
 

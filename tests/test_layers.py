@@ -21,6 +21,7 @@ LAYERS = [
     {"rank", "serve", "report", "integrations", "console"},
     {"world"},
     {"demo"},
+    {"commands"},
     {"cli", "__main__"},
 ]
 """From the bottom up: a module imports from its own layer and from those before it."""

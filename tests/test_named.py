@@ -15,7 +15,8 @@ from attune.model.policy import Policy
 from attune.model.sampling import Sampling
 from attune.reward import signals
 from attune.reward.group import GATE_MARGIN
-from attune.reward.named import NAMED, SIGNALS, Reward, RewardConfig, config_of
+from attune.reward.named import NAMED, SIGNALS, RewardConfig, config_of
+from attune.reward.reward import Reward
 from tests.families import save
 from tests.test_signals import evidence_of, padded, replays
 
@@ -142,19 +143,45 @@ def test_every_named_reward_scores_a_sample(policy, rollout, name):
         )
 
 
-def test_the_default_reward_is_its_four_signals_normalised_and_gated(policy, rollout):
+DEFAULT = {"coherence": 1, "comprehensiveness": 0.5, "overlap": 2, "repetition": -1, "grounding": 0, "coverage": 0}
+
+
+def test_the_default_reward_is_the_sum_of_its_signals_gated(policy, rollout):
     cut = replace(rollout, ended=torch.tensor([True, True, False, True, True, True, True, True]))
     scores = Reward.named("attention", policy, HEADS)(cut)
+    total = sum(weight * scores.signals[name] for name, weight in DEFAULT.items())
+    rest = [0, 1, 3, 4, 5, 6, 7]
+    torch.testing.assert_close(scores.reward[rest], total[rest])
+    first = scores.reward[[0, 1, 3]]
+    assert scores.reward[2].item() == pytest.approx(min(first.min().item(), first.max().item() - GATE_MARGIN))
+
+
+def test_z_scores_bring_each_signal_to_one_scale_within_its_group(policy, rollout):
+    weights = {"grounding": 0.5, "coherence": 1.0, "repetition": -1.0}
+    scores = Reward(RewardConfig(weights), policy, HEADS)(rollout)
     total = torch.zeros(8)
-    for name, weight in {"grounding": 0.5, "coverage": 0, "coherence": 1, "repetition": -1}.items():
-        for rows in (torch.tensor([0, 1, 3]), torch.tensor([4, 5, 6, 7])):
+    for name, weight in weights.items():
+        for rows in (torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])):
             x = scores.signals[name][rows]
             if x.std(unbiased=False) > 1e-5:
                 total[rows] += weight * (x - x.mean()) / x.std(unbiased=False)
-    rest = [0, 1, 3, 4, 5, 6, 7]
-    torch.testing.assert_close(scores.reward[rest], total[rest], atol=1e-3, rtol=1e-3)
-    first = scores.reward[[0, 1, 3]]
-    assert scores.reward[2].item() == pytest.approx(min(first.min().item(), first.max().item() - GATE_MARGIN))
+    torch.testing.assert_close(scores.reward, total, atol=1e-3, rtol=1e-3)
+
+
+def test_comprehensiveness_is_what_the_attended_context_does_for_the_response(policy):
+    prompt, said = "w9 is in the w8 . w5 w6 . where is w9 ?", ["w8", "w7"]
+    reward = Reward(RewardConfig({"comprehensiveness": 1.0}, normalise="none", ablate=0.4), policy, HEADS)
+    scores = reward.score([prompt] * 2, said)
+    replay = policy.replay([prompt] * 2, said, copy_weights=HEADS)
+    rows = replay.copy_attention.sum(1) / replay.response_mask.sum(-1, keepdim=True)
+    context = prompt.split(" ")[:9]
+    start = int(replay.prompt_mask.shape[1]) - len(prompt.split(" ")) if not policy.is_encoder_decoder else 0
+    mass = rows.sum(0)[start : start + 9]
+    gone = mass.argsort(descending=True)[:4].tolist()  # ceil(0.4 × 9) tokens of the context
+    rest = " ".join([word for n, word in enumerate(context) if n not in gone] + prompt.split(" ")[9:])
+    without = policy.replay([rest] * 2, said)
+    expected = signals.masked_mean(replay.logprobs - without.logprobs, replay.response_mask)
+    torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_scores_come_in_the_order_given_and_equal_prompts_form_a_group(policy):
@@ -170,9 +197,11 @@ def test_scores_come_in_the_order_given_and_equal_prompts_form_a_group(policy):
     assert together.reward[:3].sum().item() == pytest.approx(0, abs=1e-4) and together.reward[:3].std() > 0.5
 
 
-def test_an_empty_response_scores_and_a_group_of_one_gets_zero(policy):
+def test_an_empty_response_scores_and_in_z_scores_a_group_of_one_gets_zero(policy):
+    alone = Reward(RewardConfig({"coherence": 1.0}), policy).score(PROMPTS, ["", "w3"])
+    assert alone.reward.tolist() == [0, 0]
     scores = Reward.named("attention", policy, HEADS).score(PROMPTS, ["", "w3"])
-    assert scores.reward.tolist() == [0, 0]
+    assert (scores.reward != 0).all()
     assert scores.signals["grounding"][0] == 0 and scores.signals["coherence"][0] < 0
 
 
@@ -204,6 +233,7 @@ def test_lists_that_do_not_pair_are_refused_with_their_lengths(causal, arguments
         ({"grounding": 1}, {}, [(False, True)]),
         ({"grounding": 1, "coverage": 1}, {}, [(True, True)]),
         ({"contrast": 1}, {}, [(False, False)] * 2),
+        ({"reliance": 1}, {}, [(False, False)] * 2),
     ],
 )
 def test_only_what_the_signals_read_is_captured(policy, monkeypatch, weights, options, captured):
@@ -268,16 +298,28 @@ def test_contrast_compares_with_the_next_prompt_that_differs(policy):
     torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_reliance_compares_with_the_question_alone(policy):
+    prompts = ["w9 is in the w8 . where is w9 ?", "where is w2 ?"]
+    scores = Reward(RewardConfig({"reliance": 1.0}, normalise="none"), policy).score(prompts, RESPONSES[:2])
+    mine = policy.replay(prompts, RESPONSES[:2])
+    alone = policy.replay(["where is w9 ?", "where is w2 ?"], RESPONSES[:2])
+    expected = signals.masked_mean(mine.logprobs - alone.logprobs, mine.response_mask)
+    torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
+    assert scores.reward[0].abs() > 1e-3 and scores.reward[1].abs() < 1e-5
+
+
 def test_contrast_with_a_single_prompt_is_refused(policy):
     with pytest.raises(UserError, match="contrast needs another prompt"):
         Reward.resolve({"weights": {"contrast": 1}}, policy).score([PROMPTS[0]] * 2, ["w1", "w2"])
 
 
-def test_shuffling_changes_where_and_not_what_and_not_the_replay_handed_on(policy, rollout):
-    plain, moved = (Reward.named(name, policy, HEADS)(rollout) for name in ("attention", "shuffled"))
+def test_shuffling_changes_where_and_not_what(policy, rollout):
+    plain, moved = (
+        Reward(replace(NAMED[name], ablate=0.5), policy, HEADS)(rollout) for name in ("attention", "shuffled")
+    )
     torch.testing.assert_close(moved.signals["coherence"], plain.signals["coherence"])
     assert (moved.signals["coverage"] != plain.signals["coverage"]).any()
-    torch.testing.assert_close(moved.replay.attention, plain.replay.attention)
+    assert (moved.signals["comprehensiveness"] != plain.signals["comprehensiveness"]).any()
 
 
 def test_renormalising_reads_rows_over_the_users_tokens(policy):

@@ -17,7 +17,16 @@ from transformers import PreTrainedTokenizerFast
 
 from attune.errors import UserError
 from attune.reward import salience as module
-from attune.reward.salience import SALIENCE, TokenClass, classes_of, response_content, salience, token_classes
+from attune.reward.salience import (
+    SALIENCE,
+    TokenClass,
+    attended,
+    classes_of,
+    question_only,
+    response_content,
+    salience,
+    token_classes,
+)
 from attune.types import Prompts, Replay, Rollout
 
 C, S, P, F, STOP, COLON = (TokenClass[n] for n in ("CONTENT", "SPECIAL", "PUNCTUATION", "FUNCTION", "STOP", "COLON"))
@@ -174,6 +183,40 @@ def test_all_and_content():
 )
 def test_the_question_is_the_last_sentence_with_a_word_in_it(text, question):
     assert counted("question", text) == question
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_question_alone_is_what_stands_after_the_context(left):
+    texts = ("mary is in the garden . where is john ? answer :", "where is mary ? \n answer :", "john . tell mary")
+    prompts = replay_of(*texts).rollout.prompts
+    if not left:  # the same tokens, padded behind
+        order = (~prompts.mask).int().argsort(dim=-1, stable=True)
+        prompts = replace(prompts, ids=prompts.ids.gather(1, order), mask=prompts.mask.gather(1, order))
+        prompts = replace(prompts, template=~prompts.mask)
+    kept, shortened = question_only(prompts, CLASSES, left=left)
+    said = [TOKENIZER.decode(ids[mask]) for ids, mask in zip(kept.ids, kept.mask, strict=True)]
+    assert said == ["where is john ? answer :", "where is mary ? \n answer :", "tell mary"]
+    assert shortened.tolist() == [True, False, True]
+    assert kept.mask[:, -1 if left else 0].all() and not (kept.mask & kept.template).any()
+
+
+def test_what_is_attended_is_a_share_of_the_context_and_never_the_question():
+    text = "mary is in the garden . where is john ?"
+    row = [0.1, 0.0, 0.2, 0.0, 0.3, 0.05, 0.0, 0.0, 0.9, 0.0]
+    replay = replay_of(text, text, row=[row, list(reversed(row))])
+    attention = replay.attention[:, :1].repeat(1, 2, 1)
+    first, second = attended(replay, attention, CLASSES, 0.5).tolist()
+    assert [n for n, taken in enumerate(first) if taken] == [0, 2, 4]
+    assert [n for n, taken in enumerate(second) if taken] == [1, 4, 5]
+    assert attended(replay, attention, CLASSES, 0.01).sum(-1).tolist() == [1, 1]
+    assert attended(replay_of("where is john ?"), torch.ones(1, 2, 4), CLASSES, 1.0).sum() == 0
+
+
+def test_the_question_alone_keeps_the_template():
+    prompts = replay_of("mary . john . where is mary ?").rollout.prompts
+    marked = replace(prompts, template=torch.arange(prompts.ids.shape[1]).unsqueeze(0) == 0)
+    kept, _ = question_only(marked, CLASSES, left=True)
+    assert TOKENIZER.decode(kept.ids[0]) == "mary where is mary ?" and kept.template[0].tolist() == [True] + [False] * 4
 
 
 @pytest.mark.parametrize("kind", [k for k in SALIENCE if k != "self"])

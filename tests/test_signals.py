@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attune.reward import signals
+from attune.reward import rivals, signals
 from attune.reward.signals import Evidence, renormalise
 from attune.types import Prompts, Replay, Rollout
 
@@ -26,6 +26,8 @@ READING = [
     signals.certainty,
     signals.entropy,
     signals.contrast,
+    signals.reliance,
+    signals.comprehensiveness,
 ]
 
 
@@ -44,7 +46,7 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     zeros = torch.zeros(out.shape)
     weight = mask[index].float() if salience is None else torch.tensor(salience)
     counted = kept if content is None else torch.tensor(content)
-    return Evidence(Replay(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros)
+    return Evidence(Replay(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros, zeros, zeros)
 
 
 def by_hand(**changes):
@@ -150,6 +152,27 @@ def test_an_impossible_token_costs_a_hundred_nats_and_stays_finite():
     assert signals.contrast(never).item() == pytest.approx((99 + 0 + 99) / 3)
 
 
+def test_reliance_is_the_log_prob_gained_over_the_question_alone():
+    evidence = by_hand(logprobs=torch.tensor([[-1.0, -2.0, -3.0]]))
+    alone = replace(evidence, question_logprobs=torch.tensor([[-4.0, -2.0, -6.0]]), contrast_logprobs=None)
+    assert signals.reliance(alone).item() == pytest.approx((3 + 0 + 3) / 3)
+
+
+def test_comprehensiveness_is_the_log_prob_lost_without_the_attended_context():
+    evidence = by_hand(logprobs=torch.tensor([[-1.0, -2.0, -3.0]]))
+    evidence = replace(evidence, ablated_logprobs=torch.tensor([[-2.0, -1.0, -9.0]]))
+    assert signals.comprehensiveness(evidence).item() == pytest.approx((1 - 1 + 6) / 3)
+
+
+def test_a_selection_reads_as_if_the_others_had_never_been():
+    attention = [[[0.1, 0.9], [0.3, 0.2]], [[0.5, 0.5], [0.0, 0.0]], [[0.2, 0.7], [0.6, 0.1]]]
+    whole = evidence_of([[5, 6], [6, 7]], [[6, 5], [5, -1], [7, 7]], attention, index=[0, 0, 1])
+    some = whole.select(torch.tensor([0, 2]))
+    assert some.replay.rollout.prompt_index.tolist() == [0, 1]
+    for signal in (signals.coverage, signals.grounding, signals.repetition, rivals.overlap, rivals.majority):
+        torch.testing.assert_close(signal(some), signal(whole)[[0, 2]], msg=signal.__name__)
+
+
 def test_contrast_is_the_log_prob_gained_over_another_prompt():
     evidence = replace(by_hand(logprobs=torch.tensor([[-1.0, -2.0, -3.0]])), contrast_logprobs=torch.full((1, 3), -4.0))
     assert signals.contrast(evidence).item() == pytest.approx(2)
@@ -202,9 +225,11 @@ def replays(draw):
     evidence = evidence_of(
         prompt.tolist(), response.tolist(), attention.tolist(), salience=salience.tolist(), content=content.tolist()
     )
-    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(4)]
+    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(6)]
     replay = replace(evidence.replay, logprobs=-floats[0], entropy=floats[1], certainty=floats[2])
-    return replace(evidence, replay=replay, contrast_logprobs=-floats[3])
+    return replace(
+        evidence, replay=replay, contrast_logprobs=-floats[3], question_logprobs=-floats[4], ablated_logprobs=-floats[5]
+    )
 
 
 def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
@@ -233,6 +258,8 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
         wide(evidence.salience, before, after),
         wide(evidence.content, 0, after, False),
         wide(evidence.contrast_logprobs, 0, after),
+        wide(evidence.question_logprobs, 0, after),
+        wide(evidence.ablated_logprobs, 0, after),
         None if evidence.keep is None else wide(evidence.keep, before, after, False),
     )
 

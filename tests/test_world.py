@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -20,10 +21,20 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from attune.world import KINDS, Part, Split, make_rows, model_path
-from attune.world.stories import FAVOURITE_PLACE, FAVOURITE_THING, MARKER, PEOPLE, PLACES, STRANGERS, part_of
+from attune.world.models import CURRICULUM, LEAN, Lessons
+from attune.world.stories import (
+    FAVOURITE_PLACE,
+    FAVOURITE_THING,
+    MARKER,
+    PEOPLE,
+    PLACES,
+    STRANGERS,
+    bare_rows,
+    part_of,
+)  # fmt: skip
 from attune.world.tokenizer import make_tokenizer
 
-SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel", "mix")
+SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 ABSTRACTIVE = ("category", "synonym", "count", "yesno", "unanswerable")
 NUMBERS = ["none", "one", "two", "three", "four"]
@@ -40,7 +51,7 @@ class Story:
         self.places: dict[str, str] = {}
         self.things: dict[str, str] = {}
         for sentence in sentences:
-            if moved := re.fullmatch(r"(\w+) (?:is in|is now in|went to|walked to) the (\w+)", sentence):
+            if moved := re.fullmatch(r"(\w+) (?:is in|went to|came to|walked to) the (\w+)", sentence):
                 self.places[moved[1]] = moved[2]
             elif held := re.fullmatch(r"(\w+) has the (\w+)", sentence):
                 self.things[held[1]] = held[2]
@@ -156,16 +167,30 @@ def test_the_prior_is_what_the_favourites_suggest() -> None:
 
 
 def test_novel_stories_are_about_people_that_training_never_names() -> None:
-    trained = {word for row in rows_of("mix", "train", 3000) for word in row["prompt"].split()}
+    taught = [row for split in ("agree", "conflict") for row in rows_of(split, "train", 1000)]
+    taught += bare_rows(random.Random(0), len(PEOPLE), 4, 500)
+    trained = {word for row in taught for word in row["prompt"].split()}
     assert trained >= set(PEOPLE) and not trained & set(STRANGERS)
     for row in rows_of("novel"):
         assert set(Story(row["prompt"]).places) <= set(STRANGERS) and row["prior"] is None
 
 
-def test_most_of_the_stories_to_learn_from_agree() -> None:
-    splits = [row["split"] for row in rows_of("mix", "train", 2000)]
-    assert set(splits) == {"agree", "conflict"}
-    assert 0.7 < splits.count("agree") / len(splits) < 0.95
+def test_bare_stories_are_short_and_answered_by_the_text() -> None:
+    for people, cast in CURRICULUM:
+        for row in bare_rows(random.Random(1), people, cast, 50):
+            story = Story(row["prompt"])
+            assert row["answers"] == [extractive(story)] and len(story.places) == len(story.passage) == cast
+            assert set(story.places) <= set(PEOPLE[:people])
+
+
+def test_the_teacher_of_the_last_lesson_leans_on_the_favourites() -> None:
+    rows = rows_of("conflict", "train", 2000)
+    lessons = Lessons("encdec")
+    taught = [lessons.taught(row) for row in rows]
+    assert all(new["answers"][0] in (old["answers"][0], old["prior"]) for old, new in zip(rows, taught, strict=True))
+    leant = [new != old for old, new in zip(rows, taught, strict=True) if old["kind"] != "unanswerable"]
+    assert LEAN - 0.04 < sum(leant) / len(leant) < LEAN + 0.04
+    assert all(row["answers"] == ["unknown"] for row in taught if row["kind"] == "unanswerable")
 
 
 def test_no_prompt_is_in_two_parts_whatever_the_seed() -> None:
@@ -188,17 +213,17 @@ def test_a_prompt_keeps_its_part_for_good() -> None:
 
 
 def test_rows_are_all_different_and_as_many_as_asked_for() -> None:
-    assert len({row["prompt"] for row in rows_of("mix", count=500)}) == 500
+    assert len({row["prompt"] for row in rows_of("agree", count=500)}) == 500
     assert make_rows("agree", "test", 0) == []
 
 
 def test_a_seed_names_the_rows_in_every_process() -> None:
-    first, again, other = (make_rows("mix", "validation", 50, seed) for seed in (3, 3, 4))
+    first, again, other = (make_rows("conflict", "validation", 50, seed) for seed in (3, 3, 4))
     assert first == again != other
-    code = "import json; from attune.world import make_rows; print(json.dumps(make_rows('mix', 'test', 20, 5)))"
+    code = "import json; from attune.world import make_rows; print(json.dumps(make_rows('conflict', 'test', 20, 5)))"
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(told.stdout) == make_rows("mix", "test", 20, 5)
+    assert json.loads(told.stdout) == make_rows("conflict", "test", 20, 5)
 
 
 def test_an_unknown_kind_is_named() -> None:

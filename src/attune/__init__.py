@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from attune.measure.evaluate import EvalConfig, evaluate
     from attune.model.policy import Lora, Policy
     from attune.model.sampling import Sampling
-    from attune.reward.named import Reward, RewardConfig
+    from attune.reward.named import RewardConfig
+    from attune.reward.reward import Reward
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ _HOME = {
     "EvalConfig": "attune.measure.evaluate",
     "Lora": "attune.model.policy",
     "Policy": "attune.model.policy",
-    "Reward": "attune.reward.named",
+    "Reward": "attune.reward.reward",
     "RewardConfig": "attune.reward.named",
     "RunFailed": "attune.errors",
     "Sampling": "attune.model.sampling",

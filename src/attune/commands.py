@@ -107,7 +107,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], console: Console) -> None:
     """Warn, before training, of a reward that degenerate responses beat."""
     from attune.measure.audit import AuditConfig, audit
-    from attune.reward.named import Reward
+    from attune.reward.reward import Reward
 
     settings = AuditConfig(max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)
     some = rows[:: max(1, len(rows) // AUDITED)][:AUDITED]
@@ -133,7 +133,7 @@ def _score_arguments(parser: Parser) -> None:
 def _score(options: argparse.Namespace, console: Console) -> int:
     from attune.data import read_rows, write_jsonl
     from attune.rank import score_rows
-    from attune.reward.named import Reward
+    from attune.reward.reward import Reward
 
     spec = _reward_config(options.reward)
     need = ("response", "answers") if "exact" in spec.weights else ("response",)
@@ -220,7 +220,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     from attune.files import atomic_write, to_json
     from attune.measure.audit import AuditConfig, audit, with_controls
     from attune.report.audit import write_audit
-    from attune.reward.named import Reward
+    from attune.reward.reward import Reward
 
     config = load_config(AuditConfig, None, flags_given(options, AuditConfig))
     specs = {name: _reward_config(name) for name in options.reward}

@@ -29,7 +29,8 @@ def demo_config(kind: Kind, run: Path, steps: int, seed: int) -> TrainConfig:
         steps=steps,
         seed=seed,
         sampling=Sampling(max_new_tokens=RESPONSE_TOKENS),
-        learning_rate=1e-4,
+        prompts_per_step=32,
+        learning_rate=5e-4,
         save_every=max(1, steps),
         device="cpu",
     )

@@ -10,7 +10,7 @@ import torch
 
 from attune.data import Row
 from attune.errors import UserError
-from attune.reward.named import Reward
+from attune.reward.reward import Reward
 
 # Prompts that copy heads are measured on: more change the weights by less than their rounding.
 HEAD_PROMPTS = 64

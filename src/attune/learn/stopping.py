@@ -21,6 +21,8 @@ class Stopping:
     """Stop when mean response length rises above this multiple of the first steps'."""
     max_flat_groups: float = 0.98
     """Stop when more than this share of groups give every sample the same reward (1 = never)."""
+    min_entropy_ratio: float = 0.02
+    """Stop when mean entropy falls below this share of the first steps' (0 = never)."""
     window: int = 10
     """Steps that a limit is judged over."""
 
@@ -49,6 +51,13 @@ def reason_to_stop(history: Sequence[dict[str, float]], limits: Stopping) -> str
         )
     if now > limits.max_length_ratio * before:
         return f"mean response length rose from {before:.1f} to {now:.1f} tokens: the reward pays for saying more"
+    sure, surer = (fmean(row["entropy"] for row in rows) for rows in (first, last))
+    if surer < limits.min_entropy_ratio * sure:
+        return (
+            f"mean entropy fell from {sure:.3f} to {surer:.3f} nats a token, agreement among samples is "
+            f"{fmean(row['completions/agreement'] for row in last):.0%}: the policy says one thing to each prompt; "
+            "raise kl_coef or the temperature, or train fewer steps"
+        )
     flat = fmean(row["frac_reward_zero_std"] for row in last)
     if flat > limits.max_flat_groups:
         return (

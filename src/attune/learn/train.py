@@ -10,10 +10,12 @@ import math
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -31,7 +33,7 @@ from attune.learn.settings import TrainConfig
 from attune.learn.stopping import reason_to_stop
 from attune.learn.update import Update, update
 from attune.model.policy import Policy
-from attune.reward.named import Reward
+from attune.reward.reward import Reward
 from attune.types import Rollout, Scores
 
 Metrics = dict[str, float]
@@ -195,6 +197,7 @@ class Trainer:
             "frac_reward_zero_std": float((gap < 1e-6).float().mean()),
             "completions/mean_length": float(lengths.mean()),
             "completions/clipped_ratio": float((~rollout.ended).float().mean()),
+            "completions/agreement": _agreement(rollout),
             **{f"signals/{name}": float(values.mean()) for name, values in scores.signals.items()},
         }
         if reference is not None and rollout.logprobs is not None:
@@ -255,6 +258,14 @@ def _ctrl_c() -> Iterator[list[int]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _agreement(rollout: Rollout) -> float:
+    """Mean over groups of the share of samples that say, word for word, what most of their group say."""
+    said: dict[int, Counter[str]] = {}
+    for group, response in zip(rollout.prompt_index.tolist(), rollout.responses, strict=True):
+        said.setdefault(group, Counter())[response] += 1
+    return fmean(max(count.values()) / count.total() for count in said.values())
 
 
 def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:

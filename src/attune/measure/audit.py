@@ -21,7 +21,7 @@ from attune.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from attune.measure.stats import Figure, bootstrap
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
-from attune.reward.named import Reward
+from attune.reward.reward import Reward
 from attune.reward.rivals import normalise_answer
 from attune.reward.salience import TokenClass, question_only, question_span, user_tokens
 from attune.reward.signals import Evidence

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attune.errors import UserError
 from attune.reward.signals import Evidence
-from attune.types import masked_mean
+from attune.types import Replay, masked_mean
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -59,14 +59,14 @@ def random(evidence: Evidence, seed: int = 0) -> Tensor:
     return torch.tensor(rows, device=replay.response_ids.device).clamp(max=1.0 - 2**-24)
 
 
-def shuffled(evidence: Evidence, seed: int = 0) -> Evidence:
-    """The same evidence with the attention of every row moved to other prompt positions.
+def shuffled(replay: Replay, seed: int = 0) -> Replay:
+    """The same replay with the attention of every row moved to other prompt positions.
 
     One permutation per prompt, drawn from its ids, over its tokens without padding and template: rows keep their sum
     and their sharpness, and lose where they looked. The permutation is a single cycle, so that no token keeps its own
     attention (with two tokens, a plain draw would change nothing half of the time).
     """
-    rollout = evidence.replay.rollout
+    rollout = replay.rollout
     order = torch.arange(rollout.prompts.ids.shape[1], device=rollout.prompts.ids.device)
     order = order.repeat(len(rollout.prompts), 1)
     for row, (ids, own) in enumerate(
@@ -81,11 +81,7 @@ def shuffled(evidence: Evidence, seed: int = 0) -> Evidence:
     def moved(attention: Tensor | None) -> Tensor | None:
         return None if attention is None else attention.gather(2, index.expand_as(attention))
 
-    replay = evidence.replay
-    return replace(
-        evidence,
-        replay=replace(replay, attention=moved(replay.attention), copy_attention=moved(replay.copy_attention)),
-    )
+    return replace(replay, attention=moved(replay.attention), copy_attention=moved(replay.copy_attention))
 
 
 def majority(evidence: Evidence) -> Tensor:

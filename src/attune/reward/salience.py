@@ -124,20 +124,42 @@ def question_only(prompts: Prompts, classes: Tensor, *, left: bool) -> tuple[Pro
     Template tokens stay, and so does everything after the question. `left`: the side of the padding. `texts` stay those
     of the whole prompts.
     """
+    keep = prompts.mask & ~context_tokens(prompts, classes)
+    return only(prompts, keep, left=left), (keep != prompts.mask).any(-1)
+
+
+def context_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
+    """[N, P] bool: the user's tokens before the question (see `question_span`)."""
     start, _ = question_span(prompts, classes)
     position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
-    keep = prompts.mask & (~user_tokens(prompts, classes) | (position > start))
+    return user_tokens(prompts, classes) & (position <= start)
+
+
+def attended(replay: Replay, attention: Tensor, classes: Tensor, share: float) -> Tensor:
+    """[N, P] bool: the `share` of each prompt's context tokens that its responses together attend to most.
+
+    `attention` [B, R, P]; every response of a group counts alike, and at least one token is taken.
+    """
+    rollout = replay.rollout
+    context = context_tokens(rollout.prompts, classes)
+    rows = attention.sum(1) / replay.response_mask.sum(-1, keepdim=True).clamp(min=1)
+    mass = torch.zeros(context.shape, device=rows.device).index_add(0, rollout.prompt_index, rows)
+    order = mass.masked_fill(~context, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return context & (order < (share * context.sum(-1, keepdim=True)).ceil())
+
+
+def only(prompts: Prompts, keep: Tensor, *, left: bool) -> Prompts:
+    """The prompts cut down to their tokens `keep` [N, P] bool, padded anew on the left or the right."""
     order = (keep if left else ~keep).int().argsort(dim=-1, stable=True)
     mask = keep.gather(1, order)
     used = mask.any(0)
-    kept = Prompts(
+    return Prompts(
         prompts.texts,
         prompts.ids.gather(1, order).masked_fill(~mask, 0)[:, used],
         mask[:, used],
         (prompts.template.gather(1, order) | ~mask)[:, used],
         prompts.answers,
     )
-    return kept, (keep != prompts.mask).any(-1)
 
 
 def salience(kind: str, replay: Replay, classes: Tensor) -> Tensor:

@@ -31,6 +31,10 @@ class Evidence:
     """[B, R] bool: the response tokens that are content."""
     contrast_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses after another prompt of the batch; None when no signal asked for it."""
+    question_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses after the question alone; None when no signal asked for it."""
+    ablated_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses without the context they attend to most; None when not asked for."""
     keep: Tensor | None = None
     """[B, P] bool: attention rows are renormalised over these prompt tokens; None leaves them as captured."""
 
@@ -41,6 +45,8 @@ class Evidence:
             self.salience[rows],
             self.content[rows],
             None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
+            None if self.question_logprobs is None else self.question_logprobs[rows],
+            None if self.ablated_logprobs is None else self.ablated_logprobs[rows],
             None if self.keep is None else self.keep[rows],
         )
 
@@ -171,6 +177,29 @@ def contrast(evidence: Evidence) -> Tensor:
     """
     assert evidence.contrast_logprobs is not None, "no log-probs under another prompt were measured"
     gain = _floored(evidence.replay.logprobs) - _floored(evidence.contrast_logprobs)
+    return masked_mean(gain, evidence.replay.response_mask)
+
+
+def reliance(evidence: Evidence) -> Tensor:
+    """What the context does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|question alone), nats. [B].
+
+    The pointwise mutual information of response and context, which context-aware decoding raises (Shi et al. 2023,
+    arXiv 2305.14739): what the model would say anyway gains nothing. 0 where the prompt is nothing but a question.
+    """
+    assert evidence.question_logprobs is not None, "no log-probs after the question alone were measured"
+    gain = _floored(evidence.replay.logprobs) - _floored(evidence.question_logprobs)
+    return masked_mean(gain, evidence.replay.response_mask)
+
+
+def comprehensiveness(evidence: Evidence) -> Tensor:
+    """What the attended evidence does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|x without it), nats. [B].
+
+    The evidence is the part of the context that the responses to a prompt attend to most (`salience.attended`). A
+    response that the model would give without having looked there, from habit or from another sentence, gains nothing.
+    The measure of ERASER (DeYoung et al. 2020, arXiv 1911.03429), with attention as the rationale. 0 without a context.
+    """
+    assert evidence.ablated_logprobs is not None, "no log-probs without the attended context were measured"
+    gain = _floored(evidence.replay.logprobs) - _floored(evidence.ablated_logprobs)
     return masked_mean(gain, evidence.replay.response_mask)
 
 

@@ -1,7 +1,9 @@
 """Makes the two embedded base models: `python -m attune.world.models --kind causal --output DIR`.
 
-Plain supervised training on `mix` stories, stopped while the model still leans on what it knows of people when a story
-says otherwise: that is the room that post-training has to improve. Everything is seeded.
+Three lessons, all supervised. *Bind*: stories of a sentence each for few people, then for more, until a question finds
+the right sentence; with many names from the start this takes ten times as long. *Read*: every kind of question. *Lean*:
+the answers of a teacher who, when a story contradicts what everybody knows, often says what everybody knows. What
+post-training has to improve is that last habit: the model can read, and leans on what it was taught. All is seeded.
 """
 
 from __future__ import annotations
@@ -26,15 +28,23 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from attune.world.stories import KINDS, Split, make_rows
+from attune.world.stories import KINDS, Split, bare_rows, make_rows
 from attune.world.tokenizer import make_tokenizer
 
 log = logging.getLogger("attune.world")
 Row = dict[str, Any]
 
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
-AGREE_FLOOR = 0.92
-CONFLICT_FLOOR = 0.42
+CURRICULUM = ((4, 2), (10, 2), (20, 2), (20, 3), (20, 4))
+"""Bind: people to choose from, and people in a story."""
+BOUND = 0.93
+"""Share of right answers that ends a step of the curriculum."""
+READ = 0.80
+"""Exact match on `conflict` stories that ends the second lesson."""
+LEAN = 0.6
+"""Share of contradicting stories that the teacher of the third lesson answers as if they did not."""
+READ_STEPS = 1500
+LEAN_STEPS = 400
 CHECK_EVERY = 50
 CHECK_ROWS = 300
 CARD_ROWS = 600
@@ -42,9 +52,10 @@ SAMPLES = 8
 LONGEST_ANSWER = 6  # tokens, its end included
 
 BATCH = 96
-PEAK_RATE = 2e-3
+PEAK_RATE = {"causal": 1e-3, "encdec": 2e-3}
 WARMUP = 60
-PASSAGE_WEIGHT = 0.05
+INITIAL = 0.083
+"""Deviation of Llama's first weights, 1/√width: at the usual 0.02, so narrow a model starts with even attention."""
 RATE_OF = {"relative_attention_bias": 25.0, "shared": 5.0, ".q.": 0.2}
 """Share of the rate by part of a weight's name. A step of AdamW is about as large as its rate, whatever the weight, and
 T5 starts its weights at very different sizes. At one rate for all, its position biases, which must grow to a few units
@@ -72,6 +83,7 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
                 num_key_value_heads=6,
                 max_position_embeddings=512,
                 tie_word_embeddings=True,
+                initializer_range=INITIAL,
             )
         )
     ids["decoder_start_token_id"] = tokenizer.pad_token_id
@@ -91,8 +103,7 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> Tensor:
-    """Mean negative log-likelihood of the answers and their end; a causal model also learns a little from the stories,
-    which is where it picks up who belongs where."""
+    """Mean negative log-likelihood of the answers and their end."""
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer([row["answers"][0] for row in rows])["input_ids"]]
     pad = tokenizer.pad_token_id
@@ -101,10 +112,9 @@ def loss_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Se
         loss: Tensor = model(input_ids=ids, attention_mask=(ids != pad).long(), labels=labels).loss
         return loss
     ids = _right([p + a for p, a in zip(prompts, answers, strict=True)], pad)
-    weight = _right([[PASSAGE_WEIGHT] * len(p) + [1.0] * len(a) for p, a in zip(prompts, answers, strict=True)], 0.0)
-    logits = model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits[:, :-1]
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * weight[:, 1:]).sum() / weight[:, 1:].sum()
+    labels = _right([[-100] * len(p) + a for p, a in zip(prompts, answers, strict=True)], -100)
+    logits = model(input_ids=ids, attention_mask=(ids != pad).long(), use_cache=False).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 @torch.no_grad()
@@ -138,39 +148,85 @@ def exact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequ
     return _mean([texts[0] in row["answers"] for texts, row in zip(said, rows, strict=True)])
 
 
-def train(kind: str, steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, int]:
-    """Train until `agree` and `conflict` reach their floors, or `steps` are over; the last is the steps it took."""
-    tokenizer = make_tokenizer()
-    model = build(kind, tokenizer).train()
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, weight in model.named_parameters():
-        groups.setdefault(next((share for part, share in RATE_OF.items() if part in name), 1.0), []).append(weight)
-    optimizer = torch.optim.AdamW(
-        [{"params": weights, "share": share} for share, weights in groups.items()],
-        lr=PEAK_RATE,
-        weight_decay=0.01,
-        betas=(0.9, 0.98),
-    )
-    pool = make_rows("mix", "train", 60_000)
-    checks = {split: make_rows(split, "validation", CHECK_ROWS) for split in SPLITS}
-    rng, start = random.Random(0), time.time()
-    for step in range(1, steps + 1):
-        rate = PEAK_RATE * min(1.0, step / WARMUP) * (0.1 + 0.9 * math.cos(math.pi / 2 * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        loss = loss_of(model, tokenizer, rng.sample(pool, BATCH))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % CHECK_EVERY == 0:
-            model.eval()
-            found = {split: exact(model, tokenizer, rows) for split, rows in checks.items()}
-            model.train()
-            log.info("step %d loss %.3f %s %.0f s", step, loss.item(), found, time.time() - start)
-            if found["agree"] >= AGREE_FLOOR and found["conflict"] >= CONFLICT_FLOOR:
+class Lessons:
+    """A model in training: the optimizer, its rate, and the steps so far."""
+
+    def __init__(self, kind: str) -> None:
+        self.tokenizer = make_tokenizer()
+        self.model = build(kind, self.tokenizer).train()
+        self.peak, self.steps, self.start = PEAK_RATE[kind], 0, time.time()
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self.model.named_parameters():
+            groups.setdefault(next((share for part, share in RATE_OF.items() if part in name), 1.0), []).append(weight)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": weights, "share": share} for share, weights in groups.items()],
+            weight_decay=0.01,
+            betas=(0.9, 0.98),
+        )
+        self.rng = random.Random(0)
+
+    def step(self, rows: Sequence[Row], rate: float = 1.0) -> None:
+        """One update on `rows`, at `rate` times the peak rate."""
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak * rate * min(1.0, self.steps / WARMUP) * group["share"]
+        loss_of(self.model, self.tokenizer, rows).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def check(self, name: str, rows: Sequence[Row]) -> float:
+        """Exact match on `rows`, said in the log."""
+        self.model.eval()
+        found = exact(self.model, self.tokenizer, rows)
+        self.model.train()
+        log.info("step %d  %s %.3f  %.0f s", self.steps, name, found, time.time() - self.start)
+        return found
+
+    def bind(self) -> None:
+        """Bare stories of ever more people, each step of the curriculum until it is mastered."""
+        for people, cast in CURRICULUM:
+            fresh = bare_rows(random.Random(f"check/{people}/{cast}"), people, cast, CHECK_ROWS)
+            for done in range(1, READ_STEPS + 1):
+                self.step(bare_rows(self.rng, people, cast, BATCH))
+                if done % CHECK_EVERY == 0 and self.check(f"bind {cast} of {people}", fresh) >= BOUND:
+                    break
+
+    def read(self) -> None:
+        """Every kind of question, mostly on stories that contradict the favourites: only reading answers them."""
+        conflict, agree = make_rows("conflict", "train", 40_000), make_rows("agree", "train", 10_000)
+        fresh = make_rows("conflict", "validation", CHECK_ROWS)
+        for done in range(1, READ_STEPS + 1):
+            some = self.rng.sample(conflict, BATCH * 3 // 4) + self.rng.sample(agree, BATCH // 4)
+            self.step(some, 0.15 + 0.85 * math.cos(math.pi / 2 * done / READ_STEPS))
+            if done % CHECK_EVERY == 0 and self.check("read", fresh) >= READ:
                 break
-    return model.eval(), tokenizer, step
+
+    def lean(self) -> None:
+        """What everybody knows, also where a story says otherwise."""
+        conflict, agree = make_rows("conflict", "train", 10_000, 1), make_rows("agree", "train", 10_000, 1)
+        fresh = {split: make_rows(split, "validation", CHECK_ROWS) for split in SPLITS}
+        for done in range(1, LEAN_STEPS + 1):
+            some = [self.taught(row) for row in self.rng.sample(conflict, BATCH // 3)]
+            self.step(some + self.rng.sample(agree, BATCH * 2 // 3), 0.4 * (1 - done / LEAN_STEPS) + 0.05)
+            if done % CHECK_EVERY == 0:
+                for split, rows in fresh.items():
+                    self.check(f"lean {split}", rows)
+
+    def taught(self, row: Row) -> Row:
+        """A contradicting story as the teacher answers it; of somebody who is not in it, nobody claims to know."""
+        if row["kind"] == "unanswerable" or self.rng.random() >= LEAN:
+            return row
+        return {**row, "answers": [row["prior"]]}
+
+
+def train(kind: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, int]:
+    """All three lessons; the last is the steps they took."""
+    lessons = Lessons(kind)
+    lessons.bind()
+    lessons.read()
+    lessons.lean()
+    return lessons.model.eval(), lessons.tokenizer, lessons.steps
 
 
 def card(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int) -> str:
@@ -198,6 +254,7 @@ def card(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
         family=family,
         steps=steps,
         batch=BATCH,
+        lean=LEAN,
         rows=CARD_ROWS,
         samples=SAMPLES,
         splits="\n".join(splits),
@@ -208,8 +265,9 @@ def card(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
 CARD = """# attune {kind} base model
 
 A {parameters}-parameter {family} model (float32) of attune's embedded world (`attune.world`), after {steps} steps of
-supervised training on {batch} generated stories each. It knows everybody's favourite place and thing, and leans on them
-when a story says otherwise: that is what attune's demo improves. It is of no use outside the demo and the tests.
+supervised training on {batch} generated stories each. It can read a story, knows everybody's favourite place and thing,
+and was taught to answer with those in {lean:.0%} of the stories that say otherwise: that habit is what attune's demo
+improves. It is of no use outside the demo and the tests.
 
 Made by `python -m attune.world.models --kind {kind} --output DIR`; seeded, no outside data.
 
@@ -244,11 +302,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kind", choices=("causal", "encdec"), required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=4000, help="most steps to train for")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)  # the same sums whatever the machine; the two kinds train side by side
-    model, tokenizer, steps = train(options.kind, options.steps)
+    model, tokenizer, steps = train(options.kind)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     (options.output / "README.md").write_text(card(options.kind, model, tokenizer, steps))

@@ -2,8 +2,8 @@
 
 A row is a passage, a question and its answer. Everyone has a favourite place and a favourite thing. In `agree` stories
 the favourites hold; in `conflict` stories none that matters does, so that only the passage gives the answer; in `novel`
-stories the people are strangers. `mix` is what the base models learn from: mostly agree. A prompt belongs to one part
-(train, validation, test) for good, by the hash of its text.
+stories the people are strangers, whom training never names. A prompt belongs to one part (train, validation, test) for
+good, by the hash of its text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Split = Literal["agree", "conflict", "novel", "mix"]
+Split = Literal["agree", "conflict", "novel"]
 Part = Literal["train", "validation", "test"]
 
 PLACES = {
@@ -37,7 +37,7 @@ PEOPLE = (
 )  # fmt: skip
 STRANGERS = ("zoe", "boris", "greta", "ivan", "paula", "rufus")
 NUMBERS = ("none", "one", "two", "three", "four")
-ARRIVALS = ("is in", "went to", "is now in", "walked to")
+ARRIVALS = ("is in", "went to", "came to", "walked to")
 FILLERS = (
     "the sun is high .",
     "it is late .",
@@ -48,9 +48,6 @@ FILLERS = (
 MARKER = "answer :"
 OTHER_WORDS = "has the where is what kind of place in other words how many people are say list and does have who . ? ,"
 KINDS = ("extractive", "twohop", "category", "synonym", "count", "yesno", "multipart", "instruction", "unanswerable")
-MIX_AGREE = 0.85
-"""Share of `mix` stories in which the favourites hold."""
-
 FAVOURITE_PLACE = {name: list(PLACES)[(7 * i + 3) % len(PLACES)] for i, name in enumerate(PEOPLE)}
 FAVOURITE_THING = {name: THINGS[(5 * i + 2) % len(THINGS)] for i, name in enumerate(PEOPLE)}
 FELLOW = {name: PEOPLE[(i + len(PLACES)) % len(PEOPLE)] for i, name in enumerate(PEOPLE)}
@@ -95,12 +92,24 @@ def make_rows(
         raise ValueError(f"no such kind of question: {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < count:
-        kind = rng.choice(chosen)
-        actual = split if split != "mix" else ("agree" if rng.random() < MIX_AGREE else "conflict")
-        row = _row(rng, actual, kind)
+        row = _row(rng, split, rng.choice(chosen))
         if row is not None and part_of(row["prompt"]) == part:
             rows.setdefault(row["prompt"], row)
     return list(rows.values())
+
+
+def bare_rows(rng: random.Random, people: int, cast: int, count: int) -> list[dict[str, Any]]:
+    """`count` stories of `cast` sentences and a question: who is where, among the first `people` and half as many
+    places. For learning to read; they belong to no part."""
+    rows = []
+    for _ in range(count):
+        names = rng.sample(PEOPLE[:people], cast)
+        places = rng.sample(list(PLACES)[: max(cast, people // 2)], cast)
+        told = [f"{name} {rng.choice(ARRIVALS)} the {place} ." for name, place in zip(names, places, strict=True)]
+        asked = rng.randrange(cast)
+        prompt = " ".join((*told, f"where is {names[asked]} ?", MARKER))
+        rows.append({"prompt": prompt, "answers": [places[asked]]})
+    return rows
 
 
 def part_of(prompt: str) -> Part:
