@@ -1,6 +1,6 @@
 """Makes a small causal model of real text: bAbI, FairytaleQA and Self-Instruct rows, from a config and a new tokenizer.
 
-    python benchmarks/real_model.py --data ../shared/data --output runs/real/base [--steps 1500]
+    python benchmarks/real_model.py --data ../shared/data --output runs/real/base [--steps 800]
 
 It learns to answer many bAbI questions and little else: enough to post-train and to measure, in minutes on two cores.
 """
@@ -22,12 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from attune.data import Row, read_rows
 
-SETS = {"babi": 4, "fairytaleqa": 1, "self_instruct": 1}
+SETS = {"babi": 6, "fairytaleqa": 1, "self_instruct": 1}
 """Data set → how often its training rows are seen, relative to their number."""
 VOCAB = 4096
 LONGEST = 400
 """Tokens of a training row; longer ones are left out."""
-TOKENS = 6000
+TOKENS = 3000
 """Tokens of a batch."""
 PEAK_RATE = 2e-3
 PROMPT_WEIGHT = 0.1
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
     if missing := [name for name in SETS if not (options.data / name / "train.jsonl").exists()]:
         print(f"error: {options.data}: no {', '.join(missing)} there; give the folder with --data", file=sys.stderr)
