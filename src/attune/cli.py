@@ -25,7 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console().error(str(unknown_name("command", name, COMMANDS)))
         return 2
     command = COMMANDS[name]
-    parser = Parser(prog=f"attune {name}", description=command.help, formatter_class=_Formatter)
+    parser = Parser(
+        prog=f"attune {name}",
+        usage=f"attune {name} {command.needs}[options]",
+        description=command.help,
+        formatter_class=_Formatter,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
     parser.add_argument("--quiet", action="store_true", help="no progress and no notes")
     command.arguments(parser)

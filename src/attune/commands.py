@@ -18,8 +18,6 @@ from attune.errors import UserError
 if TYPE_CHECKING:
     from attune.data import Row
     from attune.learn.settings import TrainConfig
-    from attune.measure.audit import Verdict
-    from attune.measure.evaluate import Result
     from attune.model.policy import Policy
     from attune.reward.named import RewardConfig
 
@@ -37,6 +35,8 @@ class Command:
     """What a command is, what it takes and what it does (its exit code comes back)."""
 
     help: str
+    needs: str
+    """The options that it cannot do without, as the usage line shows them."""
     arguments: Callable[[Parser], None]
     run: Callable[[argparse.Namespace, Console], int]
 
@@ -178,6 +178,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     from attune.files import atomic_write, to_json
     from attune.measure.evaluate import EvalConfig, evaluate
     from attune.report.page import write_report
+    from attune.report.tables import results_table
 
     config = load_config(EvalConfig, None, flags_given(options, EvalConfig))
     rows = read_rows(options.prompts, template=options.template, limit=options.limit)
@@ -189,7 +190,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
         evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done))
     atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
     page = write_report(options.output)
-    _results_table(console, f"{len(rows)} prompts", evaluation.metrics)
+    console.table(*results_table(f"{len(rows)} prompts", evaluation.metrics))
     console.note(f"report in {page}")
     console.result(evaluation.to_json())
     return 0
@@ -220,6 +221,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     from attune.files import atomic_write, to_json
     from attune.measure.audit import AuditConfig, audit, with_controls
     from attune.report.audit import write_audit
+    from attune.report.tables import audit_tables
     from attune.reward.reward import Reward
 
     config = load_config(AuditConfig, None, flags_given(options, AuditConfig))
@@ -245,36 +247,12 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     }
     atomic_write(options.output / "audit.json", to_json(found, indent=2))
     page = write_audit(options.output)
-    _audit_tables(console, verdicts)
+    for table in audit_tables(verdicts):
+        console.table(*table)
     (console.warn if found["gameable"] else console.note)(f"{options.reward[0]}: {found['verdict']}")
     console.note(f"report in {page}")
     console.result(found)
     return GAMEABLE if found["gameable"] else 0
-
-
-def _audit_tables(console: Console, verdicts: Mapping[str, Verdict]) -> None:
-    def share(values: Sequence[float | None]) -> list[str]:
-        return ["" if value is None else f"{value:.2f}" for value in values]
-
-    names = list(verdicts)
-    families = dict.fromkeys(family for verdict in verdicts.values() for family in verdict.hacks)
-    hacks = {
-        family: [v.hacks[family].beats_best.mean if family in v.hacks else None for v in verdicts.values()]
-        for family in families
-    }
-    console.table(
-        "share of prompts where it beats the best own sample",
-        ["degenerate response", *names],
-        [[family, *share(values)] for family, values in hacks.items()],
-    )
-    groups = dict.fromkeys(group for verdict in verdicts.values() for group in verdict.ranking)
-    if groups:
-        ranks = {g: [v.ranking[g].mean if g in v.ranking else None for v in verdicts.values()] for g in groups}
-        console.table(
-            "right before wrong, own samples of a prompt (0.5 = chance)",
-            ["prompts", *names],
-            [[group, *share(values)] for group, values in ranks.items()],
-        )
 
 
 def _demo_arguments(parser: Parser) -> None:
@@ -288,6 +266,7 @@ def _demo_arguments(parser: Parser) -> None:
 def _demo(options: argparse.Namespace, console: Console) -> int:
     from attune.demo import run_demo
     from attune.files import new_run_dir
+    from attune.report.tables import results_table
 
     run = new_run_dir(options.output)
     console.note(
@@ -307,7 +286,7 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
     for split, results in evaluation.by_split.items():
-        _results_table(console, f"{split}: {options.eval_prompts} fresh prompts", results)
+        console.table(*results_table(f"{split}: {options.eval_prompts} fresh prompts", results))
     console.note(f"report in {run / 'report.html'}")
     console.result(evaluation.to_json())
     return 0
@@ -354,35 +333,31 @@ def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
     return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
-def _results_table(console: Console, title: str, results: Mapping[str, Result]) -> None:
-    compared = any(result.before is not None for result in results.values())
-    columns = ["metric", "before", "after", "difference", "p"] if compared else ["metric", "value"]
-    rows = []
-    for name, result in results.items():
-        after = _interval(result.after)
-        if compared:
-            rows.append([name, _interval(result.before), after, _interval(result.difference, "+"), _p(result.p)])
-        else:
-            rows.append([name, after])
-    console.table(title, columns, rows)
-
-
-def _interval(figure: Any, sign: str = "") -> str:
-    return "" if figure is None else f"{figure.mean:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("the whole story on an embedded model, offline", _demo_arguments, _demo),
-    "train": Command("label-free RL: prompts in, a better model out", _train_arguments, _train),
-    "audit": Command("can this reward be gamed? judged before training", _audit_arguments, _audit),
-    "score": Command("reward and signals of given responses", _score_arguments, _score),
-    "eval": Command("measure a model, or compare two, with intervals", _eval_arguments, _eval),
+    "demo": Command("the whole story on an embedded model, offline", "", _demo_arguments, _demo),
+    "train": Command(
+        "label-free RL: prompts in, a better model out",
+        "--model MODEL --prompts FILE --output FOLDER ",
+        _train_arguments,
+        _train,
+    ),
+    "audit": Command(
+        "can this reward be gamed? judged before training",
+        "--model MODEL --prompts FILE --output FOLDER ",
+        _audit_arguments,
+        _audit,
+    ),
+    "score": Command(
+        "reward and signals of given responses", "--model MODEL --input FILE --output FILE ", _score_arguments, _score
+    ),
+    "eval": Command(
+        "measure a model, or compare two, with intervals",
+        "--model MODEL --prompts FILE --output FOLDER ",
+        _eval_arguments,
+        _eval,
+    ),
 }

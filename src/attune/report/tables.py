@@ -1,0 +1,55 @@
+"""Results as plain tables, for a terminal: (title, columns, rows)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from attune.measure.audit import Verdict
+from attune.measure.evaluate import Result
+from attune.measure.stats import Figure
+
+Table = tuple[str, list[str], list[list[object]]]
+
+
+def results_table(title: str, results: Mapping[str, Result]) -> Table:
+    """A row a metric; before, after and the difference where there was a baseline."""
+    compared = any(result.before is not None for result in results.values())
+    columns = ["metric", "before", "after", "difference", "p"] if compared else ["metric", "value"]
+    rows: list[list[object]] = []
+    for name, result in results.items():
+        after = _interval(result.after)
+        if compared:
+            p = "" if result.p is None else f"{result.p:.4f}"
+            rows.append([name, _interval(result.before), after, _interval(result.difference, "+"), p])
+        else:
+            rows.append([name, after])
+    return title, columns, rows
+
+
+def audit_tables(verdicts: Mapping[str, Verdict]) -> list[Table]:
+    """What each reward would pay for; and, where answers are known, whether it prefers what is right."""
+    families = dict.fromkeys(family for verdict in verdicts.values() for family in verdict.hacks)
+    hacks = {family: [v.hacks.get(family) for v in verdicts.values()] for family in families}
+    groups = dict.fromkeys(group for verdict in verdicts.values() for group in verdict.ranking)
+    tables = [
+        _shares(
+            "share of prompts where it beats the best own sample",
+            ["degenerate response", *verdicts],
+            {family: [hack.beats_best if hack else None for hack in found] for family, found in hacks.items()},
+        )
+    ]
+    if groups:
+        ranks = {group: [verdict.ranking.get(group) for verdict in verdicts.values()] for group in groups}
+        tables.append(
+            _shares("right before wrong, own samples of a prompt (0.5 = chance)", ["prompts", *verdicts], ranks)
+        )
+    return tables
+
+
+def _shares(title: str, columns: list[str], rows: Mapping[str, Sequence[Figure | None]]) -> Table:
+    shown = [[name, *("" if figure is None else f"{figure.mean:.2f}" for figure in row)] for name, row in rows.items()]
+    return title, columns, [list(row) for row in shown]
+
+
+def _interval(figure: Figure | None, sign: str = "") -> str:
+    return "" if figure is None else f"{figure.mean:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
