@@ -17,11 +17,9 @@ from torch import nn
 from attune.learn.losses import (
     LossInputs,
     aggregate,
-    bradley_terry_loss,
     clipped_loss,
     dpo_loss,
     kl_penalty,
-    largest_ratio,
     pairs,
     policy_gradient_loss,
     sequence_clipped_loss,
@@ -97,12 +95,11 @@ def test_policy_gradient_by_hand():
         ("token", 3.75 / 3, [1 / 3, 1 / 3, 1 / 3]),
         ("sequence", (2 - 0.25) / 2, [1 / 4, 1 / 4, 1 / 2]),
         ("sum", 3.75 / 2, [1 / 2, 1 / 2, 1 / 2]),
-        ("constant", 3.75 / (2 * 10), [1 / 20, 1 / 20, 1 / 20]),
     ],
 )
 def test_aggregation_by_hand(over, value, weights):
     terms = torch.tensor([[1.0, 3.0], [-0.25, 8.0]], requires_grad=True)
-    loss = aggregate(terms, given_inputs([[True, True], [True, False]]), over, 10)
+    loss = aggregate(terms, given_inputs([[True, True], [True, False]]), over)
     loss.backward()
     assert loss.item() == pytest.approx(value)
     assert terms.grad.flatten().tolist() == pytest.approx([*weights, 0])
@@ -155,15 +152,6 @@ def test_on_policy_the_clipped_losses_have_the_policy_gradient(loss_of, over):
     inputs.logprobs.grad = None
     policy_gradient_loss(inputs, over)[0].backward()
     assert torch.allclose(clipped, inputs.logprobs.grad, atol=1e-12)
-
-
-def test_the_largest_ratio_reads_tokens_only():
-    mask = torch.tensor([[True, True], [True, False]])
-    logprobs = torch.tensor([[0.5, 2.0], [1.25, 50.0]]).log()
-    assert float(largest_ratio(given_inputs(mask, logprobs=logprobs))) == pytest.approx(2.0)
-    # Padding has ratio 1 and must not hide that every token's ratio is below it.
-    assert float(largest_ratio(given_inputs(mask, logprobs=logprobs - math.log(4)))) == pytest.approx(0.5)
-    assert float(largest_ratio(given_inputs(torch.zeros(2, 2, dtype=torch.bool), logprobs=logprobs))) == 1.0
 
 
 def test_kl_estimates_by_hand():
@@ -271,19 +259,10 @@ def test_dpo_without_a_pair_is_zero_with_zero_gradients():
     assert all(float(value) == 0 for value in metrics.values())
 
 
-def test_bradley_terry_by_hand():
-    # −log σ(1) and −log σ(−2), mean.
-    wanted = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2
-    chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
-    assert float(bradley_terry_loss(chosen, rejected)) == pytest.approx(wanted)
-    assert float(bradley_terry_loss(chosen[:0], rejected[:0])) == 0
-
-
 LOSSES = {
     "policy gradient": policy_gradient_loss,
     "clipped": lambda inputs: clipped_loss(inputs, 0.2, 0.2),
     "sequence mean": lambda inputs: clipped_loss(inputs, 0.2, 0.2, "sequence"),
-    "constant": lambda inputs: clipped_loss(inputs, 0.2, 0.2, "constant", 9),
     "whole response": lambda inputs: sequence_clipped_loss(inputs, 0.2, 0.2),
     "kl": lambda inputs: (
         aggregate(kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask), inputs, "token"),
@@ -378,7 +357,7 @@ def gradient(loss, inputs):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize(("kind", "over"), [("dapo", "token"), ("grpo", "sequence"), ("dr_grpo", "constant")])
+@pytest.mark.parametrize(("kind", "over"), [("dapo", "token"), ("grpo", "sequence")])
 def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
     inputs = random_inputs([4, 2, 5, 1, 6, 6], seed=1, drift=0.5)
     trainer = bare(
@@ -396,9 +375,9 @@ def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
     theirs = trainer._compute_loss(
         None, in_trl(inputs, old_per_token_logps=inputs.old_logprobs, ref_per_token_logps=inputs.ref_logprobs)
     )
-    ours, metrics = clipped_loss(inputs, 0.2, 0.28, over, 9)
+    ours, metrics = clipped_loss(inputs, 0.2, 0.28, over)
     penalty = kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask)
-    ours = ours + beta * aggregate(penalty, inputs, over, 9)
+    ours = ours + beta * aggregate(penalty, inputs, over)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
     assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
     logged = trainer._metrics["train"]
@@ -450,11 +429,3 @@ def test_dpo_is_the_one_of_trl(trl):
     assert float(metrics["dpo/accuracy"]) == pytest.approx(logged["rewards/accuracies"][0])
     assert float(metrics["dpo/margin"]) == pytest.approx(logged["rewards/margins"][0], rel=1e-6)
     assert float(metrics["dpo/pairs"]) == 1
-
-
-def test_bradley_terry_is_the_reward_trainer_of_trl(trl):
-    logits = torch.tensor([[0.3], [-1.2], [2.0], [0.1], [0.4], [-0.7]])
-    trainer = bare(trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=None))
-    batch = {"input_ids": torch.zeros(6, 1), "attention_mask": torch.ones(6, 1)}
-    theirs = trainer.compute_loss(lambda **k: SimpleNamespace(logits=logits), batch)
-    assert float(bradley_terry_loss(logits[:3, 0], logits[3:, 0])) == pytest.approx(theirs.item())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Metrics = dict[str, Tensor]
-Over = Literal["token", "sequence", "sum", "constant"]
+Over = Literal["token", "sequence", "sum"]
 
 # exp of this is a ratio beyond any use; past it, inf · (an advantage of 0) would be NaN.
 LARGEST_LOG_RATIO = 20.0
@@ -50,22 +50,18 @@ class LossInputs:
     """Prompts of the whole batch."""
 
 
-def aggregate(per_token: Tensor, inputs: LossInputs, over: Over, max_length: int | None = None) -> Tensor:
+def aggregate(per_token: Tensor, inputs: LossInputs, over: Over) -> Tensor:
     """A [B, R] term as this micro-batch's share of a scalar.
 
     `token`: mean over all tokens (DAPO, 2503.14476); `sequence`: mean over responses of their means (GRPO, 2402.03300,
-    eq. 3); `sum`: mean over responses of their sums (a response as one action: RLOO); `constant`: sum over all tokens /
-    (responses · max_length) (Dr. GRPO, 2503.20783), where `max_length` is the most tokens a response may have.
+    eq. 3); `sum`: mean over responses of their sums (a response as one action: RLOO).
     """
     per_response = _kept(per_token, inputs.mask).sum(-1)
     if over == "token":
         return per_response.sum() / max(1, inputs.num_tokens)
     if over == "sequence":
         return (per_response / inputs.mask.sum(-1).clamp(min=1)).sum() / inputs.num_responses
-    if over == "sum":
-        return per_response.sum() / inputs.num_responses
-    assert over == "constant" and max_length, f"{over} over {max_length} tokens"
-    return per_response.sum() / (inputs.num_responses * max_length)
+    return per_response.sum() / inputs.num_responses
 
 
 def policy_gradient_loss(inputs: LossInputs, over: Over = "token") -> tuple[Tensor, Metrics]:
@@ -75,9 +71,7 @@ def policy_gradient_loss(inputs: LossInputs, over: Over = "token") -> tuple[Tens
     return aggregate(per_token, inputs, over), {}
 
 
-def clipped_loss(
-    inputs: LossInputs, clip_low: float, clip_high: float, over: Over = "token", max_length: int | None = None
-) -> tuple[Tensor, Metrics]:
+def clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float, over: Over = "token") -> tuple[Tensor, Metrics]:
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) per token (Schulman et al. 2017, eq. 7), ρ = π / π_old.
 
     The metrics are shares of all tokens where the clip binds, and so the gradient is 0: ρ too low where A < 0, too high
@@ -85,7 +79,7 @@ def clipped_loss(
     """
     per_token, low, high = _clipped(_log_ratio(inputs), _kept(inputs.advantages, inputs.mask), clip_low, clip_high)
     tokens = max(1, inputs.num_tokens)
-    return aggregate(per_token, inputs, over, max_length), {
+    return aggregate(per_token, inputs, over), {
         "clip_ratio/low_mean": low.sum() / tokens,
         "clip_ratio/high_mean": high.sum() / tokens,
     }
@@ -104,14 +98,6 @@ def sequence_clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float)
         "clip_ratio/low_mean": low.sum() / inputs.num_responses,
         "clip_ratio/high_mean": high.sum() / inputs.num_responses,
     }
-
-
-def largest_ratio(inputs: LossInputs) -> Tensor:
-    """The largest π / π_old of a token, scalar without gradient; 1 where no token counts. Micro-batches join by
-    maximum, so it is not among the metrics, which add up."""
-    if not inputs.mask.any():
-        return inputs.logprobs.new_ones(())
-    return _log_ratio(inputs).detach()[inputs.mask].max().exp()
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Literal["k1", "k3"] = "k3") -> Tensor:
@@ -173,11 +159,6 @@ def pairs(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
             rejected.append(worst)
     none = torch.zeros(0, dtype=torch.long, device=group.device)
     return (torch.stack(chosen), torch.stack(rejected)) if chosen else (none, none)
-
-
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """−mean log σ(r_chosen − r_rejected) (Bradley and Terry 1952): two of [pairs] float32 → scalar; 0 without pairs."""
-    return -nn.functional.logsigmoid(chosen - rejected).sum() / max(1, len(chosen))
 
 
 def _kept(values: Tensor, mask: Tensor) -> Tensor:
