@@ -25,6 +25,8 @@ from attune.measure.stats import bootstrap
 
 PAIRED = {"fairytaleqa": "validation", "squad_xquad": "validation", "self_instruct": "train"}
 """Data set → the part whose responses are scored."""
+LONGEST = 1800
+"""Characters of a prompt and its response: what surely fits the base model's context."""
 METRICS = ("exact_match", "f1", "consistency", "repetition", "length", "kl")
 
 
@@ -55,7 +57,11 @@ def train_on_babi(options: argparse.Namespace, reward: str) -> dict[str, Any]:
 
 def score_pairs(options: argparse.Namespace, name: str, part: str) -> dict[str, Any]:
     """How often a row's right response is scored above that of another row, by signal; ties count half."""
-    rows = [row for row in read_rows(options.data / name / f"{part}.jsonl", limit=options.pairs) if response_of(row)]
+    rows = [
+        row
+        for row in read_rows(options.data / name / f"{part}.jsonl")
+        if (said := response_of(row)) and len(row.prompt) + len(said) <= LONGEST
+    ][: options.pairs]
     pairs = []
     for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
         pairs += [{"prompt": row.prompt, "response": response_of(which)} for which in (row, other)]
