@@ -104,7 +104,7 @@ def perform(run: Run) -> tuple[Run, dict[str, Any]]:
     last = history[-5:]
     return run, {
         "stopped": trained.stopped,
-        "reward": [statistics.fmean(row["reward"] for row in rows) for rows in (history[:5], last)],
+        "mean_reward": [statistics.fmean(row["reward"] for row in rows) for rows in (history[:5], last)],
         "kl": statistics.fmean(row["kl"] for row in last),
         "curve": [round(row["reward"], 4) for row in history],
         "before": before,
