@@ -107,13 +107,15 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], console: Console) -> None:
     """Warn, before training, of a reward that degenerate responses beat."""
     from attune.measure.audit import AuditConfig, audit
+    from attune.reward.named import config_of
     from attune.reward.reward import Reward
 
     settings = AuditConfig(max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)
     some = rows[:: max(1, len(rows) // AUDITED)][:AUDITED]
     if len(some) < 2 or config.num_samples < 2:
         return
-    verdict = audit(policy, some, {"": Reward.resolve(config.reward, policy)}, settings)[""]
+    reward = Reward(config_of(config.reward), policy, reference=policy)
+    verdict = audit(policy, some, {"": reward}, settings)[""]
     if verdict.gameable(TRAIN_HACK_RATE):
         console.warn(
             f"audit of {reward_name(config.reward)} on {len(some)} prompts: {verdict.explain(TRAIN_HACK_RATE)} "
@@ -138,7 +140,8 @@ def _score(options: argparse.Namespace, console: Console) -> int:
     spec = _reward_config(options.reward)
     need = ("response", "answers") if "exact" in spec.weights else ("response",)
     rows = read_rows(options.input, template=options.template, need=need)
-    reward = Reward(spec, _load(options))
+    policy = _load(options)
+    reward = Reward(spec, policy, reference=policy)
     with console.progress(len(rows), "scoring") as progress:
         scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
     write_jsonl(options.output, scored)
@@ -233,7 +236,9 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     if (options.output / "audit.json").exists():
         raise UserError("already holds an audit", where=str(options.output), fix="choose another --output")
     policy = _load(options)
-    rewards = with_controls({name: Reward(spec, policy) for name, spec in specs.items()}, policy)
+    # Nothing is trained here, so the policy is its own reference, and no copy of it is held.
+    own = {name: Reward(spec, policy, reference=policy) for name, spec in specs.items()}
+    rewards = with_controls(own, policy)
     with console.progress(len(rows), "auditing") as progress:
         verdicts = audit(policy, rows, rewards, config, progress.update)
     first = verdicts[options.reward[0]]

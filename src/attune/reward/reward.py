@@ -90,10 +90,17 @@ class Reward:
     """A reward bound to the model that reads: call it on a rollout, or `score` texts.
 
     `copy_weights` [L, H] are measured on the first prompts it sees when a signal needs them and none were given; they
-    stay from then on, as `reward.copy_weights`, for the run to save.
+    stay from then on, as `reward.copy_weights`, for the run to save. `reference` is the frozen scorer: by default
+    a copy of the policy as it is now; where nothing is trained, the policy itself will do.
     """
 
-    def __init__(self, config: RewardConfig, policy: Policy, copy_weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: RewardConfig,
+        policy: Policy,
+        copy_weights: Tensor | None = None,
+        reference: Policy | None = None,
+    ) -> None:
         self.config = config
         self.policy = policy
         self.copy_weights = copy_weights
@@ -104,7 +111,7 @@ class Reward:
         }
         # Taken now: the reference is what the policy is at the start. Text alone needs no second model.
         frozen = config.scorer == "reference" and config.reads != Reads.TEXT
-        self.reference: Policy | None = policy.reference() if frozen else None
+        self.reference: Policy | None = (reference or policy.reference()) if frozen else None
 
     @classmethod
     def named(cls, name: str, policy: Policy, copy_weights: Tensor | None = None) -> Reward:
