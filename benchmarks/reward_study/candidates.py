@@ -39,6 +39,8 @@ CANDIDATES: dict[str, str | dict[str, Any]] = {
         "gates": ("ended",),
         "renormalise": True,
     },
+    "comprehensiveness 1": changed({"comprehensiveness": 1}),
+    "comprehensiveness 1, overlap 1": changed({"comprehensiveness": 1, "overlap": 1}),
     "attended 10 %": changed(ablate=0.1),
     "attended 30 %": changed(ablate=0.3),
     "attended 30 %, shuffled": changed(ablate=0.3, shuffle=True),

@@ -3,9 +3,13 @@
     python benchmarks/reward_study/train.py --rewards attention exact overlap --seeds 0 1 2
     python benchmarks/reward_study/train.py --rewards exact --algorithms ppo reinforce rloo grpo dpo
 
+    python benchmarks/reward_study/train.py --rewards attention --steps 500 --measure-every 50
+    python benchmarks/reward_study/train.py --rewards attention --steps 60 --rounds 4
+
 Prompts are `agree` and `conflict` training stories, without their answers (but for reward `exact`). Prints a table:
 greedy exact match and the share of samples that are right, averaged over seeds prompt by prompt, with the paired
-bootstrap 95 % interval over prompts.
+bootstrap 95 % interval over prompts; then `attention` against every other reward of the run. A round starts from the
+model of the round before, which is its new reference.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from attune.data import Row
 from attune.learn.algorithms import ALGORITHMS
 from attune.learn.settings import TrainConfig
 from attune.learn.train import train
-from attune.measure.stats import paired_bootstrap
+from attune.measure.stats import Figure, paired_bootstrap
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
 from attune.world import make_rows, model_path
@@ -38,6 +42,9 @@ from attune.world import make_rows, model_path
 SPLITS = ("agree", "conflict")
 SAMPLES = 8
 RESPONSE_TOKENS = 8
+FRESH = {"validation": 7, "test": 23}
+"""Seed of the fresh stories of each part."""
+MEASURES = ("conflict greedy", "conflict sampled", "agree greedy", "agree sampled")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Run:
     kl_coef: float
     part: str
     prompts: int
+    rounds: int = 1
+    measure_every: int = 0
 
 
 def measured(policy: Policy, run: Run) -> dict[str, list[float]]:
@@ -60,7 +69,7 @@ def measured(policy: Policy, run: Run) -> dict[str, list[float]]:
     the length of the greedy answer in tokens."""
     found = {}
     for split in SPLITS:
-        rows = make_rows(split, run.part, run.prompts, seed=7)
+        rows = make_rows(split, run.part, run.prompts, seed=FRESH[run.part])
         prompts = policy.encode([row["prompt"] for row in rows])
         for name, samples, temperature in (("greedy", 1, 0.0), ("sampled", SAMPLES, 1.0)):
             sampling = Sampling(temperature=temperature, max_new_tokens=RESPONSE_TOKENS)
@@ -84,32 +93,49 @@ def perform(run: Run) -> tuple[Run, dict[str, Any]]:
     ]
     before = measured(policy, run)
     history: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            model=str(model_path(run.kind)),
-            prompts="",
-            output=folder,
-            reward=CANDIDATES[run.reward],
-            algorithm=ALGORITHMS[run.algorithm](),
-            steps=run.steps,
-            prompts_per_step=32,
-            sampling=Sampling(max_new_tokens=RESPONSE_TOKENS),
-            learning_rate=run.learning_rate,
-            kl_coef=run.kl_coef,
-            seed=run.seed,
-            save_every=run.steps,
-            device="cpu",
-        )
-        trained = train(config, policy, rows, Path(folder), on_step=lambda row: history.append(dict(row)))
+    path: list[dict[str, float]] = []
+    trained = None
+
+    def note(row: dict[str, float]) -> None:
+        history.append(dict(row))
+        if run.measure_every and len(history) % run.measure_every == 0:
+            path.append({"step": len(history), "kl": row["kl"], **means(measured(policy, run))})
+
+    for number in range(run.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            config = TrainConfig(
+                model=str(model_path(run.kind)),
+                prompts="",
+                output=folder,
+                reward=CANDIDATES[run.reward],
+                algorithm=ALGORITHMS[run.algorithm](),
+                steps=run.steps,
+                prompts_per_step=32,
+                sampling=Sampling(max_new_tokens=RESPONSE_TOKENS),
+                learning_rate=run.learning_rate,
+                kl_coef=run.kl_coef,
+                seed=run.rounds * run.seed + number,
+                save_every=run.steps,
+                device="cpu",
+            )
+            trained = train(config, policy, rows, Path(folder), on_step=note)
+    assert trained is not None, "no round"
     last = history[-5:]
     return run, {
         "stopped": trained.stopped,
+        "steps_done": len(history),
         "mean_reward": [statistics.fmean(row["reward"] for row in rows) for rows in (history[:5], last)],
         "kl": statistics.fmean(row["kl"] for row in last),
         "curve": [round(row["reward"], 4) for row in history],
+        "path": path,
         "before": before,
         "after": measured(policy, run),
     }
+
+
+def means(found: dict[str, list[float]]) -> dict[str, float]:
+    """Averages over stories."""
+    return {name: round(statistics.fmean(values), 4) for name, values in found.items()}
 
 
 def table(results: Sequence[tuple[Run, dict[str, Any]]]) -> str:
@@ -122,9 +148,7 @@ def table(results: Sequence[tuple[Run, dict[str, Any]]]) -> str:
     keys = dict.fromkeys((run.kind, run.algorithm, run.reward) for run, _ in results)
     for key in keys:
         mine = [found for run, found in results if (run.kind, run.algorithm, run.reward) == key]
-        cells = [
-            change(mine, name) for name in ("conflict greedy", "conflict sampled", "agree greedy", "agree sampled")
-        ]
+        cells = [change(mine, name) for name in MEASURES]
         lengths = [[statistics.fmean(found[when]["conflict length"]) for found in mine] for when in ("before", "after")]
         cells.append(f"{statistics.fmean(lengths[0]):.2f} → {statistics.fmean(lengths[1]):.2f}")
         stops = sum(found["stopped"] is not None for found in mine)
@@ -135,13 +159,35 @@ def table(results: Sequence[tuple[Run, dict[str, Any]]]) -> str:
 
 def change(found: Sequence[dict[str, Any]], name: str) -> str:
     """Before → after, and the difference with its interval, each prompt averaged over seeds."""
-    before, after = (
-        [statistics.fmean(values) for values in zip(*(f[when][name] for f in found), strict=True)]
-        for when in ("before", "after")
-    )
-    gain = paired_bootstrap(after, before)
-    ends = f"[{gain.low:+.3f}, {gain.high:+.3f}]"
-    return f"{statistics.fmean(before):.3f} → {statistics.fmean(after):.3f}: {gain.mean:+.3f} {ends}"
+    before, after = over_seeds(found, "before", name), over_seeds(found, "after", name)
+    return f"{statistics.fmean(before):.3f} → {statistics.fmean(after):.3f}: {shown(paired_bootstrap(after, before))}"
+
+
+def against(results: Sequence[tuple[Run, dict[str, Any]]], mine: str = "attention") -> str:
+    """What `mine` has over each other reward after training, prompt by prompt."""
+    lines = [f"| model | `{mine}` less | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 2) + "|"]
+    for kind in dict.fromkeys(run.kind for run, _ in results):
+        by_reward: dict[str, list[dict[str, Any]]] = {}
+        for run, found in results:
+            if run.kind == kind:
+                by_reward.setdefault(run.reward, []).append(found)
+        for reward in by_reward:
+            if reward != mine and mine in by_reward:
+                gaps = [
+                    shown(paired_bootstrap(*(over_seeds(by_reward[name], "after", measure) for name in (mine, reward))))
+                    for measure in MEASURES
+                ]
+                lines.append(f"| {kind} | {reward} | {' | '.join(gaps)} |")
+    return "\n".join(lines)
+
+
+def over_seeds(found: Sequence[dict[str, Any]], when: str, name: str) -> list[float]:
+    """Each story's figure, averaged over the runs."""
+    return [statistics.fmean(values) for values in zip(*(f[when][name] for f in found), strict=True)]
+
+
+def shown(gain: Figure) -> str:
+    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 def main() -> None:
@@ -151,16 +197,18 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="*", default=["attention", "exact"], help="names in candidates.py")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--kl-coef", type=float, default=0.04)
     parser.add_argument("--prompts", type=int, default=1000, help="fresh stories of each split")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
+    parser.add_argument("--rounds", type=int, default=1, help="each with the model of the last one as its reference")
+    parser.add_argument("--measure-every", type=int, default=0, help="steps between measurements on the way")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--output", type=Path, help="JSON Lines file for the figures of each run")
     options = parser.parse_args()
     runs = [
         Run(kind, algorithm, reward, seed, options.steps, options.learning_rate, options.kl_coef, options.part,
-            options.prompts)
+            options.prompts, options.rounds, options.measure_every)
         for reward, algorithm, seed, kind in product(
             options.rewards, options.algorithms, options.seeds, options.kinds
         )
@@ -174,7 +222,10 @@ def main() -> None:
             if options.output:
                 with options.output.open("a") as file:
                     file.write(json.dumps({**vars(run), **found}) + "\n")
-    print(table(results))
+    print(f"{table(results)}\n\n{against(results)}")
+    for run, found in results:
+        for row in found["path"]:
+            print(run.kind, run.reward, *(f"{name} {value:.3f}" for name, value in row.items()))
 
 
 if __name__ == "__main__":
