@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 
 from attune import __version__
-from attune.commands import COMMANDS, INTERRUPTED, Parser
+from attune.commands import COMMANDS
+from attune.commands.common import Parser
+from attune.commands.train import INTERRUPTED
 from attune.console import Console
 from attune.errors import UserError, unknown_name
 

@@ -30,7 +30,7 @@ def demo_config(kind: Kind, run: Path, steps: int, seed: int) -> TrainConfig:
         seed=seed,
         sampling=Sampling(max_new_tokens=RESPONSE_TOKENS),
         prompts_per_step=32,
-        learning_rate=5e-4,
+        learning_rate=2e-4,
         save_every=max(1, steps),
         device="cpu",
     )

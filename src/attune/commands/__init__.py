@@ -1,0 +1,18 @@
+"""The commands: what each takes and does. Each parses nothing itself, calls, and hands the result to the console.
+
+A command returns its exit code: 0 done, 3 an audit that found the reward gameable, 130 interrupted with a checkpoint.
+"""
+
+from __future__ import annotations
+
+from attune.commands.common import Command
+from attune.commands.judge import AUDIT, EVAL, SCORE
+from attune.commands.train import DEMO, TRAIN
+
+COMMANDS: dict[str, Command] = {
+    "demo": DEMO,
+    "train": TRAIN,
+    "audit": AUDIT,
+    "score": SCORE,
+    "eval": EVAL,
+}

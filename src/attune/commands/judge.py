@@ -1,0 +1,166 @@
+"""`attune score`, `attune eval` and `attune audit`: what measures and changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from attune.commands.common import Command, Parser, load_policy, mean, model_arguments, reward_config
+from attune.console import Console
+from attune.errors import UserError
+
+GAMEABLE = 3
+
+
+def _score_arguments(parser: Parser) -> None:
+    model_arguments(parser)
+    parser.add_argument("--input", required=True, metavar="FILE", help="rows with a prompt and a `response`")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="each row plus reward and signals")
+    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows scored at a time (default: 64)")
+
+
+def _score(options: argparse.Namespace, console: Console) -> int:
+    from attune.data import read_rows, write_jsonl
+    from attune.rank import score_rows
+    from attune.reward.reward import Reward
+
+    spec = reward_config(options.reward)
+    need = ("response", "answers") if "exact" in spec.weights else ("response",)
+    rows = read_rows(options.input, template=options.template, need=need)
+    policy = load_policy(options)
+    reward = Reward(spec, policy, reference=policy)
+    with console.progress(len(rows), "scoring") as progress:
+        scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
+    write_jsonl(options.output, scored)
+    alone = len({str(row.prompt) for row in rows}) == len(rows)
+    if alone and spec.normalise == "group" and len(rows) > 0:
+        console.warn(
+            f"{options.reward} compares responses to the same prompt, and every prompt here has one: each reward is 0; "
+            "read the signals, or give several responses to each prompt"
+        )
+    names = ["reward", *scored[0]["signals"]]
+    means = {name: mean([{"reward": row["reward"], **row["signals"]}[name] for row in scored]) for name in names}
+    console.table(f"{len(scored)} responses scored", ["signal", "mean"], [[name, mean] for name, mean in means.items()])
+    console.result({"rows": len(scored), "output": options.output, "means": means})
+    return 0
+
+
+def _eval_arguments(parser: Parser) -> None:
+    from attune.config import add_arguments
+    from attune.measure.evaluate import EvalConfig
+
+    model_arguments(parser)
+    parser.add_argument("--baseline", metavar="MODEL", help="another model to compare with, prompt by prompt")
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="rows; `answers`, `reference`, `prior` measure more"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="gets results.json and report.html"
+    )
+    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    add_arguments(parser, EvalConfig)
+
+
+def _eval(options: argparse.Namespace, console: Console) -> int:
+    from attune.config import flags_given, load_config
+    from attune.data import read_rows
+    from attune.files import atomic_write, to_json
+    from attune.measure.evaluate import EvalConfig, evaluate
+    from attune.report.page import write_report
+    from attune.report.tables import results_table
+
+    config = load_config(EvalConfig, None, flags_given(options, EvalConfig))
+    rows = read_rows(options.prompts, template=options.template, limit=options.limit)
+    if (options.output / "results.json").exists():
+        raise UserError("already holds results", where=str(options.output), fix="choose another --output")
+    policy = load_policy(options)
+    baseline = load_policy(options, options.baseline) if options.baseline else None
+    with console.progress(len(rows) * (2 if baseline else 1), "evaluating") as progress:
+        evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done))
+    atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
+    page = write_report(options.output)
+    console.table(*results_table(f"{len(rows)} prompts", evaluation.metrics))
+    console.note(f"report in {page}")
+    console.result(evaluation.to_json())
+    return 0
+
+
+def _audit_arguments(parser: Parser) -> None:
+    from attune.config import add_arguments
+    from attune.measure.audit import AuditConfig
+
+    model_arguments(parser)
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="rows; `answers` tell right from wrong")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="gets audit.json and audit.html")
+    parser.add_argument(
+        "--reward",
+        nargs="+",
+        default=["attention"],
+        metavar="NAME",
+        help="the reward to audit (default: attention); more stand beside it: names, module:function, or YAML files",
+    )
+    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="the first N prompts only (default: 100)")
+    add_arguments(parser, AuditConfig)
+
+
+def _audit(options: argparse.Namespace, console: Console) -> int:
+    from attune.config import flags_given, load_config, to_dict
+    from attune.data import read_rows
+    from attune.files import atomic_write, to_json
+    from attune.measure.audit import AuditConfig, audit, with_controls
+    from attune.report.audit import write_audit
+    from attune.report.tables import audit_tables
+    from attune.reward.reward import Reward
+
+    config = load_config(AuditConfig, None, flags_given(options, AuditConfig))
+    specs = {name: reward_config(name) for name in options.reward}
+    needs = any("exact" in spec.weights for spec in specs.values())
+    rows = read_rows(
+        options.prompts, template=options.template, limit=options.limit, need=("answers",) if needs else ()
+    )
+    if (options.output / "audit.json").exists():
+        raise UserError("already holds an audit", where=str(options.output), fix="choose another --output")
+    policy = load_policy(options)
+    # Nothing is trained here, so the policy is its own reference, and no copy of it is held.
+    own = {name: Reward(spec, policy, reference=policy) for name, spec in specs.items()}
+    rewards = with_controls(own, policy)
+    with console.progress(len(rows), "auditing") as progress:
+        verdicts = audit(policy, rows, rewards, config, progress.update)
+    first = verdicts[options.reward[0]]
+    found = {
+        "model": options.model,
+        "prompts": len(rows),
+        "gameable": bool(first.gameable(config.max_hack_rate)),
+        "verdict": first.explain(config.max_hack_rate),
+        "config": to_dict(config),
+        "rewards": {name: verdict.to_json() for name, verdict in verdicts.items()},
+    }
+    atomic_write(options.output / "audit.json", to_json(found, indent=2))
+    page = write_audit(options.output)
+    for table in audit_tables(verdicts):
+        console.table(*table)
+    (console.warn if found["gameable"] else console.note)(f"{options.reward[0]}: {found['verdict']}")
+    console.note(f"report in {page}")
+    console.result(found)
+    return GAMEABLE if found["gameable"] else 0
+
+
+SCORE = Command(
+    "reward and signals of given responses", "--model MODEL --input FILE --output FILE ", _score_arguments, _score
+)
+EVAL = Command(
+    "measure a model, or compare two, with intervals",
+    "--model MODEL --prompts FILE --output FOLDER ",
+    _eval_arguments,
+    _eval,
+)
+AUDIT = Command(
+    "can this reward be gamed? judged before training",
+    "--model MODEL --prompts FILE --output FOLDER ",
+    _audit_arguments,
+    _audit,
+)
