@@ -20,7 +20,7 @@ LAYERS = [
     {"measure"},
     {"rank", "serve", "report", "integrations", "console"},
     {"world"},
-    {"demo"},
+    {"demo", "compare"},
     {"commands"},
     {"cli", "__main__"},
 ]

@@ -62,6 +62,7 @@ class Run:
     prompts: int
     rounds: int = 1
     measure_every: int = 0
+    num_samples: int = 8
 
 
 def measured(policy: Policy, run: Run) -> dict[str, list[float]]:
@@ -111,6 +112,7 @@ def perform(run: Run) -> tuple[Run, dict[str, Any]]:
                 algorithm=ALGORITHMS[run.algorithm](),
                 steps=run.steps,
                 prompts_per_step=32,
+                num_samples=run.num_samples,
                 sampling=Sampling(max_new_tokens=RESPONSE_TOKENS),
                 learning_rate=run.learning_rate,
                 kl_coef=run.kl_coef,
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--kl-coef", type=float, default=0.04)
+    parser.add_argument("--num-samples", type=int, default=8, help="responses to each prompt in training")
     parser.add_argument("--prompts", type=int, default=1000, help="fresh stories of each split")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--rounds", type=int, default=1, help="each with the model of the last one as its reference")
@@ -208,7 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [
         Run(kind, algorithm, reward, seed, options.steps, options.learning_rate, options.kl_coef, options.part,
-            options.prompts, options.rounds, options.measure_every)
+            options.prompts, options.rounds, options.measure_every, options.num_samples)
         for reward, algorithm, seed, kind in product(
             options.rewards, options.algorithms, options.seeds, options.kinds
         )

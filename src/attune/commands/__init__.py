@@ -6,6 +6,7 @@ A command returns its exit code: 0 done, 3 an audit that found the reward gameab
 from __future__ import annotations
 
 from attune.commands.common import Command
+from attune.commands.compare import COMPARE
 from attune.commands.judge import AUDIT, EVAL, SCORE
 from attune.commands.train import DEMO, TRAIN
 
@@ -15,4 +16,5 @@ COMMANDS: dict[str, Command] = {
     "audit": AUDIT,
     "score": SCORE,
     "eval": EVAL,
+    "compare": COMPARE,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from attune.report.markup import escape
@@ -12,6 +12,8 @@ MAX_POINTS = 500
 """Points drawn of one curve."""
 SMOOTHED_FROM = 20
 """Points from which a moving average is drawn."""
+TONES = 4
+"""Colours of series; a fifth has the first one again."""
 
 # The drawing in its own units; the page scales it.
 _WIDTH, _HEIGHT = 340, 190
@@ -22,7 +24,13 @@ Point = tuple[float, float]
 
 def curve(points: Sequence[Point], label: str, x_label: str = "step") -> str:
     """An SVG of finite `points` (x never falls), the moving average of a long one in front."""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return curves({"": points}, label, x_label)
+
+
+def curves(series: Mapping[str, Sequence[Point]], label: str, x_label: str = "step") -> str:
+    """An SVG of some series of finite points on the same axes, each with its name where there are several."""
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     x_low, x_high = min(xs), max(xs)
     y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
@@ -48,12 +56,17 @@ def curve(points: Sequence[Point], label: str, x_label: str = "step") -> str:
         parts.append(f'<text x="{across(x):.1f}" y="{floor + 15}" text-anchor="middle">{number(x)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
-    if len(points) == 1:
-        parts.append(f'<circle class="dot" cx="{across(xs[0]):.1f}" cy="{up(ys[0]):.1f}" r="3"/>')
-    elif len(points) < SMOOTHED_FROM:
-        parts.append(path(points, "curve"))
-    else:
-        parts += [path(thin(points), "raw"), path(thin(smooth(points)), "curve")]
+    for place, (name, points) in enumerate(series.items()):
+        tone = f" tone-{place % TONES}" if place else ""
+        x, y = points[-1]
+        if len(points) == 1:
+            parts.append(f'<circle class="dot{tone}" cx="{across(x):.1f}" cy="{up(y):.1f}" r="3"/>')
+        elif len(points) < SMOOTHED_FROM:
+            parts.append(path(points, f"curve{tone}"))
+        else:
+            parts += [path(thin(points), f"raw{tone}"), path(thin(smooth(points)), f"curve{tone}")]
+        if name:
+            parts.append(f'<text class="name{tone}" x="{_LEFT + 8}" y="{_TOP + 12 + 14 * place}">{escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from attune.measure.audit import Verdict
 from attune.measure.evaluate import Result
 from attune.measure.stats import Figure
+from attune.report.compare import metrics_of
 
 Table = tuple[str, list[str], list[list[object]]]
 
@@ -43,6 +45,20 @@ def audit_tables(verdicts: Mapping[str, Verdict]) -> list[Table]:
         tables.append(
             _shares("right before wrong, own samples of a prompt (0.5 = chance)", ["prompts", *verdicts], ranks)
         )
+    return tables
+
+
+def compare_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A table a model: a row an arm."""
+    tables: list[Table] = []
+    for model, arms in found["models"].items():
+        names = metrics_of(arms)
+        rows: list[list[object]] = []
+        for name, arm in arms.items():
+            figures = [arm["metrics"].get(metric) for metric in names]
+            shown = ["" if f is None else f"{f['mean']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" for f in figures]
+            rows.append([name, *shown, "" if arm["kl"] is None else f"{arm['kl']:.2f}", f"{arm['seconds']:.0f}"])
+        tables.append((f"{model}: {found['prompts']} fresh prompts", ["arm", *names, "KL", "seconds"], rows))
     return tables
 
 
