@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from attune.data import Row
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("capture.py", "step.py", "real_model.py", "real_data.py", "reward_study/rank.py", "reward_study/train.py")
+STUDY = ("reward_study/rank.py", "reward_study/train.py", "reward_study/analyse.py")
+SCRIPTS = ("capture.py", "step.py", "real_model.py", "real_data.py", "supporting.py", *STUDY)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,3 +33,18 @@ def test_missing_data_is_one_line_and_exit_2(tmp_path: Path) -> None:
         done = run(script, "--data", str(tmp_path / "none"), "--output", str(tmp_path / "out"), *more)
         assert done.returncode == 2 and "babi" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_supporting_sentences_are_found_in_the_prompt() -> None:
+    spec = importlib.util.spec_from_file_location("supporting", ROOT / "benchmarks" / "supporting.py")
+    assert spec is not None and spec.loader is not None
+    supporting = importlib.util.module_from_spec(spec)
+    sys.modules["supporting"] = supporting  # a dataclass looks its module up
+    spec.loader.exec_module(supporting)
+    passage = "Mary is here. John left. Ann sat."
+    row = Row(f"{passage}\n\nQuestion: who?", fields={"context": passage, "supporting": [0, 2]})
+    whole, named = supporting.spans(row)
+    assert row.prompt[slice(*whole)] == passage
+    assert [row.prompt[slice(*span)].strip() for span in named] == ["Mary is here.", "Ann sat."]
+    with pytest.raises(ValueError, match="of 3 sentences"):
+        supporting.spans(Row(row.prompt, fields={"context": passage, "supporting": [3]}))

@@ -5,9 +5,11 @@ A command returns its exit code: 0 done, 3 an audit that found the reward gameab
 
 from __future__ import annotations
 
+from attune.commands.calibrate import CALIBRATE
 from attune.commands.common import Command
 from attune.commands.compare import COMPARE
 from attune.commands.judge import AUDIT, EVAL, SCORE
+from attune.commands.preferences import PREFERENCES
 from attune.commands.train import DEMO, TRAIN
 
 COMMANDS: dict[str, Command] = {
@@ -16,5 +18,7 @@ COMMANDS: dict[str, Command] = {
     "audit": AUDIT,
     "score": SCORE,
     "eval": EVAL,
+    "calibrate": CALIBRATE,
+    "preferences": PREFERENCES,
     "compare": COMPARE,
 }

@@ -27,9 +27,9 @@ class Command:
     run: Callable[[argparse.Namespace, Console], int]
 
 
-def model_arguments(parser: Parser) -> None:
+def model_arguments(parser: Parser, required: bool = True) -> None:
     """The options that say which model, and how it is loaded."""
-    parser.add_argument("--model", required=True, help="model folder or hub id, causal or encoder–decoder")
+    parser.add_argument("--model", required=required, help="model folder or hub id, causal or encoder–decoder")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
     parser.add_argument(

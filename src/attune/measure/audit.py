@@ -185,9 +185,7 @@ class _Stand:
         """Sample, make the degenerate responses, and put them side by side."""
         drawn = Sampling(max_new_tokens=config.max_new_tokens)
         samples = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
-        asked, shortened = question_only(prompts, classes, left=not policy.is_encoder_decoder)
-        blind = policy.sample(asked, 1, sampling=drawn, seed=seed)
-        cases = _cases(prompts, samples, blind, shortened, classes)
+        cases = cases_of(policy, samples, drawn, classes, seed)
         end = int(policy.tokenizer.eos_token_id)
         ids: list[Ids] = []
         index: list[int] = []
@@ -229,8 +227,12 @@ class _Stand:
         return cls(rollout, own, {key: torch.tensor(found, device=device) for key, found in slots.items()})
 
 
-def _cases(prompts: Prompts, samples: Rollout, blind: Rollout, shortened: Tensor, classes: Tensor) -> list[Case]:
-    """One case a prompt; the other prompt is the next one."""
+def cases_of(policy: Policy, samples: Rollout, drawn: Sampling, classes: Tensor, seed: int) -> list[Case]:
+    """What the degenerate responses to each prompt are made of; the other prompt is the next one. Draws one response to
+    each question alone."""
+    prompts = samples.prompts
+    asked, shortened = question_only(prompts, classes, left=not policy.is_encoder_decoder)
+    blind = policy.sample(asked, 1, sampling=drawn, seed=seed)
     user = user_tokens(prompts, classes)
     start, end = question_span(prompts, classes)
     position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)

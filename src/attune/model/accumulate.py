@@ -104,3 +104,28 @@ class CopyHits:
     def result(self) -> Tensor:
         """`[L, H]` int64."""
         return torch.stack([self._hits[layer] for layer in sorted(self._hits)])
+
+
+class HeadMass:
+    """Σ_i s_i a[t, i] of each head, the mean over the response tokens t.
+
+    `salience` [B, columns] float32, `counted` [B, rows] bool.
+    """
+
+    def __init__(self, salience: Tensor, counted: Tensor) -> None:
+        self._salience, self._counted = salience, counted
+        self._mass: dict[int, Tensor] = {}
+
+    def wants(self, layer: int) -> bool:
+        return True
+
+    def add(self, layer: int, tile: Tile) -> None:
+        mass = torch.einsum("bhrp,bp->bhr", tile.values[..., tile.columns], self._salience[tile.batch])
+        if layer not in self._mass:
+            self._mass[layer] = mass.new_zeros(len(self._salience), mass.shape[1])
+        self._mass[layer][tile.batch] += (mass * self._counted[tile.batch, None, tile.rows]).sum(-1)
+
+    def result(self) -> Tensor:
+        """`[B, L, H]` float32."""
+        total = torch.stack([self._mass[layer] for layer in sorted(self._mass)], dim=1)
+        return total / self._counted.sum(-1).clamp(min=1)[:, None, None]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from attune.errors import UserError
 from attune.model import capture, prefix
-from attune.model.accumulate import Accumulator, CopyHits, WeightedMap
+from attune.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
 from attune.model.encode import Prompt, context_length, encode_prompts, encode_responses
 from attune.model.families import shareable
 from attune.model.load import load
@@ -89,6 +89,13 @@ class Policy:
     @property
     def is_encoder_decoder(self) -> bool:
         return bool(self.network.config.is_encoder_decoder)
+
+    @property
+    def kind(self) -> str:
+        """The architecture in a word, weights aside: family, layers × width, vocabulary."""
+        config = self.network.config
+        text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+        return f"{config.model_type} {text.num_hidden_layers}x{text.hidden_size}, vocabulary {text.vocab_size}"
 
     @property
     def device(self) -> torch.device:
@@ -212,6 +219,17 @@ class Policy:
             total = hits.result() if total is None else total + hits.result()
         assert total is not None
         return total
+
+    @torch.no_grad()
+    def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
+        """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
+        tokens. `salience` is [B, P]."""
+        found = []
+        for part, rows, _, span in rollout.chunks(REPLAY_TOKENS):
+            mass = HeadMass(salience[rows, span], part.response_mask)
+            list(self._parts(part, share=False, watchers=lambda _window, mass=mass: [mass]))
+            found.append(mass.result())
+        return torch.cat(found)
 
     def save(self, folder: Path) -> None:
         """Write weights (adapters merged) and tokenizer so that AutoModel loads them without attune."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
+from attune.config import read_mapping
 from attune.errors import UserError, unknown_name
 from attune.reward import rivals, signals
 from attune.reward.salience import SALIENCE
@@ -32,6 +34,13 @@ class Reads(enum.Flag):
     CONTRAST = enum.auto()
     QUESTION = enum.auto()
     ABLATED = enum.auto()
+    HEADS = enum.auto()
+
+
+PREFERENCE = "preference:"
+"""Before the folder of a fitted reward model: a signal, and a reward of it alone."""
+CALIBRATED = "calibrated:"
+"""Before a file that `attune calibrate` wrote: a reward of weighted signals and heads."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ SIGNALS: dict[str, Signal] = {
     "contrast": Signal(signals.contrast, Reads.LOGPROBS | Reads.CONTRAST),
     "reliance": Signal(signals.reliance, Reads.LOGPROBS | Reads.QUESTION),
     "comprehensiveness": Signal(signals.comprehensiveness, Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
+    "heads": Signal(signals.heads, Reads.ATTENTION | Reads.HEADS, {"weights": "head_weights"}),
     "overlap": Signal(rivals.overlap, Reads.TEXT),
     "length": Signal(rivals.length, Reads.TEXT),
     "random": Signal(rivals.random, Reads.TEXT),
@@ -79,7 +89,8 @@ class RewardConfig:
     """A reward, but for the model that reads."""
 
     weights: Mapping[str, float]
-    """Signal (or `module:function` of your own) → weight; a weight of 0 reports a signal without rewarding it."""
+    """Signal (or `preference:FOLDER`, or `module:function` of your own) → weight; 0 reports a signal without rewarding
+    it."""
     salience: str = "content"
     """Which prompt tokens count: all, content, idf, question, self."""
     scorer: str = "reference"
@@ -100,6 +111,10 @@ class RewardConfig:
     """Entropy below this share of its maximum earns `focus` nothing more, 0 to below 1."""
     ngram: int = 2
     """Length of the n-grams that `repetition` counts, tokens."""
+    head_weights: Mapping[str, float] = field(default_factory=dict)
+    """For `heads`: "layer.head", both from 0, → weight."""
+    made_for: str | None = None
+    """The only kind of model that this reward is for (`Policy.kind`); nothing = any."""
 
     def __post_init__(self) -> None:
         faults = list(_faults(self))
@@ -114,7 +129,8 @@ class RewardConfig:
         needed = Reads.LOGPROBS if self.logprob_floor is not None else Reads.TEXT
         for name in self.weights:
             # A user's function may read anything but the copy heads and the contrast, which cost extra.
-            needed |= SIGNALS[name].reads if name in SIGNALS else Reads.LOGPROBS | Reads.ATTENTION
+            own = Reads.TEXT if name.startswith(PREFERENCE) else Reads.LOGPROBS | Reads.ATTENTION
+            needed |= SIGNALS[name].reads if name in SIGNALS else own
         return needed
 
 
@@ -145,6 +161,13 @@ def _faults(config: RewardConfig) -> list[UserError]:
         ("logprob_floor", config.logprob_floor is None or _number(config.logprob_floor), "a finite number or nothing"),
         ("focus_clamp", _number(config.focus_clamp) and 0 <= config.focus_clamp < 1, "a number from 0 to below 1"),
         ("ablate", _number(config.ablate) and 0 < config.ablate <= 1, "a number above 0, at most 1"),
+        (
+            "head_weights",
+            isinstance(config.head_weights, Mapping)
+            and all(re.fullmatch(r"\d+\.\d+", str(k)) and _number(v) for k, v in config.head_weights.items()),
+            'a mapping such as {"0.3": 1.5}',
+        ),
+        ("made_for", config.made_for is None or isinstance(config.made_for, str), "text or nothing"),
         ("ngram", type(config.ngram) is int and config.ngram >= 1, "a whole number, 1 or more"),
         ("renormalise", type(config.renormalise) is bool, "true or false"),
         ("shuffle", type(config.shuffle) is bool, "true or false"),
@@ -191,10 +214,15 @@ NAMED: dict[str, RewardConfig] = {
 
 
 def config_of(spec: str | Mapping[str, Any]) -> RewardConfig:
-    """A name of `NAMED`, a `module:function` of your own, or a mapping of `RewardConfig`'s fields, as a config."""
+    """A name of `NAMED`, `preference:FOLDER`, `calibrated:FILE`, a `module:function` of your own, or a mapping of
+    `RewardConfig`'s fields, as a config."""
     if isinstance(spec, str):
         if spec in NAMED:
             return NAMED[spec]
+        if spec.startswith(PREFERENCE):
+            return RewardConfig({spec: 1.0}, normalise="none", gates=("ended",))
+        if spec.startswith(CALIBRATED):
+            return config_of(read_calibration(spec.removeprefix(CALIBRATED)))
         if ":" in spec:
             return RewardConfig({spec: 1.0})
         raise unknown_name("reward", spec, NAMED)
@@ -207,3 +235,11 @@ def config_of(spec: str | Mapping[str, Any]) -> RewardConfig:
     if isinstance(options.get("gates"), list):
         options["gates"] = tuple(options["gates"])
     return RewardConfig(**options)
+
+
+def read_calibration(path: str) -> Mapping[str, Any]:
+    """The reward in a file that `attune calibrate` wrote. Raises `UserError` for any other file."""
+    found = read_mapping(path, "reward")
+    if not isinstance(found, Mapping) or "weights" not in found or "made_for" not in found:
+        raise UserError("is no calibration", where=path, fix="give the file that `attune calibrate` wrote")
+    return found

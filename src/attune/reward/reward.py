@@ -21,7 +21,8 @@ from torch import Tensor
 from attune.errors import RunFailed, UserError, unknown_name
 from attune.reward import heads, rivals
 from attune.reward.group import counted, gate, group_normalise
-from attune.reward.named import GATES, NAMED, SIGNALS, Reads, RewardConfig, config_of
+from attune.reward.named import GATES, NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
+from attune.reward.preference import PreferenceModel
 from attune.reward.salience import (
     attended,
     only,
@@ -101,14 +102,14 @@ class Reward:
         copy_weights: Tensor | None = None,
         reference: Policy | None = None,
     ) -> None:
+        if config.made_for not in (None, policy.kind):
+            what = f"was made for {config.made_for}, and this model is {policy.kind}"
+            raise UserError(what, where="reward", fix="calibrate on this very model")
         self.config = config
         self.policy = policy
         self.copy_weights = copy_weights
         self.classes = token_classes(policy.tokenizer)
-        self._functions: dict[str, Callable[[Evidence], Tensor]] = {
-            name: partial(SIGNALS[name], config=config) if name in SIGNALS else user_function(name)
-            for name in config.weights
-        }
+        self._functions = {name: self._function(name) for name in config.weights}
         # Taken now: the reference is what the policy is at the start. Text alone needs no second model.
         frozen = config.scorer == "reference" and config.reads != Reads.TEXT
         self.reference: Policy | None = (reference or policy.reference()) if frozen else None
@@ -178,12 +179,20 @@ class Reward:
         reward = combine(values, self.config, rollout.prompt_index, passed)
         return Scores(reward, values, None if self.config.reads == Reads.TEXT else evidence.replay)
 
+    def _function(self, name: str) -> Callable[[Evidence], Tensor]:
+        """The signal `name`: ours, a fitted reward model, or the user's own."""
+        if name in SIGNALS:
+            return partial(SIGNALS[name], config=self.config)
+        if name.startswith(PREFERENCE):
+            return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
+        return user_function(name)
+
     def evidence(self, rollout: Rollout, scorer: Policy) -> Evidence:
         """What this reward's signals read, from one forward of `scorer` (two with `contrast`, none for text alone)."""
         config, reads = self.config, self.config.reads
         if Reads.COPY in reads and self.copy_weights is None:
             self.copy_weights = self.measure(rollout.prompts, scorer)
-        own = any(name not in SIGNALS for name in config.weights)
+        own = any(name not in SIGNALS and not name.startswith(PREFERENCE) for name in config.weights)
         weights = self.copy_weights if Reads.COPY in reads or own else None
         seen = Reads.ATTENTION in reads
         if reads == Reads.TEXT:
@@ -191,14 +200,16 @@ class Reward:
         else:
             replay = scorer.replay(rollout, attention=seen, copy_weights=weights)
             replay = rivals.shuffled(replay) if config.shuffle else replay
+        # Text alone has no attention for `self` to read, and reads no salience either.
+        weighed = salience(config.salience if seen else "content", replay, self.classes)
         return Evidence(
             replay,
-            # Text alone has no attention for `self` to read, and reads no salience either.
-            salience(config.salience if seen else "content", replay, self.classes),
+            weighed,
             response_content(rollout, self.classes),
             _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
             self._after_question(rollout, scorer) if Reads.QUESTION in reads else None,
             self._without_attended(replay, scorer) if Reads.ABLATED in reads else None,
+            scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
             user_tokens(rollout.prompts, self.classes)[rollout.prompt_index] if config.renormalise else None,
         )
 

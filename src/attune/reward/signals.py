@@ -7,12 +7,14 @@ the rivals that read no attention at all are in `rivals`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from attune.errors import UserError
 from attune.types import Replay, masked_mean
 
 # A token the scorer holds impossible (log-prob -inf: a masked vocabulary) counts as this many nats, so that a mean
@@ -35,6 +37,8 @@ class Evidence:
     """[B, R] log-prob of the same responses after the question alone; None when no signal asked for it."""
     ablated_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses without the context they attend to most; None when not asked for."""
+    head_mass: Tensor | None = None
+    """[B, L, H] mean attention of each head to the salient prompt; None when no signal asked for it."""
     keep: Tensor | None = None
     """[B, P] bool: attention rows are renormalised over these prompt tokens; None leaves them as captured."""
 
@@ -47,6 +51,7 @@ class Evidence:
             None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
             None if self.question_logprobs is None else self.question_logprobs[rows],
             None if self.ablated_logprobs is None else self.ablated_logprobs[rows],
+            None if self.head_mass is None else self.head_mass[rows],
             None if self.keep is None else self.keep[rows],
         )
 
@@ -201,6 +206,23 @@ def comprehensiveness(evidence: Evidence) -> Tensor:
     assert evidence.ablated_logprobs is not None, "no log-probs without the attended context were measured"
     gain = _floored(evidence.replay.logprobs) - _floored(evidence.ablated_logprobs)
     return masked_mean(gain, evidence.replay.response_mask)
+
+
+def heads(evidence: Evidence, weights: Mapping[str, float] | None = None) -> Tensor:
+    """Weighted attention of single heads to the salient prompt: Σ_{l,h} w[l, h] (1/m) Σ_t Σ_i s_i a^(l,h)[t, i]. [B].
+
+    The features of Lookback Lens (Chuang et al. 2024, arXiv 2407.07071), over the salient prompt so that they also say
+    something on an encoder–decoder, whose cross-attention is on the prompt always. `weights`: "layer.head" → w.
+    Raises `UserError` for a head that the model does not have.
+    """
+    assert evidence.head_mass is not None, "no attention by head was measured"
+    total = torch.zeros(len(evidence.head_mass), device=evidence.head_mass.device)
+    for name, weight in (weights or {}).items():
+        layer, head = (int(part) for part in name.split("."))
+        if layer >= evidence.head_mass.shape[1] or head >= evidence.head_mass.shape[2]:
+            raise UserError(f"no head {name} in this model", where="reward", fix="calibrate on this very model")
+        total = total + weight * evidence.head_mass[:, layer, head]
+    return total
 
 
 def _salient_mass(evidence: Evidence) -> Tensor:
