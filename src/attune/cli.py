@@ -13,7 +13,7 @@ from attune import __version__
 from attune.commands import COMMANDS
 from attune.commands.common import Parser
 from attune.commands.train import INTERRUPTED
-from attune.console import Console
+from attune.console import Console, quieten_libraries
 from attune.errors import UserError, unknown_name
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(options.json, options.quiet)
     try:
         with console.strays_aside():
-            _quieten_libraries()
+            quieten_libraries()
             return command.run(options, console)
     except UserError as error:
         console.error(str(error))
@@ -51,14 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.error("interrupted")
         return INTERRUPTED
-
-
-def _quieten_libraries() -> None:
-    """Progress bars and advice of the libraries would drown our own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _top(given: Sequence[str]) -> int:

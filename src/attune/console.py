@@ -121,6 +121,14 @@ class Console:
         self._err.print(Text(prefix, style=style) + Text(escaped(text)), soft_wrap=True)
 
 
+def quieten_libraries() -> None:
+    """Progress bars and advice of the libraries would drown our own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 class Steps:
     """What `Console.progress` gives to a loop; this one shows nothing."""
 

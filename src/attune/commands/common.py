@@ -54,9 +54,10 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
 def reward_config(given: str) -> RewardConfig:
     """A reward's name, a `module:function`, or a YAML file that holds a reward (alone, or under `reward:`)."""
     from attune.config import read_mapping
-    from attune.reward.named import config_of
+    from attune.reward.named import CALIBRATED, config_of
 
-    return config_of(read_mapping(given, "reward") if given.endswith((".yaml", ".yml")) else given)
+    written = given.endswith((".yaml", ".yml")) and not given.startswith(CALIBRATED)
+    return config_of(read_mapping(given, "reward") if written else given)
 
 
 def reward_name(spec: str | Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from attune.config import load_config, to_dict
 from attune.errors import UserError, unknown_name
+from attune.learn.preference import PreferenceConfig
 from attune.learn.settings import TrainConfig
 from attune.measure.evaluate import EvalConfig
 from attune.reward.named import config_of
@@ -75,6 +76,8 @@ class CompareConfig:
     """Prompts to train on, prompts to evaluate on, labelled pairs."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Options of `attune train` for all arms."""
+    reward_model: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `attune preferences fit` for the reward models of synthetic and human."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """How responses are drawn for the evaluation."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -117,6 +120,8 @@ class Job:
     settings: TrainConfig
     """Its reward is the arm's; prompts and output are folders of the comparison."""
     evaluation: EvalConfig
+    reward_model: PreferenceConfig
+    """How a reward model is fitted, where the arm needs one."""
     data: Path
     """Folder of the shared prompts, evaluation rows and pairs of this model."""
     output: Path
@@ -128,7 +133,8 @@ class Job:
     def fingerprint(self) -> str:
         """What a finished run must agree with, or be done again."""
         own = [self.model, self.name, to_dict(self.arm), self.seed, self.audited, to_dict(self.evaluation)]
-        text = json.dumps([own, {**to_dict(self.settings), "output": "", "prompts": ""}], sort_keys=True, default=str)
+        own += [{**to_dict(part), "output": "", "prompts": ""} for part in (self.settings, self.reward_model)]
+        text = json.dumps(own, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -204,7 +210,9 @@ def _job(config: CompareConfig, model: str, name: str, arm: Arm, seed: int, fold
     if settings.reward != TrainConfig.reward:
         raise UserError("the reward of an arm is its own `reward`", where="train", fix="leave it out of `train`")
     audited = config.audited if seed == config.seeds[0] and arm.reward != NONE else 0
-    return Job(model, name, arm, seed, settings, config.evaluation, data, folder, audited)
+    made = {"model": model, "output": str(folder.with_name(f"{folder.name}-reward")), "seed": seed}
+    fitting = load_config(PreferenceConfig, None, {**config.reward_model, **made})
+    return Job(model, name, arm, seed, settings, config.evaluation, fitting, data, folder, audited)
 
 
 def folder_name(name: str) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from attune.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Files, Job, World
+from attune.console import quieten_libraries
 from attune.data import Row, read_rows, write_jsonl
 from attune.errors import RunFailed, UserError
 from attune.files import atomic_write, to_json
-from attune.learn.preference import PreferenceConfig, fit
+from attune.learn.preference import fit
 from attune.learn.train import train
 from attune.measure.audit import AuditConfig, audit
 from attune.measure.calibrate import calibrate
@@ -101,6 +102,7 @@ def judged_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
 def perform(job: Job) -> None:
     """Run `job` from start to result.json."""
     torch.set_num_threads(1)
+    quieten_libraries()
     policy = load(job)
     rows = read_rows(job.data / "evaluation.jsonl")
     clock: dict[str, float] = {}
@@ -140,7 +142,7 @@ def perform(job: Job) -> None:
 
 def reward_of(job: Job, policy: Policy) -> str | Mapping[str, Any]:
     """The arm's reward; one that is learned is learned here and written beside the run."""
-    kind, folder = job.arm.reward, job.output.with_name(job.output.name + "-reward")
+    kind, folder = job.arm.reward, Path(job.reward_model.output)
     if kind == SYNTHETIC:
         prompts = read_rows(job.data / "prompts.jsonl")[:SYNTHETIC_PROMPTS]
         made = make_pairs(policy, prompts, PairConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed))
@@ -154,7 +156,7 @@ def reward_of(job: Job, policy: Policy) -> str | Mapping[str, Any]:
         calibrate(policy, pairs, seed=job.seed).save(folder / "calibration.yaml")
         return f"calibrated:{folder / 'calibration.yaml'}"
     if not (folder / "preference.json").exists():
-        fit(PreferenceConfig(model=path_of(job.model), output=str(folder), seed=job.seed), pairs)
+        fit(replace(job.reward_model, model=path_of(job.model)), pairs)
     return f"preference:{folder}"
 
 

@@ -46,6 +46,8 @@ STRENGTHS = (0.003, 0.03, 0.3)
 """Inverse penalties of the regression that cross-validation chooses from."""
 TRUST = 10.0
 """How much lighter the penalty is on the margin of the default reward."""
+LEAST_SPREAD = 1e-3
+"""A feature whose differences are smaller, in its own unit, gets no weight: it would be a huge one, on rounding."""
 HEADS_FROM = 100
 """Pairs from which single heads are tried: they are many, and a few pairs fit any of them."""
 FOLDS = 5
@@ -208,7 +210,7 @@ def _regression(features: Features, places: NDArray[Any], size: int, strength: f
 
     table = np.column_stack([features.base, features.values[:, :size]])[places]
     spread = np.sqrt((table**2).mean(0))
-    unit = np.where(spread > 1e-9, spread, np.inf)  # what never differs gets no weight
+    unit = np.where(spread > LEAST_SPREAD, spread, np.inf)
     unit[0] /= TRUST
     both = np.concatenate([table, -table]) / unit
     model = LogisticRegression(C=strength, fit_intercept=False, max_iter=1000)
