@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 from attune.data import Row
 from attune.errors import UserError
 from attune.measure.evaluate import EvalConfig, Evaluation, evaluate
+from attune.measure.kept import Kept
 from attune.measure.metrics import METRICS, token_f1, words
+from attune.measure.readers import Embedder, follow_up
 from attune.measure.stats import bootstrap, paired_bootstrap, permutation_test
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
@@ -79,7 +82,7 @@ def test_answers_give_figures_only_where_there_are_answers(evaluation: Evaluatio
     assert evaluation.after.values["exact_match"] == [1.0, 0.0, 1.0, None, None]
     assert evaluation.metrics["rouge_l"].after.n == 1
     assert evaluation.metrics["rouge_l"].after.mean == 1.0
-    assert evaluation.metrics["relevance"].after.n == evaluation.metrics["consistency"].after.n == 5
+    assert evaluation.metrics["relevance_words"].after.n == evaluation.metrics["consistency"].after.n == 5
 
 
 def test_faithfulness_reads_rows_with_a_prior_in_words(evaluation: Evaluation) -> None:
@@ -134,7 +137,7 @@ def test_results_are_json_as_the_report_reads_it(evaluation: Evaluation, greedy:
     results = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
     assert set(results) == {"config", "metrics", "by_split", "by_kind", "samples"}
     exact = results["metrics"]["exact_match"]
-    assert set(exact) == {"before", "after", "difference", "p"}
+    assert set(exact) == {"before", "after", "difference", "p", "p_holm"} and exact["p_holm"] >= exact["p"]
     assert set(exact["before"]) == set(exact["after"]) == set(exact["difference"]) == FIGURE
     assert set(results["metrics"]["kl"]) == {"after"}  # the baseline's own is 0 by definition
     assert results["config"]["num_samples"] == 3
@@ -176,7 +179,7 @@ def test_another_vocabulary_or_family_gives_no_kl_but_all_else(
     other = Policy.load(save("bart", tmp_path_factory.mktemp("bart")), device="cpu")
     found = evaluate(policy, [Row(p) for p in PROMPTS[:2]], CONFIG, other).metrics
     assert "kl" not in found
-    assert found["relevance"].difference is not None
+    assert found["relevance_words"].difference is not None
 
 
 def test_without_a_baseline_nothing_is_compared_and_the_seed_decides(policy: Policy) -> None:
@@ -222,3 +225,104 @@ def test_the_results_of_an_evaluation_make_a_page(evaluation: Evaluation, tmp_pa
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Exact match" in page and PROMPTS[0] in page
     assert page.count("<article") == len(PROMPTS)
+
+
+# What needs a model to read
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_follow_up_is_what_transformers_says_of_it(family: str, tmp_path: Path) -> None:
+    reader = Policy.load(save(family, tmp_path / "model"), device="cpu")
+    rows = [Row("w1 w2 .", fields={"follow_up": "w5 w6 w7"}), Row("w1"), Row("w9 .", fields={"follow_up": "w8"})]
+    found = follow_up(reader, rows, ["w3", "w4", "w2"])
+    assert found[1] is None
+    for row, response, value in zip(rows, ["w3", "w4", "w2"], found, strict=True):
+        if value is None:
+            continue
+        context = reader.tokenizer(f"{row.prompt} {response}", return_tensors="pt")["input_ids"]
+        said = reader.tokenizer(row.fields["follow_up"], add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            if family == "t5":
+                loss = reader.network(input_ids=context, labels=said).loss
+            else:
+                ids = torch.cat([context, said], 1)
+                labels = ids.clone()
+                labels[:, : context.shape[1]] = -100
+                loss = reader.network(input_ids=ids, labels=labels).loss
+        assert value == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_paraphrases_are_answered_and_compared_with_the_prompt(policy: Policy) -> None:
+    same = Row(PROMPTS[0], fields={"paraphrases": [PROMPTS[0]]})
+    other = Row(PROMPTS[0], fields={"paraphrases": [PROMPTS[1], PROMPTS[2]]})
+    said = evaluate(policy, [same, other, Row(PROMPTS[3])], CONFIG).after
+    alone = greedily(policy)
+    texts = [(alone[0], alone[1]), (alone[0], alone[2]), (alone[1], alone[2])]
+    expected = sum(token_f1(a, b) for a, b in texts) / 3
+    assert said.values["rephrased"] == [1.0, pytest.approx(expected), None]
+
+
+def test_a_judge_counts_wins_and_halves_ties(policy: Policy, baseline: Policy) -> None:
+    rows = [Row(prompt) for prompt in PROMPTS]
+    found = evaluate(policy, rows, replace(CONFIG, judge="length"), baseline)
+    assert found.before is not None
+    # Length is group-normalised within the two: the longer response wins.
+    lengths = [
+        [len(policy.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in said.greedy]
+        for said in (found.after, found.before)
+    ]
+    expected = [0.5 if a == b else float(a > b) for a, b in zip(*lengths, strict=True)]
+    assert found.after.values["win_rate"] == expected
+    assert evaluate(policy, rows, replace(CONFIG, judge="length"), policy).metrics["win_rate"].after.mean == 0.5
+    with pytest.raises(UserError, match="unknown reward 'lenght'"):
+        EvalConfig(judge="lenght")
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny sentence-transformers model, from its config."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.modules.pooling import Pooling
+
+    layers = Transformer(str(save("llama", tmp_path_factory.mktemp("embedder") / "base")))
+    pooling = Pooling(layers.get_embedding_dimension())
+    whole = SentenceTransformer(modules=[layers, pooling], device="cpu")
+    path = str(tmp_path_factory.mktemp("embedder") / "whole")
+    whole.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def test_relevance_is_the_cosine_of_sentence_embeddings(policy: Policy, embedder: str) -> None:
+    rows = [Row(prompt) for prompt in PROMPTS]
+    said = evaluate(policy, rows, replace(CONFIG, embedder=embedder)).after
+    assert Embedder(embedder).relevance(["w1 w2"], ["w1 w2"]) == [pytest.approx(1.0, abs=1e-5)]
+    assert said.values["relevance"] == Embedder(embedder).relevance(PROMPTS, said.greedy)
+    assert "relevance" not in evaluate(policy, rows, CONFIG).metrics
+    with pytest.raises(UserError, match="no embedder"):
+        Embedder("./nowhere")
+
+
+# Going on after a stop
+
+
+def test_kept_batches_are_not_done_again_and_change_nothing(policy: Policy, baseline: Policy, tmp_path: Path) -> None:
+    rows = [Row(prompt, fields={"follow_up": "w1"}) for prompt in PROMPTS]
+    whole = evaluate(policy, rows, CONFIG, baseline).to_json()
+    path = tmp_path / "unfinished.jsonl"
+    evaluate(policy, rows, CONFIG, baseline, kept=Kept.open(path, "this", resume=False))
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 2  # the mark, and two batches of either policy
+    path.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote
+    done: list[int] = []
+    kept = Kept.open(path, "this", resume=True)
+    assert len(kept.batches) == 2
+    again = evaluate(policy, rows, CONFIG, baseline, lambda now, _total: done.append(now), kept)
+    assert json.dumps(again.to_json()) == json.dumps(whole)
+    assert len(path.read_text().splitlines()) == len(lines)
+    with pytest.raises(UserError, match="add --resume"):
+        Kept.open(path, "this", resume=False)
+    with pytest.raises(UserError, match="holds another evaluation"):
+        Kept.open(path, "that", resume=True)
+    kept.close()
+    assert not path.exists()

@@ -45,12 +45,18 @@ def test_rouge_l_follows_the_order_of_words() -> None:
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
-def test_the_longest_common_subsequence_agrees_with_the_table(first: list[str], second: list[str]) -> None:
+def test_rouge_l_agrees_with_the_table_of_common_subsequences(first: list[str], second: list[str]) -> None:
     table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
     for i, a in enumerate(first):
         for j, b in enumerate(second):
             table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
-    assert metrics._lcs(first, second) == table[-1][-1]
+    expected = 2 * table[-1][-1] / (len(first) + len(second)) if first and second else 0.0
+    assert metrics.rouge_l([" ".join(first)], [[" ".join(second)]]) == [pytest.approx(expected)]
+
+
+def test_rouge_l_reads_words_of_every_script() -> None:
+    # In rouge_score's own tokenizer both are empty.
+    assert metrics.rouge_l(["москва река"], [["москва"]]) == [pytest.approx(2 / 3)]
 
 
 def test_faithfulness_counts_only_responses_that_took_a_side_in_a_conflict() -> None:
@@ -62,10 +68,14 @@ def test_faithfulness_counts_only_responses_that_took_a_side_in_a_conflict() -> 
     assert metrics.prior_rate(responses, answers, priors) == [0.0, 1.0, 0.0, None, None, None]
 
 
-def test_relevance_is_the_cosine_of_content_words() -> None:
+def test_relevance_words_is_the_cosine_of_content_words() -> None:
     # Prompt: red ×2, car ×1; response: red ×1, bus ×1: 2·1 / (√5 · √2) = 2/√10.
-    assert metrics.relevance(["The red, RED car"], ["a red bus"]) == [pytest.approx(2 / 10**0.5)]
-    assert metrics.relevance(["red car", "the of", "red"], ["Car red!", "red", ""]) == [pytest.approx(1.0), 0.0, 0.0]
+    assert metrics.relevance_words(["The red, RED car"], ["a red bus"]) == [pytest.approx(2 / 10**0.5)]
+    assert metrics.relevance_words(["red car", "the of", "red"], ["Car red!", "red", ""]) == [
+        pytest.approx(1.0),
+        0.0,
+        0.0,
+    ]
 
 
 def test_overlap_asks_how_much_of_the_response_is_in_the_prompt() -> None:
@@ -115,9 +125,9 @@ def test_kl_sums_over_the_response() -> None:
 def test_pair_figures_are_symmetric_and_whole_on_equal_texts(first: str, second: str) -> None:
     assert metrics.token_f1(first, second) == metrics.token_f1(second, first)
     assert metrics.token_f1(first, first) == 1.0
-    assert metrics.relevance([first], [second]) == [pytest.approx(metrics.relevance([second], [first])[0])]
-    assert 0 <= metrics.relevance([first], [second])[0] <= 1
-    assert metrics.relevance([first], [first])[0] == pytest.approx(1.0 if first else 0.0)
+    assert metrics.relevance_words([first], [second]) == [pytest.approx(metrics.relevance_words([second], [first])[0])]
+    assert 0 <= metrics.relevance_words([first], [second])[0] <= 1
+    assert metrics.relevance_words([first], [first])[0] == pytest.approx(1.0 if first else 0.0)
 
 
 @given(st.lists(phrase, min_size=2, max_size=5), st.randoms())

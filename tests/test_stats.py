@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from attune.errors import UserError
 from attune.measure import stats
-from attune.measure.stats import Figure, bootstrap, paired_bootstrap, permutation_test
+from attune.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
 
 numbers = st.floats(-100, 100, allow_subnormal=False)
 
@@ -179,3 +179,17 @@ def test_the_seed_decides() -> None:
 def test_what_cannot_be_computed_is_said(call: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         call()  # type: ignore[operator]
+
+
+def test_holm_is_the_hand_worked_case() -> None:
+    # Sorted: 0.01·3, 0.03·2, 0.04·1 → 0.03, 0.06, max(0.06, 0.04).
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == [] and holm([0.4]) == [0.4] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holm_keeps_the_order_and_lowers_nothing(ps: list[float]) -> None:
+    adjusted = holm(ps)
+    assert all(p <= q <= 1 for p, q in zip(ps, adjusted, strict=True))
+    order = sorted(range(len(ps)), key=lambda place: ps[place])
+    assert [adjusted[place] for place in order] == sorted(adjusted)

@@ -20,9 +20,10 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from attune.world import KINDS, Part, Split, make_rows, model_path
+from attune.world import KINDS, Part, Split, make_rows, model_path, paraphrases
 from attune.world.models import CURRICULUM, LEAN, Lessons
 from attune.world.stories import (
+    ARRIVALS,
     FAVOURITE_PLACE,
     FAVOURITE_THING,
     MARKER,
@@ -306,3 +307,13 @@ def test_a_shipped_model_has_a_card_that_says_how_it_was_made(shipped: tuple[Pat
     card = (folder / "README.md").read_text()
     assert f"python -m attune.world.models --kind {folder.name}" in card
     assert f"{sum(p.numel() for p in model.parameters()):,}" in card
+
+
+def test_paraphrases_change_the_wording_and_not_the_story():
+    for row in make_rows("conflict", "train", 60, seed=2):
+        for text in paraphrases(row, 2):
+            assert text != row["prompt"] and text.endswith(MARKER)
+            assert set(text.split()) - set(row["prompt"].split()) <= set(" ".join(ARRIVALS).split())
+            asked = row["prompt"].removesuffix(f" {MARKER}").rstrip(" ?.").rpartition(" . ")[2]
+            assert asked in text and len(text.split(" . ")) == len(row["prompt"].split(" . "))
+    assert paraphrases(row, 2) == paraphrases(row, 2)

@@ -61,14 +61,16 @@ def _eval_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished evaluation in --output")
     add_arguments(parser, EvalConfig)
 
 
 def _eval(options: argparse.Namespace, console: Console) -> int:
-    from attune.config import flags_given, load_config
+    from attune.config import flags_given, load_config, to_dict
     from attune.data import read_rows
     from attune.files import atomic_write, to_json
     from attune.measure.evaluate import EvalConfig, evaluate
+    from attune.measure.kept import Kept
     from attune.report.page import write_report
     from attune.report.tables import results_table
 
@@ -76,13 +78,20 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     rows = read_rows(options.prompts, template=options.template, limit=options.limit)
     if (options.output / "results.json").exists():
         raise UserError("already holds results", where=str(options.output), fix="choose another --output")
+    if config.judge and not options.baseline:
+        raise UserError("--judge compares with a baseline", fix="add --baseline")
     policy = load_policy(options)
     baseline = load_policy(options, options.baseline) if options.baseline else None
+    belongs = [options.model, options.baseline, to_dict(config), [[row.prompt, row.fields] for row in rows]]
+    kept = Kept.open(options.output / "unfinished.jsonl", belongs, resume=options.resume)
     with console.progress(len(rows) * (2 if baseline else 1), "evaluating") as progress:
-        evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done))
+        evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done), kept)
     atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
+    kept.close()
     page = write_report(options.output)
     console.table(*results_table(f"{len(rows)} prompts", evaluation.metrics))
+    if baseline:
+        console.note("p (Holm) is adjusted for the number of metrics: of twenty that mean nothing, one has p < 0.05")
     console.note(f"report in {page}")
     console.result(evaluation.to_json())
     return 0

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from attune.data import Row
 from attune.errors import UserError
 from attune.measure import metrics
+from attune.measure.kept import Kept, Place
 from attune.measure.metrics import METRICS, Values
-from attune.measure.stats import Figure, bootstrap, paired_bootstrap, permutation_test
+from attune.measure.readers import Embedder, follow_up, wins
+from attune.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
+from attune.reward.named import config_of
+from attune.types import Prompts
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -37,11 +42,17 @@ class EvalConfig:
     """Seed of the draws and of the resampling."""
     temperature: float = 1.0
     """Softmax temperature of the sampled responses, and of both sides of the KL; the single response is greedy."""
+    embedder: str | None = None
+    """Sentence-embedding model (folder or hub id) that measures relevance; nothing = by words alone."""
+    judge: str | None = None
+    """Name of a reward that says which response wins, ours or the baseline's; the baseline reads."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
+        if self.judge is not None:
+            config_of(self.judge)
         if not self.temperature > 0:
             raise UserError(
                 f"temperature is {self.temperature}", fix="set it above 0: at 0 all samples of a prompt are the same"
@@ -60,11 +71,13 @@ class Result:
     """after − before over the prompts where both have a figure: for faithfulness, fewer than either has."""
     p: float | None = None
     """Two-sided paired permutation test of `difference`."""
+    p_holm: float | None = None
+    """`p`, adjusted for all metrics of the same table (Holm)."""
 
     def to_json(self) -> dict[str, Any]:
         figures = {"before": self.before, "after": self.after, "difference": self.difference}
         known: dict[str, Any] = {name: figure.to_json() for name, figure in figures.items() if figure is not None}
-        return known if self.p is None else {**known, "p": self.p}
+        return known if self.p is None else {**known, "p": self.p, "p_holm": self.p_holm}
 
 
 Results = dict[str, Result]
@@ -119,12 +132,14 @@ def evaluate(
     config: EvalConfig | None = None,
     baseline: Policy | None = None,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> Evaluation:
     """Measure `policy` on `rows`, and the difference to `baseline` (say, `policy.reference()` from before training).
 
     Every metric of `attune.measure.metrics.METRICS` is given for which at least one row has what it needs: `answers`
-    (exact match, F1), a `reference` (ROUGE-L), answers and a `prior` (faithfulness, prior
-    rate), a baseline with the same vocabulary (KL). Figures are means over prompts with 95 % bootstrap intervals.
+    (exact match, F1), a `reference` (ROUGE-L), answers and a `prior` (faithfulness, prior rate), a `follow_up`, or
+    `paraphrases`; a baseline with the same vocabulary (KL), an embedder, a judge. Figures are means over prompts with
+    95 % bootstrap intervals. Batches that `kept` holds are not done again.
 
     Raises `UserError`: no rows, or a prompt that a policy cannot read.
     """
@@ -137,8 +152,22 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    before = None if baseline is None else _ask(baseline, rows, config, None, report)
-    after = _ask(policy, rows, config, baseline, lambda done: report(done + total - len(rows)))
+    kept = kept or Kept(None)
+    embedder = Embedder(config.embedder) if config.embedder else None
+    reader = baseline or policy
+    before = None
+    if baseline is not None:
+        said = _ask(baseline, rows, config, None, reader, report, lambda start: kept.named(f"before/{start}"))
+        before = _said(rows, said, embedder)
+
+    def after_report(done: int) -> None:
+        report(done + total - len(rows))
+
+    said = _ask(policy, rows, config, baseline, reader, after_report, lambda start: kept.named(f"after/{start}"))
+    after = _said(rows, said, embedder)
+    if config.judge and baseline is not None and before is not None:
+        won = wins(config_of(config.judge), baseline, rows, after.greedy, before.greedy)
+        after = replace(after, values={**after.values, "win_rate": won})
 
     def results(places: Sequence[int]) -> Results:
         return _results(after, before, places, config.seed)
@@ -155,36 +184,80 @@ def evaluate(
 
 
 def _ask(
-    policy: Policy, rows: Sequence[Row], config: EvalConfig, baseline: Policy | None, report: Callable[[int], None]
-) -> Said:
-    """All of `rows` answered; `baseline` only reads what `policy` said."""
-    greedy: list[str] = []
-    samples: list[tuple[str, ...]] = []
-    figures: dict[str, list[float | None]] = {"length": [], "ended": []}
-    alone = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    drawn = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    policy: Policy,
+    rows: Sequence[Row],
+    config: EvalConfig,
+    baseline: Policy | None,
+    reader: Policy,
+    report: Callable[[int], None],
+    place: Callable[[int], Place],
+) -> dict[str, list[Any]]:
+    """All of `rows` answered, batch by batch; `baseline` and `reader` only read what `policy` said."""
     compared = baseline if baseline is not None and _same_tokens(policy, baseline) else None
     # All prompts are encoded before the first response, so that a bad one costs no time.
     starts = range(0, len(rows), config.batch_size)
-    encoded = []
-    for start in starts:
-        some = rows[start : start + config.batch_size]
-        encoded.append(policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some]))
-    for start, prompts in zip(starts, encoded, strict=True):
-        single = policy.sample(prompts, 1, sampling=alone, seed=config.seed)
-        greedy += single.responses
-        figures["length"] += single.lengths.tolist()
-        figures["ended"] += single.ended.float().tolist()
-        many = policy.sample(prompts, config.num_samples, sampling=drawn, seed=config.seed + start)
-        samples += _by_prompt(many.responses, config.num_samples)
-        if compared is not None:
-            # Both from a replay: in half precision a decoded log-prob differs from a replayed one, and would count.
-            ours, theirs = (p.replay(many, attention=False).logprobs.tolist() for p in (policy, compared))
-            divergence = _by_prompt(metrics.kl(ours, theirs), config.num_samples)
-            figures.setdefault("kl", []).extend(sum(group) / len(group) for group in divergence)
-        report(start + len(prompts))
-    values: dict[str, Values] = {**_text_figures(rows, greedy, samples), **figures}
+    batches = [rows[start : start + config.batch_size] for start in starts]
+    encoded = [
+        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some]) for some in batches
+    ]
+    found: dict[str, list[Any]] = {}
+    for start, some, prompts in zip(starts, batches, encoded, strict=True):
+        make = partial(_batch, policy, some, prompts, config, compared, reader, config.seed + start)
+        batch = place(start).get(make)
+        for name, values in batch.items():
+            found.setdefault(name, []).extend(values)
+        report(start + len(some))
+    return found
+
+
+def _batch(
+    policy: Policy,
+    rows: Sequence[Row],
+    prompts: Prompts,
+    config: EvalConfig,
+    compared: Policy | None,
+    reader: Policy,
+    seed: int,
+) -> dict[str, list[Any]]:
+    """What the policy says to some prompts, and the figures that need a model."""
+    alone = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    drawn = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    single = policy.sample(prompts, 1, sampling=alone, seed=config.seed)
+    many = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
+    found: dict[str, list[Any]] = {
+        "greedy": list(single.responses),
+        "samples": _by_prompt(many.responses, config.num_samples),
+        "length": single.lengths.tolist(),
+        "ended": single.ended.float().tolist(),
+        "follow_up": follow_up(reader, rows, single.responses),
+    }
+    if compared is not None:
+        # Both from a replay: in half precision a decoded log-prob differs from a replayed one, and would count.
+        ours, theirs = (p.replay(many, attention=False).logprobs.tolist() for p in (policy, compared))
+        divergence = _by_prompt(metrics.kl(ours, theirs), config.num_samples)
+        found["kl"] = [sum(group) / len(group) for group in divergence]
+    worded = [_paraphrases(row) for row in rows]
+    if texts := [text for group in worded for text in group]:
+        said = iter(policy.sample(policy.encode(texts), 1, sampling=alone, seed=config.seed).responses)
+        groups = [[own, *(next(said) for _ in group)] for own, group in zip(single.responses, worded, strict=True)]
+        found["rephrased"] = metrics.consistency(groups)
+    else:
+        found["rephrased"] = [None] * len(rows)
+    return found
+
+
+def _said(rows: Sequence[Row], found: dict[str, list[Any]], embedder: Embedder | None) -> Said:
+    """Everything that was said, with the figures of the texts added."""
+    greedy, samples = found.pop("greedy"), [tuple(group) for group in found.pop("samples")]
+    values: dict[str, Values] = {**_text_figures(rows, greedy, samples), **found}
+    if embedder is not None:
+        values["relevance"] = embedder.relevance([_text(row) for row in rows], greedy)
     return Said(tuple(greedy), tuple(samples), {name: values[name] for name in METRICS if name in values})
+
+
+def _paraphrases(row: Row) -> list[str]:
+    given = row.fields.get("paraphrases")
+    return [text for text in given if isinstance(text, str) and text.strip()] if isinstance(given, list) else []
 
 
 def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[Sequence[str]]) -> dict[str, Values]:
@@ -197,7 +270,7 @@ def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[
         "rouge_l": metrics.rouge_l(greedy, [[row.reference] if row.reference else [] for row in rows]),
         "faithfulness": metrics.faithfulness(greedy, answers, priors),
         "prior_rate": metrics.prior_rate(greedy, answers, priors),
-        "relevance": metrics.relevance(prompts, greedy),
+        "relevance_words": metrics.relevance_words(prompts, greedy),
         "overlap": metrics.overlap(prompts, greedy),
         "consistency": metrics.consistency(samples),
         "repetition": metrics.repetition([metrics.words(response) for response in greedy]),
@@ -226,6 +299,9 @@ def _results(after: Said, before: Said | None, places: Sequence[int], seed: int)
             new, base = [a for a, _ in pairs], [b for _, b in pairs]
             difference, p = paired_bootstrap(new, base, seed), permutation_test(new, base, seed)
             found[name] = replace(found[name], difference=difference, p=p)
+    tested = {name: result.p for name, result in found.items() if result.p is not None}
+    for name, adjusted in zip(tested, holm(list(tested.values())), strict=True):
+        found[name] = replace(found[name], p_holm=adjusted)
     return found
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TypeVar
 
+from rouge_score.rouge_scorer import RougeScorer
+
 from attune.errors import UserError
 from attune.reward.rivals import normalise_answer
 from attune.reward.salience import FUNCTION_WORDS
@@ -51,9 +53,15 @@ METRICS: dict[str, Metric] = {
         "Faithfulness", 1, "where prompt and prior disagree: right answers / (right answers + prior)"
     ),
     "prior_rate": Metric("Prior answers", -1, "where prompt and prior disagree: share of responses that are the prior"),
-    "relevance": Metric("Relevance", 1, "cosine between the content words of prompt and response"),
+    "relevance": Metric("Relevance", 1, "cosine between sentence embeddings of prompt and greedy response"),
+    "relevance_words": Metric("Relevance (words)", 1, "cosine between the content words of prompt and response"),
     "overlap": Metric("Word overlap", 0, "share of the response's content words that occur in the prompt"),
     "consistency": Metric("Consistency", 1, "mean pairwise F1 between samples of one prompt"),
+    "rephrased": Metric(
+        "Consistency (rephrased)", 1, "mean pairwise F1 between the greedy responses to a prompt and to its paraphrases"
+    ),
+    "follow_up": Metric("Follow-up", -1, "nats a token that what is said next costs, after prompt and response"),
+    "win_rate": Metric("Win rate", 1, "share of prompts where the judge prefers the response to the baseline's"),
     "repetition": Metric("Repetition", -1, "share of 2-grams that were in the response already"),
     "distinct_1": Metric("Distinct-1", 0, "different words / words, over the samples of one prompt"),
     "distinct_2": Metric("Distinct-2", 0, "different 2-grams / 2-grams, over the samples of one prompt"),
@@ -102,16 +110,23 @@ def f1(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float
 
 
 def rouge_l(responses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float | None]:
-    """max over references of 2·LCS / (|response| + |reference|), in words; None without references.
+    """max over references of ROUGE-L's F1 (Lin 2004, eq. 2–4, β = 1); None without references.
 
-    Lin 2004, eq. 2–4, β = 1. No stemming, and words of every script (`rouge_score` drops what is not a–z, 0–9).
+    By `rouge_score`, without stemming, on our `words`: its own tokenizer drops what is not a–z or 0–9.
     """
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def nearest(response: str, known: Sequence[str]) -> float:
-        given = words(response)
-        return max(_lcs_f1(given, words(reference)) for reference in known)
+        return max(float(scorer.score(reference, response)["rougeL"].fmeasure) for reference in known)
 
     return _against(nearest, responses, references)
+
+
+class _Words:
+    """`words`, in the form that `rouge_score` takes."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
 
 
 def faithfulness(
@@ -137,7 +152,7 @@ def prior_rate(
     return _under_conflict(lambda response, _known, prior: _is_one_of(response, [prior]), responses, answers, priors)
 
 
-def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def relevance_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Σ_w p_w r_w / (‖p‖ ‖r‖) over counts of content words, in [0, 1]; 0 where either has none.
 
     Lexical: a paraphrase scores low and a copied prompt 1, so it says that a response is on the subject, not that it
@@ -224,25 +239,6 @@ def _is_one_of(response: str, known: Sequence[str]) -> bool:
 def _cosine(first: Counter[str], second: Counter[str]) -> float:
     norms = math.sqrt(sum(c * c for c in first.values()) * sum(c * c for c in second.values()))
     return min(1.0, sum(count * second[word] for word, count in first.items()) / norms) if norms else 0.0
-
-
-def _lcs_f1(first: Sequence[str], second: Sequence[str]) -> float:
-    total = len(first) + len(second)
-    return 2 * _lcs(first, second) / total if total else 1.0
-
-
-def _lcs(first: Sequence[str], second: Sequence[str]) -> int:
-    """Length of the longest common subsequence, a row of the table in one integer (Hyyrö 2004): bit i of `row` is 0
-    where the best length grows at first[i]."""
-    places: dict[str, int] = {}
-    for place, token in enumerate(first):
-        places[token] = places.get(token, 0) | 1 << place
-    full = (1 << len(first)) - 1
-    row = full
-    for token in second:
-        shared = row & places.get(token, 0)
-        row = ((row + shared) | (row - shared)) & full
-    return len(first) - row.bit_count()
 
 
 def _variety(sequences: Sequence[Sequence[Hashable]], n: int) -> float:

@@ -1,7 +1,7 @@
 """Intervals and tests over prompts: percentile bootstrap, paired bootstrap, paired permutation test.
 
 The unit is the prompt, always: responses of one prompt are averaged before they come here. Nothing is assumed of the
-distribution but that prompts are exchangeable. No correction for many metrics is made; the reader sees how many.
+distribution but that prompts are exchangeable. Where many p-values stand together, `holm` adjusts them.
 """
 
 from __future__ import annotations
@@ -103,6 +103,22 @@ def permutation_test(a: Sequence[float], b: Sequence[float], seed: int = 0, resa
         signs = 2.0 * generator.integers(0, 2, size=(stop - start, size), dtype=np.int8) - 1.0
         hits += int(np.count_nonzero(np.abs(signs @ differences) >= bar))
     return (1 + hits) / (1 + resamples)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted for how many there are, each at least itself, at most 1 (Holm 1979).
+
+    Sorted, p_(i) becomes max over j ≤ i of (m − j + 1) p_(j). Rejecting those below α keeps the chance of any false
+    rejection below α, whatever depends on what.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted, highest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda place: ps[place])):
+        highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
+        adjusted[place] = highest
+    return adjusted
 
 
 def _chunks(resamples: int, size: int) -> list[tuple[int, int]]:

@@ -25,8 +25,8 @@ CONFIG_LIMIT = 20_000
 """Characters of config.yaml shown."""
 
 # The first of these with a difference to the baseline decides the headline: what is right before what is related.
-HEADLINE = ("exact_match", "f1", "rouge_l", "faithfulness", "relevance")
-CARDS = ("faithfulness", "relevance", "consistency", "repetition", "length", "kl")
+HEADLINE = ("exact_match", "f1", "rouge_l", "faithfulness", "relevance", "relevance_words")
+CARDS = ("faithfulness", "relevance", "relevance_words", "consistency", "repetition", "length", "kl")
 # A fall of the mean length to less than this share of the start is pointed out: it is how a reward is usually gamed.
 SHORT = 0.7
 
@@ -37,6 +37,8 @@ CURVES = {
     "completions/mean_length": "Response length, tokens",
     "entropy": "Entropy, nats",
 }
+UNSCALED = ("length", "kl", "follow_up")
+"""Counted in tokens or nats: on the scale of the shares they would dwarf them."""
 SIGNALS, SECONDS = "signals/", "seconds/"
 # Settings named at the top of the page, wherever config.yaml keeps them.
 SETTINGS = ("model", "algorithm", "reward", "steps", "num_samples", "seed")
@@ -183,14 +185,14 @@ def _card(finding: Finding) -> str:
 def _table(findings: Mapping[str, Finding]) -> str:
     if not findings:
         return ""
-    # Shares are drawn to one scale; what is counted in tokens or nats would dwarf them.
-    shares = [f.difference for f in findings.values() if f.difference and f.name not in ("length", "kl")]
+    shares = [f.difference for f in findings.values() if f.difference and f.name not in UNSCALED]
     scale = max((max(abs(d.low), abs(d.high)) for d in shares), default=0.0)
-    rows = "".join(_row(f, _named(f), scale if f.name not in ("length", "kl") else None) for f in findings.values())
+    rows = "".join(_row(f, _named(f), scale if f.name not in UNSCALED else None) for f in findings.values())
     return (
         '<h2>Results</h2><p class="lead">Means over prompts; below each, its 95 % bootstrap interval. Differences are '
         "taken prompt by prompt and coloured where the interval excludes 0 and p &lt; 0.05. p: paired permutation "
-        "test, not corrected for the number of rows.</p>" + _framed("Metric", rows)
+        "test; below it Holm’s adjustment for the number of rows, for of twenty that mean nothing one has p &lt; 0.05."
+        "</p>" + _framed("Metric", rows)
     )
 
 
@@ -224,6 +226,8 @@ def _row(finding: Finding, head: str, scale: float | None) -> str:
     counted = change or finding.after or finding.before
     drawn = interval(change.low, change.mean, change.high, scale, finding.kind) if change and scale else ""
     p = _p(finding.p, alone=True) if finding.p is not None else "–"
+    if finding.p_holm is not None:
+        p += f"<small>Holm: {_p(finding.p_holm, alone=True)}</small>"
     return (
         f"<tr>{head}{_cell(finding.before, _value)}{_cell(finding.after, _value)}{_cell(change, _signed, finding.kind)}"
         f'<td class="plot">{drawn}</td><td>{p}</td><td>{counted.n if counted else 0:,}</td></tr>'

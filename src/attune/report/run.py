@@ -30,6 +30,7 @@ class Finding:
     before: Figure | None
     difference: Figure | None
     p: float | None
+    p_holm: float | None = None
 
     @property
     def metric(self) -> Metric:
@@ -175,8 +176,8 @@ def _finding(name: str, entry: Any, where: str) -> Finding:
     if not isinstance(entry, dict):
         raise UserError("is not an object", where=where, fix="run the evaluation again")
     after, before, difference = (_figure(entry.get(key), f"{where}.{key}") for key in ("after", "before", "difference"))
-    p = entry.get("p")
-    return Finding(name, after, before, difference, float(p) if is_number(p) else None)
+    p, adjusted = (float(value) if is_number(value := entry.get(key)) else None for key in ("p", "p_holm"))
+    return Finding(name, after, before, difference, p, adjusted)
 
 
 def _figure(entry: Any, where: str) -> Figure | None:

@@ -16,13 +16,13 @@ Table = tuple[str, list[str], list[list[object]]]
 def results_table(title: str, results: Mapping[str, Result]) -> Table:
     """A row a metric; before, after and the difference where there was a baseline."""
     compared = any(result.before is not None for result in results.values())
-    columns = ["metric", "before", "after", "difference", "p"] if compared else ["metric", "value"]
+    columns = ["metric", "before", "after", "difference", "p", "p (Holm)"] if compared else ["metric", "value"]
     rows: list[list[object]] = []
     for name, result in results.items():
         after = _interval(result.after)
         if compared:
-            p = "" if result.p is None else f"{result.p:.4f}"
-            rows.append([name, _interval(result.before), after, _interval(result.difference, "+"), p])
+            ps = ["" if p is None else f"{p:.4f}" for p in (result.p, result.p_holm)]
+            rows.append([name, _interval(result.before), after, _interval(result.difference, "+"), *ps])
         else:
             rows.append([name, after])
     return title, columns, rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,6 +110,32 @@ def bare_rows(rng: random.Random, people: int, cast: int, count: int) -> list[di
         prompt = " ".join((*told, f"where is {names[asked]} ?", MARKER))
         rows.append({"prompt": prompt, "answers": [places[asked]]})
     return rows
+
+
+def paraphrases(row: Mapping[str, Any], count: int, seed: int = 0) -> list[str]:
+    """Other wordings of a row's prompt, at most `count`: sentences in another order, arrivals with other verbs. The
+    question and the answer stay."""
+    rng, found = random.Random(f"{seed}/{row['prompt']}"), dict[str, None]()
+    sentences, asked = _parts(row["prompt"])
+    for _ in range(4 * count):
+        told = [_told_anew(sentence, rng) for sentence in rng.sample(sentences, len(sentences))]
+        text = " ".join((*told, asked))
+        if text != row["prompt"] and len(found) < count:
+            found[text] = None
+    return list(found)
+
+
+def _parts(prompt: str) -> tuple[list[str], str]:
+    """The sentences of the story, and the question with its marker."""
+    story, mark, asked = prompt.removesuffix(f" {MARKER}").rstrip(" ?.").rpartition(" . ")
+    end = prompt[len(story) + len(mark) + len(asked) :]
+    return [f"{sentence} ." for sentence in f"{story}{mark}".split(" . ") if sentence], asked + end
+
+
+def _told_anew(sentence: str, rng: random.Random) -> str:
+    """The same arrival with another verb; any other sentence as it is."""
+    verb = next((verb for verb in ARRIVALS if f" {verb} the " in sentence), None)
+    return sentence if verb is None else sentence.replace(f" {verb} the ", f" {rng.choice(ARRIVALS)} the ", 1)
 
 
 def part_of(prompt: str) -> Part:
