@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -140,6 +140,13 @@ def means(found: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(statistics.fmean(values), 4) for name, values in found.items()}
 
 
+def earlier(line: str) -> tuple[Run, dict[str, Any]]:
+    """A run as `--output` wrote it."""
+    row = json.loads(line)
+    names = [field.name for field in fields(Run) if field.name in row]
+    return Run(**{name: row[name] for name in names}), {name: row[name] for name in row if name not in names}
+
+
 def table(results: Sequence[tuple[Run, dict[str, Any]]]) -> str:
     """One row a model, algorithm and reward: figures averaged over seeds."""
     lines = [
@@ -207,6 +214,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="each with the model of the last one as its reference")
     parser.add_argument("--measure-every", type=int, default=0, help="steps between measurements on the way")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--add", nargs="*", type=Path, default=[], help="files of earlier runs, to stand beside these")
     parser.add_argument("--output", type=Path, help="JSON Lines file for the figures of each run")
     options = parser.parse_args()
     runs = [
@@ -216,7 +224,7 @@ def main() -> None:
             options.rewards, options.algorithms, options.seeds, options.kinds
         )
     ]  # fmt: skip
-    results = []
+    results = [earlier(line) for path in options.add for line in path.read_text().splitlines()]
     # Processes are spawned: a fork would copy the threads' locks of a library that has already started some.
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for run, found in pool.map(perform, runs):

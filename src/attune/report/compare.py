@@ -178,8 +178,10 @@ def _figure(entry: Mapping[str, Any] | None, gain: Mapping[str, Any] | None, met
 def _signed(entry: Mapping[str, Any] | None, metric: str) -> str:
     if entry is None:
         return "<td>–</td>"
-    ends = f"{entry['low']:+.3f} to {entry['high']:+.3f} · p {entry['p']:.3f}"
-    return f'<td><span class="{_tone(entry, metric)}">{entry["mean"]:+.3f}</span><small>{ends}</small></td>'
+    ends = f"{entry['low']:+.3f} to {entry['high']:+.3f}"
+    p = f"p {entry['p']:.3f}" if entry["p"] >= 0.001 else "p &lt; 0.001"
+    shown = f'<span class="{_tone(entry, metric)}">{entry["mean"]:+.3f}</span>'
+    return f"<td>{shown}<small>{ends}</small><small>{p}</small></td>"
 
 
 def _tone(gain: Mapping[str, Any], metric: str) -> str:
