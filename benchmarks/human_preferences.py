@@ -3,8 +3,8 @@
     python benchmarks/real_model.py --data ../shared/data --output runs/real/base
     python benchmarks/human_preferences.py --model runs/real/base [--sets hh_harmless pandalm] [--pairs 400]
 
-For each set of (prompt, chosen, rejected): the share of pairs in which a signal is higher for the chosen one, ties half,
-0.5 = chance; of the reward `attention`; and of the weights that `attune calibrate` fits, cross-validated by prompt.
+For each set of pairs: the share in which a signal is higher for the chosen response, ties half, 0.5 = chance; of the
+reward `attention`; and of the weights that `attune calibrate` fits, cross-validated by prompt.
 """
 
 from __future__ import annotations
