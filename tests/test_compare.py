@@ -84,6 +84,11 @@ def test_arms_run_once_and_stand_side_by_side(plan, tmp_path, capsys):
     again = {path: path.stat().st_mtime_ns for path in output.rglob("result.json")}
     assert sum(again[path] != times[path] for path in times) == 1
 
+    write(tmp_path / "evaluation.jsonl", ROWS[:4])
+    path = tmp_path / "plan.yaml"
+    assert main(["compare", str(path), "--output", str(output)]) == 2
+    assert "holds a comparison on other data" in capsys.readouterr().err
+
     changed = plan(train={**TRAIN, "steps": 3})
     assert main(["compare", str(changed), "--output", str(output)]) == 2
     assert "holds a run with other settings" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from attune.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Files, Job, World
+from attune.config import to_dict
 from attune.console import quieten_libraries
 from attune.data import Row, read_rows, write_jsonl
 from attune.errors import RunFailed, UserError
@@ -59,7 +61,15 @@ def load(job: Job) -> Policy:
 
 
 def share_data(model: str, data: World | Files, folder: Path, policy: Policy) -> None:
-    """Write prompts.jsonl, evaluation.jsonl and pairs.jsonl of one model to `folder`; what is there stays."""
+    """Write prompts.jsonl, evaluation.jsonl and pairs.jsonl of one model to `folder`; data that is there stays.
+
+    Raises `UserError` where it is other data."""
+    marker, mark = folder / "data.json", to_json({"made_of": _mark(data)})
+    if marker.exists():
+        if marker.read_text(encoding="utf-8") != mark:
+            what = "holds a comparison on other data"
+            raise UserError(what, where=str(folder.parent.parent), fix="choose another --output")
+        return
     if isinstance(data, World):
         made: dict[str, list[dict[str, Any]]] = {
             "prompts": [
@@ -68,16 +78,15 @@ def share_data(model: str, data: World | Files, folder: Path, policy: Policy) ->
                 for row in make_rows(split, "train", data.prompts // 2, seed=1)
             ],
             "evaluation": [row for split in SPLITS for row in make_rows(split, "test", data.evaluation, seed=31)],
+            "pairs": judged_pairs(policy, data.pairs),
         }
-        if not (folder / "pairs.jsonl").exists():
-            made["pairs"] = judged_pairs(policy, data.pairs)
     else:
         files = {"prompts": data.prompts, "evaluation": data.evaluation, "pairs": data.pairs}
         rows = {name: read_rows(file, template=data.template) for name, file in files.items() if file is not None}
         made = {name: [{**row.fields, **_plain(row)} for row in some] for name, some in rows.items()}
     for name, some in made.items():
-        if not (folder / f"{name}.jsonl").exists():
-            write_jsonl(folder / f"{name}.jsonl", some)
+        write_jsonl(folder / f"{name}.jsonl", some)
+    atomic_write(marker, mark)  # last: data that was cut short is made again
 
 
 def judged_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
@@ -190,6 +199,15 @@ def held_out(reward: Reward, job: Job) -> list[float]:
 def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """What finished runs left, in the order of `jobs`."""
     return [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs]
+
+
+def _mark(data: World | Files) -> str:
+    """A digest of what the data is made of: the options, and the content of files."""
+    digest = hashlib.sha256(json.dumps(to_dict(data), sort_keys=True).encode())
+    for file in (data.prompts, data.evaluation, data.pairs) if isinstance(data, Files) else ():
+        if file is not None and Path(file).is_file():
+            digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def _plain(row: Row) -> dict[str, Any]:
