@@ -141,7 +141,7 @@ def truncate_jsonl(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> 
             raise UserError("is not JSON", where=f"{path}:{number}", fix="repair or remove the line") from error
         if keep(row):
             kept.append(line if line.endswith(b"\n") else line + b"\n")
-    if len(kept) < len(lines) or not lines[-1].endswith(b"\n"):
+    if len(kept) < len(lines) or (lines and not lines[-1].endswith(b"\n")):
         atomic_write(path, b"".join(kept))
     return len(lines) - len(kept)
 
