@@ -69,7 +69,7 @@ def read_mapping(path: str | Path, key: str | None = None) -> Any:
     Raises `UserError`: no such file, no YAML, no mapping.
     """
     tree, _ = _read_yaml(Path(path))
-    return tree.get(key, tree)
+    return tree if key is None else tree.get(key, tree)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
