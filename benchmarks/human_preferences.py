@@ -62,6 +62,7 @@ def main() -> None:
             margins = features.values[:, place].tolist()
             print(f"| {signal} | {shown(bootstrap([0.5 if m == 0 else float(m > 0) for m in margins]))} |")
         found = fit(features, policy.kind)
+        print(f"| length, a control | {shown(found.longer)} |")
         print(f"| **attention**, uncalibrated | {shown(found.uncalibrated)} |")
         print(f"| **calibrated**, cross-validated | {shown(found.accuracy)} |\n\n{found.verdict}", flush=True)
 

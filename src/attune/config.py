@@ -63,10 +63,13 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping
     return built
 
 
-def read_mapping(path: str | Path, key: str) -> Any:
-    """What stands under `key` in a YAML file, or all of the file where it has no such key. Raises `UserError`."""
+def read_mapping(path: str | Path, key: str | None = None) -> Any:
+    """What stands under `key` in a YAML file, or all of the file without a key or where it has no such key.
+
+    Raises `UserError`: no such file, no YAML, no mapping.
+    """
     tree, _ = _read_yaml(Path(path))
-    return tree.get(key, tree)
+    return tree if key is None else tree.get(key, tree)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

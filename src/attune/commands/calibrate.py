@@ -71,10 +71,9 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
         f"{found.pairs} pairs", ["signal", "weight"], [[name, float(value)] for name, value in weights.items()]
     )
     console.note(f"{found.verdict} Use it with --reward calibrated:{options.output}")
-    figures = {"accuracy": found.accuracy, "uncalibrated": found.uncalibrated, "difference": found.gain}
     console.result(
         {"pairs": found.pairs, "verdict": found.verdict, "output": options.output, "weights": weights}
-        | {name: figure.to_json() for name, figure in figures.items()}
+        | {name: figure.to_json() for name, figure in found.figures.items()}
     )
     return 0
 
@@ -92,9 +91,8 @@ def _suggest(options: argparse.Namespace, console: Console) -> int:
     with console.progress(len(rows), "sampling") as progress:
         asked = suggest(policy, Reward(spec, policy, reference=policy), rows, config, progress.update)
     write_jsonl(options.output, asked)
-    console.note(
-        f"{len(asked)} pairs in {options.output}; answer them: attune calibrate answer --input {options.output}"
-    )
+    answering = f"attune calibrate --answer {options.output} --output pairs.jsonl"
+    console.note(f"{len(asked)} pairs in {options.output}; answer them: {answering}")
     console.result({"pairs": len(asked), "output": options.output})
     return 0
 

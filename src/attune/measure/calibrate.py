@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from attune.errors import UserError
 from attune.files import atomic_write
 from attune.measure.stats import Figure, bootstrap, paired_bootstrap
 from attune.model.policy import Policy
-from attune.reward.named import NAMED, RewardConfig
+from attune.reward.named import CALIBRATION_FORMAT, NAMED, RewardConfig
 from attune.reward.reward import Reward
 
 Floats = NDArray[np.float64]
@@ -38,9 +39,9 @@ SIGNALS = (
     "certainty",
     "entropy",
     "repetition",
-    "length",
 )
-"""What is weighted: every signal that needs neither answers nor other responses."""
+"""What is weighted: every signal that needs neither answers nor other responses. Not `length`: people often like the
+longer one, and a reward that learned this teaches to ramble; it is reported beside, as a control."""
 BASE = "attention"
 STRENGTHS = (0.003, 0.03, 0.3)
 """Inverse penalties of the regression that cross-validation chooses from."""
@@ -64,13 +65,19 @@ class Features:
     """[n, F]."""
     base: Floats
     """[n]: margin of the default reward."""
+    length: Floats
+    """[n]: difference in length, a control that is given no weight."""
     prompts: tuple[str, ...]
     """The prompt of each pair; pairs of one prompt are never on both sides of a cross-validation."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Weights in the units of the signals, and how well they do on pairs that they were not fitted to."""
+    """Weights in the units of the signals, and how well they do on pairs that they were not fitted to.
+
+    A figure is a mean over prompts (of the mean over the pairs of each): pairs of one prompt resemble each other, and
+    counted one by one they would make the intervals too narrow.
+    """
 
     weights: dict[str, float]
     heads: dict[str, float]
@@ -81,7 +88,9 @@ class Calibration:
     uncalibrated: Figure
     """The same of the default reward."""
     gain: Figure
-    """Their difference, pair by pair."""
+    """Their difference, prompt by prompt."""
+    longer: Figure
+    """Share of pairs whose longer response is the chosen one: far from ½, length alone explains many labels."""
 
     @property
     def verdict(self) -> str:
@@ -96,13 +105,23 @@ class Calibration:
             return f"Worse than the uncalibrated reward: {figures}; {ends}. Use `{BASE}`."
         return f"{self.pairs} pairs are too few to tell it from the uncalibrated reward: {figures}; {ends}."
 
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """The figures by the names that the file and `--json` give them."""
+        return {
+            "cross_validated": self.accuracy,
+            "uncalibrated": self.uncalibrated,
+            "difference": self.gain,
+            "longer": self.longer,
+        }
+
     def save(self, path: str | Path) -> None:
         """Write it as YAML that `--reward calibrated:PATH` reads."""
-        figures = {"cross_validated": self.accuracy, "uncalibrated": self.uncalibrated, "difference": self.gain}
         document: dict[str, Any] = {
+            "format": CALIBRATION_FORMAT,
             "verdict": self.verdict,
             "pairs": self.pairs,
-            "accuracy": {name: figure.to_json() for name, figure in figures.items()},
+            "accuracy": {name: figure.to_json() for name, figure in self.figures.items()},
             "reward": self.reward(),
         }
         atomic_write(path, yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=120))
@@ -124,8 +143,10 @@ def calibrate(
 ) -> Calibration:
     """Fit the weights to `rows` (prompt, chosen, rejected); a row whose two responses are the same says nothing.
 
-    Raises `UserError`: fewer than four pairs, or fewer than two prompts, that say anything.
+    Raises `UserError`: no scikit-learn; fewer than four pairs, or fewer than two prompts, that say anything.
     """
+    if find_spec("sklearn") is None:
+        raise UserError("calibration needs scikit-learn", fix="pip install 'attune[calibrate]'")
     told = [row for row in rows if row.chosen != row.rejected]
     if len(told) < 4 or len({str(row.prompt) for row in told}) < 2:
         raise UserError(f"{len(told)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
@@ -134,11 +155,11 @@ def calibrate(
 
 def features_of(policy: Policy, rows: Sequence[Row], progress: Callable[[int], None] = lambda done: None) -> Features:
     """Every feature of every pair; one forward, and one more for each ablated or shortened prompt."""
-    config = RewardConfig(dict.fromkeys((*SIGNALS, "heads"), 1.0), normalise="none", renormalise=True)
+    config = RewardConfig(dict.fromkeys((*SIGNALS, "length", "heads"), 1.0), normalise="none", renormalise=True)
     reward = Reward(config, policy, reference=policy)
     default = Reward(NAMED[BASE], policy, reference=policy)
     reward.copy_weights = default.copy_weights = reward.measure(policy.encode([row.prompt for row in rows[:BATCH]]))
-    names, values, base = list(SIGNALS), list[Floats](), list[Floats]()
+    names, values, base, length = list(SIGNALS), list[Floats](), list[Floats](), list[Floats]()
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         texts = [str(said) for row in part for said in (row.chosen, row.rejected)]
@@ -153,9 +174,11 @@ def features_of(policy: Policy, rows: Sequence[Row], progress: Callable[[int], N
         values.append(table[::2] - table[1::2])
         scores = default.judge(evidence).reward.cpu().numpy().astype(float)
         base.append(scores[::2] - scores[1::2])
+        words = found["length"].cpu().numpy().astype(float)
+        length.append(words[::2] - words[1::2])
         progress(start + len(part))
     prompts = tuple(str(row.prompt) for row in rows)
-    return Features(tuple(names), np.concatenate(values), np.concatenate(base), prompts)
+    return Features(tuple(names), np.concatenate(values), np.concatenate(base), np.concatenate(length), prompts)
 
 
 def fit(features: Features, made_for: str, seed: int = 0) -> Calibration:
@@ -174,7 +197,9 @@ def fit(features: Features, made_for: str, seed: int = 0) -> Calibration:
     named = dict(zip(features.names, weights.tolist(), strict=True))
     own = {name: named[name] + scale * default.get(name, 0.0) for name in SIGNALS}
     heads = {name: weight for name, weight in named.items() if name not in SIGNALS and weight != 0.0}
-    right, before = _in_order(margins), _in_order(features.base)
+    right, before, longer = (
+        _by_prompt(_in_order(given), groups) for given in (margins, features.base, features.length)
+    )
     return Calibration(
         {name: weight for name, weight in own.items() if weight != 0.0},
         heads,
@@ -183,6 +208,7 @@ def fit(features: Features, made_for: str, seed: int = 0) -> Calibration:
         bootstrap(right),
         bootstrap(before),
         paired_bootstrap(right, before),
+        bootstrap(longer),
     )
 
 
@@ -191,7 +217,7 @@ def _chosen(features: Features, places: NDArray[Any], groups: NDArray[Any], seed
     cross-validation among them prefers by log-loss."""
     from sklearn.model_selection import GroupKFold
 
-    sizes = [len(SIGNALS), len(features.names)] if len(places) >= HEADS_FROM else [len(SIGNALS)]
+    sizes = [len(SIGNALS), len(features.names)] if len(features.base) >= HEADS_FROM else [len(SIGNALS)]
     options = [(size, strength) for size in sizes for strength in STRENGTHS]
     if len(set(groups.tolist())) < FOLDS:
         return _regression(features, places, *options[0])
@@ -220,6 +246,12 @@ def _regression(features: Features, places: NDArray[Any], size: int, strength: f
     return weights, float(found[0])
 
 
-def _in_order(margins: Floats) -> list[float]:
-    """1 where the chosen response is ahead, ½ for a tie."""
-    return [0.5 if abs(margin) < 1e-9 else float(margin > 0) for margin in margins.tolist()]
+def _in_order(margins: Floats) -> Floats:
+    """[n]: 1 where the chosen response is ahead, ½ for a tie."""
+    return np.where(np.abs(margins) < 1e-9, 0.5, margins > 0)
+
+
+def _by_prompt(values: Floats, groups: NDArray[Any]) -> list[float]:
+    """Mean of the values [n] of each group."""
+    means: list[float] = (np.bincount(groups, values) / np.bincount(groups)).tolist()
+    return means

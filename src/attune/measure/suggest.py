@@ -48,6 +48,7 @@ def suggest(
     Raises `UserError`: where no prompt has two different responses that ended.
     """
     config = config or SuggestConfig()
+    rows = list({str(row.prompt): row for row in rows}.values())  # a prompt given twice is asked about once
     found: list[dict[str, Any]] = []
     for start in range(0, len(rows), config.batch_size):
         part = rows[start : start + config.batch_size]

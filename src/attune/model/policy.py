@@ -92,10 +92,11 @@ class Policy:
 
     @property
     def kind(self) -> str:
-        """The architecture in a word, weights aside: family, layers × width, vocabulary."""
+        """The architecture in a word, weights aside: family, decoder layers × width, heads, vocabulary."""
         config = self.network.config
-        text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
-        return f"{config.model_type} {text.num_hidden_layers}x{text.hidden_size}, vocabulary {text.vocab_size}"
+        text = config.get_text_config(decoder=True)
+        shape = f"{text.num_hidden_layers}x{text.hidden_size}, {text.num_attention_heads} heads"
+        return f"{config.model_type} {shape}, vocabulary {text.vocab_size}"
 
     @property
     def device(self) -> torch.device:

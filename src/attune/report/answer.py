@@ -27,6 +27,11 @@ BODY_LIMIT = 1000
 """Bytes of an answer; the largest that the page sends has forty."""
 
 
+def _key(prompt: Any, *responses: Any) -> tuple[Any, frozenset[Any]]:
+    """What is compared, whichever response was the better one."""
+    return prompt, frozenset(responses)
+
+
 @dataclass
 class Session:
     """The pairs, and the answers so far; the output file is the only state."""
@@ -43,10 +48,12 @@ class Session:
         for row in read_rows(source):
             pair = {"prompt": row.prompt, **{name: row.fields.get(name) for name in ("response_a", "response_b")}}
             if not all(isinstance(pair[name], str) for name in ("response_a", "response_b")):
-                raise UserError("no `response_a` and `response_b`", where=row.where, fix="attune calibrate suggest")
+                raise UserError("no `response_a` and `response_b`", where=row.where, fix="attune calibrate --suggest N")
             asked.append(pair)
         given = read_rows(output) if output.exists() and output.stat().st_size else []
-        if [row.prompt for row in given] != [pair["prompt"] for pair in asked[: len(given)]]:
+        if [_key(row.prompt, row.chosen, row.rejected) for row in given] != [
+            _key(*pair.values()) for pair in asked[: len(given)]
+        ]:
             raise UserError("holds answers to other pairs", where=str(output), fix="choose another --output")
         return cls(asked, output, len(given))
 
@@ -127,14 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._admitted("/answer"):
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > BODY_LIMIT:
+        if not (length.isascii() and length.isdigit()) or int(length) > BODY_LIMIT:
             return self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too large")
         try:
             body = json.loads(self.rfile.read(int(length)))
             number, choice = body["number"], body["choice"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):  # the last: a thousand brackets
             return self._send(HTTPStatus.BAD_REQUEST, 'send {"number": 0, "choice": "a"}')
-        if choice not in BUTTONS or type(number) is not int:
+        if not isinstance(choice, str) or choice not in BUTTONS or type(number) is not int:
             return self._send(HTTPStatus.BAD_REQUEST, "choice: a, b, tie or undo; number: a whole number")
         session = self.server.session
         done = session.undo() if choice == "undo" else session.answer(number, choice)
@@ -145,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _admitted(self, rest: str) -> bool:
         """Only the page's own address, asked of this machine by that name: no other page can read or answer."""
         host = self.headers.get("Host", "").rpartition(":")[0]
-        if host in ("127.0.0.1", "localhost") and secrets.compare_digest(self.path, f"/{self.server.token}{rest}"):
+        if host in ("127.0.0.1", "localhost") and secrets.compare_digest(
+            self.path.encode(), f"/{self.server.token}{rest}".encode()
+        ):
             return True
         self._send(HTTPStatus.FORBIDDEN, "no")
         return False

@@ -41,6 +41,8 @@ PREFERENCE = "preference:"
 """Before the folder of a fitted reward model: a signal, and a reward of it alone."""
 CALIBRATED = "calibrated:"
 """Before a file that `attune calibrate` wrote: a reward of weighted signals and heads."""
+CALIBRATION_FORMAT = 1
+"""Version of that file."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,11 @@ def config_of(spec: str | Mapping[str, Any]) -> RewardConfig:
 
 def read_calibration(path: str) -> Mapping[str, Any]:
     """The reward in a file that `attune calibrate` wrote. Raises `UserError` for any other file."""
-    found = read_mapping(path, "reward")
-    if not isinstance(found, Mapping) or "weights" not in found or "made_for" not in found:
+    file = read_mapping(path)
+    reward = file.get("reward")
+    if not isinstance(reward, Mapping) or "weights" not in reward or "made_for" not in reward:
         raise UserError("is no calibration", where=path, fix="give the file that `attune calibrate` wrote")
-    return found
+    if file.get("format") != CALIBRATION_FORMAT:
+        what = f"has format {file.get('format')!r}, and this version reads {CALIBRATION_FORMAT}"
+        raise UserError(what, where=path, fix="calibrate again")
+    return reward
