@@ -47,7 +47,9 @@ from tests.test_signals import evidence_of, padded, replays
         ({"weights": {"coverage": 1}, "renormalise": "yes"}, "`renormalise` is 'yes'"),
         ({"weigths": {"coverage": 1}}, "unknown reward option 'weigths'; did you mean weights"),
         ({"weights": {"coverag": 1}, "ngram": -1}, "'coverag'.*; reward: `ngram` is -1"),  # all at once
-        ("preference:", "cannot be imported|has no function"),
+        (":function", "cannot be imported"),
+        ("preference:nowhere", "nowhere: no reward model"),
+        ("calibrated:nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
 def test_a_wrong_reward_is_refused_with_what_to_write(spec, message, causal):
