@@ -46,7 +46,8 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     zeros = torch.zeros(out.shape)
     weight = mask[index].float() if salience is None else torch.tensor(salience)
     counted = kept if content is None else torch.tensor(content)
-    return Evidence(Replay(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros, zeros, zeros)
+    heads = torch.zeros(len(rollout), 2, 3)
+    return Evidence(Replay(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros, zeros, zeros, heads)
 
 
 def by_hand(**changes):
@@ -260,6 +261,7 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
         wide(evidence.contrast_logprobs, 0, after),
         wide(evidence.question_logprobs, 0, after),
         wide(evidence.ablated_logprobs, 0, after),
+        evidence.head_mass,
         None if evidence.keep is None else wide(evidence.keep, before, after, False),
     )
 
