@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from attune import data
+from attune import records
 from attune.data import Row, read_rows, write_jsonl
 from attune.errors import UserError
 
@@ -163,7 +163,7 @@ def test_a_row_that_is_not_utf_8_says_at_which_byte(tmp_path: Path) -> None:
 def test_a_line_over_the_bound_is_refused_and_the_next_one_still_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "MAX_LINE", 2_000_000)
+    monkeypatch.setattr(records, "MAX_LINE", 2_000_000)
     path = saved(tmp_path, {"prompt": "x" * 5_000_000}, {"prompt": 1}, {"prompt": "y" * 1_000_000})
     with pytest.raises(UserError) as caught:
         read_rows(path)
