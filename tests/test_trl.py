@@ -1,4 +1,4 @@
-"""The reward in TRL's trainers: real GRPO, RLOO and DPO runs on the embedded model, and the reward against attune's own."""
+"""The reward in TRL's trainers: real GRPO, RLOO and DPO runs on the embedded model, against attune's own scores."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ from tests.families import save
 
 ROOT = Path(__file__).parents[1]
 CAUSAL = model_path("causal")
-TEMPLATE = (
-    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
-    "{% if not messages[-1]['role'] == 'assistant' and false %}{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
 TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
 
 
@@ -81,7 +78,8 @@ def test_a_run_learns_from_the_frozen_start_and_logs_every_signal(kind, adapter,
     before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
     heard = Listening(AttentionReward(policy))
     trainer = trained(kind, policy, heard, tmp_path)
-    assert any(not torch.equal(weight, before[name]) for name, weight in policy.model.named_parameters())
+    after = dict(policy.model.named_parameters())  # TRL may have put an adapter of its own beside
+    assert any(not torch.equal(weight, after[name]) for name, weight in before.items())
     log = trainer.state.log_history[0]
     signals = ("coherence", "comprehensiveness", "overlap", "repetition", "grounding", "coverage")
     assert all(math.isfinite(log[f"attention/{name}"]) for name in signals)
@@ -159,7 +157,7 @@ def test_conversations_and_answers_reach_the_reward(policy, tmp_path):
     policy.tokenizer.chat_template = TEMPLATE
     rows = [
         {"prompt": [{"role": "user", "content": row["prompt"]}], "answers": row["answers"]}
-        for row in make_rows("agree", "train", 24)
+        for row in make_rows("conflict", "train", 24)
     ]
     heard = Listening(AttentionReward(policy, "exact", name="right"))
     trainer = trained("grpo", policy, heard, tmp_path, rows)
@@ -258,11 +256,9 @@ def test_dpo_trains_on_ranked_pairs_as_they_are(policy, tmp_path, chat):
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
-def python(*arguments, timeout=240):
+def python(*arguments):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=timeout, env=environment
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
 def test_the_example_runs(tmp_path):
@@ -291,8 +287,7 @@ def test_two_processes_agree_on_the_heads(tmp_path):
     )
     run = tmp_path / "run"
     run.mkdir()
-    launch = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(script), str(run))
-    done = python(*launch, timeout=300)
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(run))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((run / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["heads"] == second["heads"] and first["weights"] == second["weights"]
