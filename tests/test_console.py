@@ -112,7 +112,7 @@ def test_without_a_terminal_progress_is_a_plain_line_now_and_then(capsys: Captur
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and 20 <= len(lines) <= 22
-    assert re.fullmatch(r"train 1/100  reward 0\.01  kl 0\.01235  tokens/s 12,346  \d+ s", lines[0])
+    assert re.fullmatch(r"train 1/100  reward 0\.01  kl 0\.01235  tokens/s 12,346  \d+ s, \d+ s left", lines[0])
     assert lines[-1].startswith("train 100/100  reward 1 ")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from attune import data
-from attune.data import Row, read_rows, write_jsonl
+from attune import records
+from attune.data import Row, iter_rows, read_rows, write_jsonl
 from attune.errors import UserError
 
 
@@ -163,7 +164,7 @@ def test_a_row_that_is_not_utf_8_says_at_which_byte(tmp_path: Path) -> None:
 def test_a_line_over_the_bound_is_refused_and_the_next_one_still_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "MAX_LINE", 2_000_000)
+    monkeypatch.setattr(records, "MAX_LINE", 2_000_000)
     path = saved(tmp_path, {"prompt": "x" * 5_000_000}, {"prompt": 1}, {"prompt": "y" * 1_000_000})
     with pytest.raises(UserError) as caught:
         read_rows(path)
@@ -312,3 +313,30 @@ def test_what_is_written_is_read_back_and_appears_whole(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
         write_jsonl(path, failing())
     assert len(read_rows(path)) == 2 and [item.name for item in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_come_one_at_a_time_and_faults_when_all_have_come(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": 7}\n{"prompt": "b"}\n')
+    rows = iter_rows(path)
+    assert [next(rows).prompt, next(rows).prompt] == ["a", "b"]
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: `prompt` is a number"):
+        next(rows)
+
+
+def test_a_large_file_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "{"word " * 40}{n}"}}\n' for n in range(20_000)))
+    tracemalloc.start()
+    count = sum(1 for _ in iter_rows(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 20_000 and peak < 1_000_000 < path.stat().st_size
+
+
+def test_candidates_are_texts_or_what_a_ranking_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "candidates": ["b", {"response": "c", "reward": 1.0}]}\n{"prompt": "a"}\n')
+    assert [row.candidates for row in read_rows(path)] == [("b", "c"), ()]
+    with pytest.raises(UserError, match=r'rows\.jsonl:2: no `candidates`; write "candidates": \["…"\]'):
+        read_rows(path, need=("candidates",))

@@ -151,7 +151,8 @@ class _Lines(Steps):
         first = self._last == 0
         if first or step >= self.total or step // self._every > self._last // self._every:
             seconds = time.monotonic() - self._start
-            line = f"{self.title} {step}/{self.total}  {_figures(figures)}  {seconds:.0f} s"
+            left = f", {seconds / step * (self.total - step):.0f} s left" if 0 < step < self.total else ""
+            line = f"{self.title} {step}/{self.total}  {_figures(figures)}  {seconds:.0f} s{left}"
             self._err.print(Text(escaped(line)), soft_wrap=True)
         self._last = step
 

@@ -24,6 +24,10 @@ class UnsupportedModel(UserError):
     """The model cannot do what was asked of it (attention is out of reach, no tokenizer, unsafe weights, …)."""
 
 
+class TooLong(UserError):
+    """A prompt, or prompt and response, exceed the model's context: a row that may be left out where others stay."""
+
+
 class RunFailed(UserError):
     """Input was fine, the run was not (no room on disk, NaN weights, …): exit code 1."""
 

@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -144,6 +144,86 @@ def truncate_jsonl(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> 
     if len(kept) < len(lines) or (lines and not lines[-1].endswith(b"\n")):
         atomic_write(path, b"".join(kept))
     return len(lines) - len(kept)
+
+
+class GrowingRows:
+    """JSON Lines written batch by batch and resumable: they grow in `NAME.partial/` and take their name at the end.
+
+    `state.json` in that folder says how many rows of the input are `done`, how many bytes they made, the `settings`
+    that made them, and the `tally` that the caller keeps. What a killed process left beyond those bytes is cut off, so
+    no line is lost or doubled. Nothing is written before the first `add`.
+
+    Raises `UserError`: the target is there already, or unfinished without `resume`; with `resume`, there is nothing to
+    resume or the settings differ.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.folder = self.path.with_name(f"{self.path.name}.partial")
+        self.settings: dict[str, Any] = json.loads(to_json(settings))
+        self.done = 0
+        self.tally: dict[str, float] = {}
+        self._bytes = 0
+        where = str(self.path)
+        if self.path.is_dir():
+            raise UserError("is a folder, a file was to be written", where=where, fix="give a file name")
+        if self.path.exists():
+            raise UserError("is there already", where=where, fix="choose another --output")
+        if self.folder.exists() and not resume:
+            raise UserError(f"is unfinished, in {self.folder}", where=where, fix="add --resume, or remove that folder")
+        if resume:
+            self._take_up()
+
+    def add(self, rows: Iterable[Mapping[str, Any]], done: int, tally: Mapping[str, float]) -> None:
+        """Write a batch: its rows, how many rows of the input are done with it, and the tally so far."""
+        text = "".join(to_json(row) + "\n" for row in rows).encode("utf-8", "backslashreplace")
+        with disk_errors(self.path, len(text)):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._rows.open("ab") as file:
+                file.truncate(self._bytes)
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        self.done, self.tally, self._bytes = done, dict(tally), self._bytes + len(text)
+        state = {"done": done, "bytes": self._bytes, "tally": self.tally, "settings": self.settings}
+        atomic_write(self._state, to_json(state, indent=2))
+
+    def finish(self) -> None:
+        """Give the rows their name."""
+        with disk_errors(self.path):
+            self._rows.replace(self.path)
+            _sync_folder(self.path.parent)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _rows(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "state.json"
+
+    def _take_up(self) -> None:
+        """Find where the unfinished rows stand."""
+        where = str(self.path)
+        if not self.folder.is_dir():
+            raise UserError("nothing to resume: no such folder", where=str(self.folder), fix="leave --resume out")
+        if not self._state.exists():
+            return  # killed before its first batch
+        try:
+            state = json.loads(self._state.read_text("utf-8"))
+            begun, self.done, self._bytes, self.tally = (state[k] for k in ("settings", "done", "bytes", "tally"))
+            whole = self._rows.stat().st_size >= self._bytes
+        except (OSError, ValueError, LookupError, TypeError):
+            whole = False
+        if not whole:
+            raise UserError("cannot be resumed: damaged", where=str(self.folder), fix="remove the folder, begin anew")
+        names = sorted({*begun, *self.settings})
+        changed = [name for name in names if begun.get(name) != self.settings.get(name)]
+        if changed:
+            told = "; ".join(f"{name} was {begun.get(name)}, is {self.settings.get(name)}" for name in changed)
+            fix = f"give the options it began with, or remove {self.folder}"
+            raise UserError(f"cannot be resumed with other options: {told}", where=where, fix=fix)
 
 
 def new_run_dir(path: str | Path, resume: bool = False) -> Path:

@@ -1,19 +1,204 @@
-"""Given responses, scored: the reward and every signal of each row of a file."""
+"""Responses scored and ranked: given ones row by row; of many candidates the best, all, or pairs to train on.
+
+Candidates are drawn by the policy, come with the rows, or from a server; who draws them is a function (`Draw`), so that
+ranking is one path. Rows pass batch by batch, and a batch depends on its place and the seed alone.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 
 from attune.data import Row
-from attune.errors import UserError
+from attune.errors import TooLong, UserError
+from attune.model.encode import Prompt
+from attune.model.policy import Policy
+from attune.model.sampling import Sampling
 from attune.reward.reward import Reward
+from attune.types import Prompts, Rollout, Scores
 
 # Prompts that copy heads are measured on: more change the weights by less than their rounding.
 HEAD_PROMPTS = 64
+
+Draw = Callable[[Sequence[Row], Prompts, int], Rollout]
+"""Rows, their encoded prompts and a seed → the candidates of each."""
+Complete = Callable[[Sequence[Prompt], int], list[list[tuple[str, bool]]]]
+"""Prompts and a seed → for each, texts and whether they ended by themselves."""
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """How candidates are drawn, and what is written of them."""
+
+    num_samples: int = 8
+    """Candidates drawn for each prompt (rows that bring `candidates` keep their own)."""
+    keep: Literal["best", "all", "pairs"] = "best"
+    """best: each row with its best response; all: every candidate, best first; pairs: best against worst, for DPO."""
+    margin: float = 0.0
+    """Pairs only: the difference in reward that a pair needs at least; a tie is never a pair."""
+    batch_size: int = 8
+    """Prompts ranked at a time; memory grows with batch_size × num_samples."""
+    seed: int = 0
+    """Seed of the draws."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise UserError(f"margin is {self.margin}", fix="set it to 0 or above")
+        if self.margin and self.keep != "pairs":
+            raise UserError(f"margin is for pairs, and keep is {self.keep}", fix="leave it out, or keep pairs")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A row and its candidates, each {"response", "reward", "signals"}, best first; of equals, the first drawn."""
+
+    row: Row
+    candidates: tuple[dict[str, Any], ...]
+
+    def best(self) -> dict[str, Any]:
+        """The row with its best response, the reward and the signals of that."""
+        fields = dict(self.row.fields)
+        for name in ("prompt", "messages"):
+            if isinstance(fields.get(name), list):
+                fields[name] = self.row.prompt  # without the assistant turn that the response replaces
+        return {**fields, **self.candidates[0]}
+
+    def all(self) -> dict[str, Any]:
+        """The prompt and every candidate."""
+        return {"prompt": self.row.prompt, "candidates": list(self.candidates)}
+
+    def pair(self, margin: float, blank: Callable[[str, str], str]) -> dict[str, Any] | None:
+        """Best against worst in TRL's DPO format; None where they tie, differ by less than `margin`, or read alike.
+
+        `blank(prompt, response)` stands between a plain prompt and a response, which TRL joins as they are.
+        """
+        best, worst = self.candidates[0], self.candidates[-1]
+        difference = best["reward"] - worst["reward"]
+        chosen, rejected = best["response"], worst["response"]
+        if not difference > 0 or difference < margin or chosen.strip() == rejected.strip():
+            return None
+        prompt = self.row.prompt
+        if isinstance(prompt, str):
+            chosen, rejected = (blank(prompt, text) + text for text in (chosen, rejected))
+        else:
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": difference}
+
+
+def sampled(policy: Policy, config: RankConfig) -> Draw:
+    """Candidates sampled by the policy."""
+    return lambda _rows, prompts, seed: policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
+
+
+def given(policy: Policy) -> Draw:
+    """The candidates that the rows bring; each ended by itself."""
+
+    def draw(rows: Sequence[Row], prompts: Prompts, _seed: int) -> Rollout:
+        return _rollout(policy, rows, prompts, [[(text, True) for text in row.candidates] for row in rows])
+
+    return draw
+
+
+def asked(policy: Policy, complete: Complete) -> Draw:
+    """Candidates from elsewhere, by `complete`."""
+
+    def draw(rows: Sequence[Row], prompts: Prompts, seed: int) -> Rollout:
+        return _rollout(policy, rows, prompts, complete([row.prompt for row in rows], seed))
+
+    return draw
+
+
+def _rollout(
+    policy: Policy, rows: Sequence[Row], prompts: Prompts, said: Sequence[Sequence[tuple[str, bool]]]
+) -> Rollout:
+    """Texts as candidates; raises `TooLong` for one that the context of the scoring model cannot hold."""
+    index = torch.tensor([place for place, texts in enumerate(said) for _ in texts])
+    flat = [candidate for texts in said for candidate in texts]
+    rollout = policy.respond(prompts, [text for text, _ in flat], index, [ended for _, ended in flat])
+    if wide := (~policy.fits(rollout)).nonzero().flatten().tolist():
+        place = int(index[wide[0]])
+        raise TooLong(
+            f"prompt and a candidate of {int(rollout.lengths[wide[0]])} tokens do not fit the model's context",
+            where=rows[place].where or f"prompt {place + 1}",
+            fix="shorten the candidate or the prompt",
+        )
+    return rollout
+
+
+def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
+    """Raise `UserError` unless every prompt, with its candidates or new tokens, fits the model."""
+    for batch in _batched(rows, config.batch_size):
+        names = [row.where for row in batch]
+        prompts = policy.encode([row.prompt for row in batch], names=names)
+        if batch[0].candidates:
+            given(policy)(batch, prompts, 0)
+        else:
+            policy.check_room(prompts, config.sampling.max_new_tokens, names)
+
+
+def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, first: int = 0) -> Iterator[list[Ranked]]:
+    """The rows after the `first` ones (whole batches, or all rows), ranked, a batch at a time.
+
+    A reward that reads copy heads measures them on the first batch, unless `measure_heads` was called before, as one
+    must be who resumes: later batches would measure other weights.
+    """
+    start = -(-first // config.batch_size)  # rounded up: after the last row, which need not fill its batch
+    for number, batch in enumerate(_batched(islice(rows, first, None), config.batch_size), start):
+        prompts = reward.policy.encode(
+            [row.prompt for row in batch], [row.answers for row in batch], [row.where for row in batch]
+        )
+        rollout = draw(batch, prompts, random.Random(f"{config.seed}/{number}").getrandbits(63))
+        candidates: list[list[dict[str, Any]]] = [[] for _ in batch]
+        for place, text, figures in zip(
+            rollout.prompt_index.tolist(), rollout.responses, _figures(reward(rollout)), strict=True
+        ):
+            candidates[place].append({"response": text, **figures})
+        yield [
+            Ranked(row, tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)))
+            for row, found in zip(batch, candidates, strict=True)
+        ]
+
+
+def blank_between(policy: Policy) -> Callable[[str, str], str]:
+    """What belongs between a prompt and a response for their joint text to have the tokens that were scored.
+
+    A blank where a tokenizer drops it in decoding (words, SentencePiece), nothing where responses bring their own.
+    """
+    tokenizer = policy.tokenizer
+
+    def between(prompt: str, response: str) -> str:
+        before: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        after: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]
+
+        def parts(blank: str) -> bool:
+            joined: list[int] = tokenizer(prompt + blank + response, add_special_tokens=False)["input_ids"]
+            return joined == before + after
+
+        return " " if not parts("") and parts(" ") else ""
+
+    return between
+
+
+def measure_heads(reward: Reward, rows: Iterable[Row]) -> None:
+    """Copy heads measured on the first prompts, where the reward needs them and none are known."""
+    if reward.needs_heads and reward.copy_weights is None:
+        prompts: dict[str, Prompt] = {}
+        for row in rows:
+            prompts.setdefault(_key(row), row.prompt)
+            if len(prompts) == HEAD_PROMPTS:
+                break
+        reward.copy_weights = reward.measure(reward.policy.encode(list(prompts.values())))
 
 
 def score_rows(
@@ -32,26 +217,36 @@ def score_rows(
     reward.policy.encode(
         [row.prompt for row in rows], names=[row.where for row in rows]
     )  # all readable, or none scored
-    if reward.needs_heads and reward.copy_weights is None:
-        prompts = list({_key(row): row.prompt for row in rows}.values())[:HEAD_PROMPTS]
-        reward.copy_weights = reward.measure(reward.policy.encode(prompts))
+    measure_heads(reward, rows)
     scored: list[dict[str, Any]] = [{} for _ in rows]
     done = 0
-    for places in _batches(rows, batch_size):
+    for places in _groups(rows, batch_size):
         part = [rows[place] for place in places]
         scores = reward.score(
             [row.prompt for row in part], [row.response or "" for row in part], [row.answers for row in part]
         )
-        table = torch.stack([scores.reward, *scores.signals.values()]).tolist()
-        for column, place in enumerate(places):
-            signals = {name: line[column] for name, line in zip(scores.signals, table[1:], strict=True)}
-            scored[place] = {**rows[place].fields, "reward": table[0][column], "signals": signals}
+        for place, figures in zip(places, _figures(scores), strict=True):
+            scored[place] = {**rows[place].fields, **figures}
         done += len(places)
         progress(done)
     return scored
 
 
-def _batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+def _figures(scores: Scores) -> list[dict[str, Any]]:
+    """{"reward", "signals"} of each response."""
+    table = torch.stack([scores.reward, *scores.signals.values()], dim=1).tolist()
+    return [
+        {"reward": reward, "signals": dict(zip(scores.signals, signals, strict=True))} for reward, *signals in table
+    ]
+
+
+def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _groups(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
     """Places of the rows, whole groups at a time, at least `size` rows each but the last."""
     if size < 1:
         raise UserError(f"batch_size is {size}", fix="set it to 1 or above")

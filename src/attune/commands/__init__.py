@@ -10,6 +10,7 @@ from attune.commands.common import Command
 from attune.commands.compare import COMPARE
 from attune.commands.judge import AUDIT, EVAL, SCORE
 from attune.commands.preferences import PREFERENCES
+from attune.commands.rank import RANK
 from attune.commands.train import DEMO, TRAIN
 
 COMMANDS: dict[str, Command] = {
@@ -17,6 +18,7 @@ COMMANDS: dict[str, Command] = {
     "train": TRAIN,
     "audit": AUDIT,
     "score": SCORE,
+    "rank": RANK,
     "eval": EVAL,
     "calibrate": CALIBRATE,
     "preferences": PREFERENCES,

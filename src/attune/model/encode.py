@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attune.errors import UserError
+from attune.errors import TooLong, UserError
 from attune.types import Prompts
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -24,8 +24,8 @@ def encode_prompts(
     """Tokenise `prompts`, padded on the left for decoder-only models, on the right for encoder–decoders. `names` says
     where each comes from (`file:line`), for messages.
 
-    Raises `UserError`: no prompts, an empty prompt, one longer than the model's context, or messages for a tokenizer
-    without a chat template.
+    Raises `UserError`: no prompts, an empty prompt, one longer than the model's context (`TooLong`), or messages for a
+    tokenizer without a chat template.
     """
     if not prompts:
         raise UserError("no prompts", fix="give at least one")
@@ -39,7 +39,7 @@ def encode_prompts(
         if not tokens or not text.strip():
             raise UserError("the prompt is empty", where=where, fix="write some text")
         if limit is not None and len(tokens) > limit:
-            raise UserError(
+            raise TooLong(
                 f"the prompt has {len(tokens)} tokens, the model's context holds {limit}", where=where, fix="shorten it"
             )
         texts.append(text)
@@ -53,10 +53,14 @@ def encode_prompts(
     return Prompts(tuple(texts), ids, mask, _padded(templates, 1, left).bool(), known)
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Ids [B, R] and mask [B, R] bool of given responses, each ended by the end-of-sequence token."""
-    end = int(tokenizer.eos_token_id)
-    rows = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in responses]
+def encode_response(tokenizer: PreTrainedTokenizerBase, response: str, ended: bool = True) -> list[int]:
+    """Ids of a given response, with the end-of-sequence token where it `ended` by itself."""
+    ids = list(tokenizer(response, add_special_tokens=False)["input_ids"])
+    return [*ids, int(tokenizer.eos_token_id)] if ended else ids
+
+
+def padded_responses(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids [B, R] and mask [B, R] bool of responses given as ids."""
     mask = _padded([[1] * len(row) for row in rows], 0, left=False).bool()
     return _padded(rows, int(tokenizer.pad_token_id), left=False), mask
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from attune.errors import UserError
 from attune.model import capture, prefix
 from attune.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
-from attune.model.encode import Prompt, context_length, encode_prompts, encode_responses
+from attune.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
 from attune.model.families import shareable
 from attune.model.load import load
 from attune.model.logits import token_logprobs, token_spread
@@ -144,13 +144,36 @@ class Policy:
                 fix=f"shorten the prompt, or set max_new_tokens to {int(room.min())} or less",
             )
 
-    def respond(self, prompts: Prompts, responses: Sequence[str], prompt_index: Tensor) -> Rollout:
-        """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing)."""
-        ids, mask = encode_responses(self.tokenizer, responses)
-        ended = torch.ones(len(responses), dtype=torch.bool, device=self.device)
-        return Rollout(
-            prompts, prompt_index.to(self.device), ids.to(self.device), mask.to(self.device), ended, tuple(responses)
-        )
+    def respond(
+        self,
+        prompts: Prompts,
+        responses: Sequence[str | Sequence[int]],
+        prompt_index: Tensor,
+        ended: Sequence[bool] | None = None,
+    ) -> Rollout:
+        """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing).
+
+        Responses are texts, which `ended` by themselves unless it says otherwise, or token ids as they were sampled,
+        which did if they close with a token that ends a response.
+        """
+        texts: list[str] = []
+        rows: list[list[int]] = []
+        for place, given in enumerate(responses):
+            if isinstance(given, str):
+                texts.append(given)
+                rows.append(encode_response(self.tokenizer, given, ended is None or ended[place]))
+            else:
+                rows.append([int(token) for token in given])
+                texts.append(str(self.tokenizer.decode(rows[-1], skip_special_tokens=True)))
+        ids, mask = (part.to(self.device) for part in padded_responses(self.tokenizer, rows))
+        ends = self._end_tokens()
+        closed = torch.tensor([bool(row) and row[-1] in ends for row in rows], device=self.device)
+        return Rollout(prompts, prompt_index.to(self.device), ids, mask, closed, tuple(texts))
+
+    def fits(self, rollout: Rollout) -> Tensor:
+        """[B] bool: whether prompt and response fit the model's context."""
+        room = self.response_room(rollout.prompts)
+        return torch.ones_like(rollout.ended) if room is None else rollout.lengths <= room[rollout.prompt_index]
 
     def sample(
         self, prompts: Prompts, num_samples: int = 1, *, sampling: Sampling | None = None, seed: int = 0

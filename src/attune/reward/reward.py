@@ -129,11 +129,13 @@ class Reward:
     def score(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[str | Sequence[int]],
         answers: Sequence[Sequence[str]] | None = None,
     ) -> Scores:
-        """Score `responses[i]` as a response to `prompts[i]`; equal prompts (and answers) form a group, wherever they
-        stand. The scores come in the order given; the replay with them only if that order keeps groups together.
+        """Score `responses[i]` (text, or token ids as sampled) as a response to `prompts[i]`.
+
+        Equal prompts (and answers) form a group, wherever they stand. The scores come in the order given; the replay
+        with them only if that order keeps groups together.
         """
         if not responses or len(prompts) != len(responses) or (answers is not None and len(answers) != len(prompts)):
             counts = f"{len(prompts)} prompts and {len(responses)} responses"

@@ -1,0 +1,85 @@
+"""Best of n without labels: what a reward's choice among the model's own samples is worth, against confidence and chance.
+
+    python benchmarks/rank.py [--models causal encdec] [--split conflict] [--prompts 500] [--num-samples 8] [--seeds 3]
+
+Embedded models, test stories. Every arm chooses among the same samples of the same prompts; a figure is the exact match
+of the choice, averaged over the seeds of a prompt, with a 95 % bootstrap interval over prompts; differences are paired.
+"A random sample" is the mean over all of them (what choosing blindly gives), "any right" the best that a choice could be.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from attune.data import Row
+from attune.measure.stats import bootstrap, paired_bootstrap
+from attune.model.policy import Policy
+from attune.model.sampling import Sampling
+from attune.rank import RankConfig, Ranked, measure_heads, rank, sampled
+from attune.reward.named import RewardConfig, config_of
+from attune.reward.reward import Reward
+from attune.reward.rivals import normalise_answer
+from attune.world import make_rows, model_path
+
+CONFIDENCE = RewardConfig({"coherence": 1.0}, normalise="none", gates=("ended",))
+ARMS = {
+    "`attention`": config_of("attention"),
+    "log-prob": CONFIDENCE,
+    "`overlap`": config_of("overlap"),
+    "`shuffled`": config_of("shuffled"),
+    "`majority`": config_of("majority"),
+}
+BLIND, CEILING = "a random sample", "any right"
+
+
+def right(ranked: Ranked) -> list[float]:
+    """1 where a candidate is an accepted answer, best first."""
+    accepted = {normalise_answer(answer) for answer in ranked.row.answers}
+    return [float(normalise_answer(one["response"]) in accepted) for one in ranked.candidates]
+
+
+def measure(policy: Policy, rows: list[Row], samples: int, seeds: int) -> dict[str, list[float]]:
+    """By arm, one figure a prompt."""
+    found: dict[str, list[list[float]]] = {name: [] for name in (*ARMS, BLIND, CEILING)}
+    for seed in range(seeds):
+        config = RankConfig(num_samples=samples, batch_size=32, seed=seed, sampling=Sampling(max_new_tokens=8))
+        for name, spec in ARMS.items():
+            reward = Reward(spec, policy, reference=policy)
+            measure_heads(reward, rows)
+            batches = rank(reward, rows, config, sampled(policy, config))
+            hits = [right(ranked) for batch in batches for ranked in batch]
+            found[name].append([one[0] for one in hits])
+        found[BLIND].append([sum(one) / len(one) for one in hits])
+        found[CEILING].append([max(one) for one in hits])
+    return {name: torch.tensor(values).mean(0).tolist() for name, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["causal", "encdec"], choices=("causal", "encdec"))
+    parser.add_argument("--split", default="conflict", choices=("agree", "conflict", "novel"))
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--num-samples", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    rows = [
+        Row(prompt=row["prompt"], answers=tuple(row["answers"]), fields=row)
+        for row in make_rows(options.split, "test", options.prompts)
+    ]
+    print(f"| model | best of {options.num_samples} by | exact match | `attention` minus it |\n|---|---|---|---|")
+    for model in options.models:
+        values = measure(Policy.load(model_path(model), device="cpu"), rows, options.num_samples, options.seeds)
+        for name, figures in values.items():
+            own = bootstrap(figures)
+            line = f"| {model} | {name} | {own.mean:.3f} [{own.low:.3f}, {own.high:.3f}] |"
+            if name == next(iter(ARMS)):
+                print(f"{line} |")
+                continue
+            gap = paired_bootstrap(values["`attention`"], figures)
+            print(f"{line} {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""`attune rank`: the best of many candidates, all of them scored, or preference pairs for DPO."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attune.commands.common import Command, Parser, load_policy, model_arguments, reward_config
+from attune.commands.train import INTERRUPTED
+from attune.console import Console
+from attune.errors import UserError
+
+if TYPE_CHECKING:
+    from attune.data import Row
+    from attune.model.policy import Policy
+    from attune.rank import Draw, RankConfig
+
+Rows = Callable[[], "Iterator[Row]"]
+
+
+def _arguments(parser: Parser) -> None:
+    from attune.config import add_arguments
+    from attune.rank import RankConfig
+
+    model_arguments(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="rows; `candidates` in them are ranked instead of samples"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets a line a prompt, in order")
+    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
+    parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
+    add_arguments(parser, RankConfig)
+
+
+def _rank(options: argparse.Namespace, console: Console) -> int:
+    from attune.config import flags_given, load_config, to_dict
+    from attune.data import iter_rows
+    from attune.files import GrowingRows
+    from attune.rank import RankConfig, blank_between, check, measure_heads, rank
+    from attune.reward.reward import Reward
+
+    config = load_config(RankConfig, None, flags_given(options, RankConfig))
+    spec = reward_config(options.reward)
+    need = ("answers",) if "exact" in spec.weights else ()
+    rows: Rows = partial(iter_rows, options.prompts, template=options.template, need=need)
+    total, brought, digest = _survey(rows)
+    if options.server_model and not options.server:
+        raise UserError("--server-model without --server", fix="give --server URL too")
+    if options.server and brought:
+        raise UserError("the rows bring candidates", where=options.prompts, fix="leave --server out")
+    settings = {
+        "model": options.model,
+        "prompts": digest,
+        "reward": asdict(spec),
+        "server": options.server,
+        "server_model": options.server_model,
+        **to_dict(config),
+    }
+    output = GrowingRows(options.output, settings, resume=options.resume)
+    policy = load_policy(options)
+    check(policy, rows(), config)
+    draw = _draw(options, policy, config, brought)
+    reward = Reward(spec, policy, reference=policy)
+    measure_heads(reward, rows())
+    blank = blank_between(policy)
+    first, tally = output.done, {"best": 0.0, "all": 0.0, "left_out": 0.0, **output.tally}
+    try:
+        with console.progress(total - first, "ranking") as progress:
+            for batch in rank(reward, rows(), config, draw, first):
+                lines: list[Mapping[str, Any]] = []
+                for ranked in batch:
+                    tally["best"] += ranked.candidates[0]["reward"]
+                    tally["all"] += sum(c["reward"] for c in ranked.candidates) / len(ranked.candidates)
+                    if config.keep == "pairs":
+                        pair = ranked.pair(config.margin, blank)
+                        tally["left_out"] += pair is None
+                        lines += [pair] if pair else []
+                    else:
+                        lines.append(ranked.best() if config.keep == "best" else ranked.all())
+                output.add(lines, output.done + len(batch), tally)
+                progress.update(output.done - first, reward=tally["best"] / output.done)
+    except KeyboardInterrupt:
+        console.note(f"interrupted at prompt {output.done} of {total}; the same command with --resume goes on")
+        return INTERRUPTED
+    except UserError:
+        if output.done:
+            console.note(f"{output.done} of {total} prompts are kept; the same command with --resume goes on")
+        raise
+    output.finish()
+    _tell(console, config, options.output, total, tally)
+    return 0
+
+
+def _survey(rows: Rows) -> tuple[int, bool, str]:
+    """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
+    total = brought = 0
+    without = ""
+    digest = blake2b(digest_size=16)
+    for row in rows():
+        total += 1
+        brought += bool(row.candidates)
+        without = without or ("" if row.candidates else row.where)
+        digest.update(json.dumps([row.prompt, row.fields], default=str).encode())
+    if 0 < brought < total:
+        raise UserError(
+            f"no `candidates`, which {brought} of {total} rows bring",
+            where=without,
+            fix="give candidates in every row or in none",
+        )
+    return total, brought > 0, digest.hexdigest()
+
+
+def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
+    """Where the candidates come from."""
+    from attune.rank import asked, given, sampled
+
+    if brought:
+        return given(policy)
+    if config.keep == "pairs" and config.num_samples < 2:
+        raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
+    if not options.server:
+        return sampled(policy, config)
+    from attune.integrations.openai import Server
+
+    server = Server(options.server, options.server_model)
+    return asked(policy, lambda prompts, seed: server.complete(prompts, config.num_samples, config.sampling, seed))
+
+
+def _tell(console: Console, config: RankConfig, output: Path, total: int, tally: Mapping[str, float]) -> None:
+    """What was written, and what was left out."""
+    means = {"best": tally["best"] / total, "all candidates": tally["all"] / total}
+    left_out = int(tally["left_out"])
+    console.table(f"{total} prompts ranked", ["reward", "mean"], [[name, value] for name, value in means.items()])
+    if config.keep == "pairs":
+        say = console.warn if left_out == total else console.note
+        say(f"{total - left_out} pairs; {left_out} prompts left out: best and worst tie, read alike, or are too close")
+    console.note(f"written to {output}")
+    console.result(
+        {"prompts": total, "lines": total - left_out, "left_out": left_out, "output": output, "means": means}
+    )
+
+
+RANK = Command(
+    "best of n candidates, or preference pairs",
+    "--model MODEL --prompts FILE --output FILE ",
+    _arguments,
+    _rank,
+)

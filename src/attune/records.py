@@ -1,0 +1,181 @@
+"""What files of rows hold, row by row: JSON Lines read strictly, CSV, Parquet and hub ids; each with its `file:line`.
+
+A row that cannot be read comes as the `Fault` that says so, in its place. What a row means is `data`'s business.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from attune.errors import UserError
+
+MAX_LINE = 10_000_000
+"""Bytes of one line: a file without line ends must not fill the memory."""
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".txt", ".tsv", ".gz", ".zip", ".yaml", ".yml")
+
+
+class Fault(Exception):
+    """What is wrong with one row, and what to write instead."""
+
+
+def records(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    """(`file:line`, row or what is wrong with it) of each of the first `limit` rows."""
+    path = Path(source)
+    try:
+        if source and path.is_dir():
+            raise UserError("is a folder", where=source, fix="give a file of rows")
+        if not source or not path.exists():
+            if not source.strip() or source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
+                raise UserError("no such file", where=source or "(empty name)", fix="check the path")
+            yield from _hub(source, limit)
+            return
+        reader = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
+        for count, record in enumerate(reader(path), 1):
+            yield record
+            if count == limit:
+                return
+    except PermissionError as error:
+        raise UserError("cannot be read (no permission)", where=source, fix="check its permissions") from error
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
+                yield where, Fault(f"the line is longer than {MAX_LINE // 1_000_000} MB; write one row a line")
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield where, _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | Fault:
+    """One line as an object, or what is wrong with it."""
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        return Fault(f"not UTF-8 at byte {error.start + 1}; save the file as UTF-8")
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+    except Fault as fault:
+        return fault
+    except json.JSONDecodeError as error:
+        return Fault(f"not JSON at column {error.colno} ({error.msg}); write one object a line")
+    except (RecursionError, ValueError):
+        return Fault("not JSON that can be read (nested too deeply, or a number with too many digits); simplify it")
+    if isinstance(value, list):
+        return Fault("an array, not an object; write one object a line, without the enclosing [ ]")
+    if not isinstance(value, dict):
+        return Fault(f'{kind(value)}, not an object; write {{"prompt": "…"}}')
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in {n for n, _ in pairs[:i]})
+        raise Fault(f"`{short(twice)}` stands twice in one object; keep one")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise Fault(f"{name} is not JSON; write a number or null")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise Fault(f"{short(text)} is too large for a number; write a smaller one")
+    return value
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    csv.field_size_limit(MAX_LINE)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise UserError("two columns have one name", where=f"{path}:1", fix="rename one")
+            number = reader.line_num + 1
+            for cells in reader:
+                where, number = f"{path}:{number}", reader.line_num + 1
+                if cells and len(cells) != len(header):
+                    yield (
+                        where,
+                        Fault(f"{len(cells)} cells under {len(header)} columns; quote cells that hold a comma"),
+                    )
+                elif cells:
+                    # An empty cell is CSV's only way to leave a field out.
+                    yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+        except UnicodeDecodeError as error:
+            raise UserError("is not UTF-8", where=str(path), fix="save the file as UTF-8") from error
+        except csv.Error as error:
+            raise UserError(
+                f"is not CSV ({error})", where=f"{path}:{reader.line_num}", fix="check the quotes"
+            ) from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:row {number}", record
+    except arrow.ArrowInvalid as error:
+        raise UserError("is not a Parquet file", where=str(path), fix="check the file, or give JSON Lines") from error
+
+
+def _hub(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    import datasets
+
+    name, *parts = source.split(":")
+    config, split = (None, "train") if not parts else (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
+    try:
+        if len(parts) > 2:
+            raise ValueError(f"{len(parts)} colons")
+        # Streaming fetches no more than it reads, but cannot read what an earlier run has stored.
+        streaming = limit is not None and not datasets.config.HF_HUB_OFFLINE
+        found = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        for number, record in enumerate(found, 1):
+            yield f"{source}:row {number}", dict(record)
+            if number == limit:
+                return
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # each kind of trouble with the hub has a class of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"neither a file nor a data set that can be loaded ({reason})",
+            where=source,
+            fix="check the path; a hub data set is owner/name, owner/name:split or owner/name:config:split",
+        ) from error
+
+
+def kind(value: object) -> str:
+    """How JSON calls the type of `value`."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def short(text: str) -> str:
+    """The beginning of `text`, for a message."""
+    return text if len(text) <= 40 else f"{text[:39]}…"

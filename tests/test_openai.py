@@ -1,0 +1,244 @@
+"""Candidates from a server, against a real one on this machine: what is sent, what comes back, how it fails."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from attune.errors import RunFailed, UserError
+from attune.integrations import openai
+from attune.integrations.openai import ATTEMPTS, Server
+from attune.model.sampling import Sampling
+
+CHAT = [{"role": "user", "content": "where ?"}]
+Reply = Callable[["Desk"], None]
+
+
+class Desk(BaseHTTPRequestHandler):
+    """Notes each request and lets the test's `replies` answer, the last one again and again."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.body = None
+        self.answer()
+
+    def answer(self) -> None:
+        with self.server.lock:
+            self.server.seen.append((self.path, self.body, dict(self.headers)))
+            reply = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
+        reply(self)
+
+    def send(self, code: int, content: bytes | object, headers: dict[str, str] | None = None) -> None:
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(raw)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def choices(desk: Desk, count: int | None = None) -> None:
+    """As many as asked (or `count`), each named after its prompt and place; the second was cut."""
+    chat, body = "chat" in desk.path, desk.body
+    asked = body["messages"][-1]["content"] if chat else body["prompt"]
+    found = []
+    for n in range(body["n"] if count is None else count):
+        text = f"{asked} {body['seed']} {n}"
+        content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        found.append({**content, "index": n, "finish_reason": "length" if n == 1 else "stop"})
+    desk.send(200, {"choices": found})
+
+
+def failing(code: int, content: bytes | object = b"", headers: dict[str, str] | None = None) -> Reply:
+    return lambda desk: desk.send(code, content, headers)
+
+
+def hang_up(desk: Desk) -> None:
+    desk.close_connection = True
+    desk.connection.close()
+
+
+def broken_off(desk: Desk) -> None:
+    desk.send_response(200)
+    desk.send_header("Content-Length", "1000")
+    desk.end_headers()
+    desk.wfile.write(b'{"choices": [')
+    desk.close_connection = True
+
+
+@contextmanager
+def serving(*replies: Reply) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Desk)
+    server.handle_error = lambda *_: None
+    server.replies, server.seen, server.lock = list(replies), [], threading.Lock()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def url(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def client(server: ThreadingHTTPServer) -> Server:
+    return Server(url(server), "m", pause=0.001)
+
+
+def test_plain_prompts_and_chats_go_to_their_own_address_with_the_options(monkeypatch):
+    monkeypatch.setenv(openai.KEY, "secret")
+    sampling = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=5)
+    with serving(choices) as server:
+        found = Server(url(server) + "/v1/", "m").complete(["where ?", CHAT], 3, sampling, 7)
+    assert found == [
+        [("where ? 7 0", True), ("where ? 7 1", False), ("where ? 7 2", True)],
+        [("where ? 8 0", True), ("where ? 8 1", False), ("where ? 8 2", True)],
+    ]
+    seen = {path: (body, headers) for path, body, headers in server.seen}
+    options = {"model": "m", "n": 3, "temperature": 0.7, "top_p": 0.9, "max_tokens": 5}
+    assert seen["/v1/completions"][0] == {**options, "prompt": "where ?", "seed": 7}
+    assert seen["/v1/chat/completions"][0] == {**options, "messages": CHAT, "seed": 8}
+    assert all(headers["Authorization"] == "Bearer secret" for _, headers in seen.values())
+
+
+def test_many_prompts_come_back_in_order_and_without_a_key_none_is_sent(monkeypatch):
+    monkeypatch.delenv(openai.KEY, raising=False)
+    prompts = [f"p{i}" for i in range(12)]
+    with serving(choices) as server:
+        found = client(server).complete(prompts, 1, Sampling(), 0)
+    assert [texts[0][0].split()[0] for texts in found] == prompts
+    assert all("Authorization" not in headers for _, _, headers in server.seen)
+
+
+def test_a_server_that_gives_fewer_choices_is_asked_for_the_rest_with_other_seeds():
+    with serving(lambda desk: choices(desk, 1)) as server:
+        found = client(server).complete(["a"], 3, Sampling(), 0)
+    assert [body["n"] for _, body, _ in server.seen] == [3, 2, 1]
+    assert len({text for text, _ in found[0]}) == 3
+
+
+def test_more_choices_than_asked_for_are_cut():
+    with serving(lambda desk: choices(desk, 5)) as server:
+        assert len(client(server).complete(["a"], 2, Sampling(), 0)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (failing(429, {"error": {"message": "slow down"}}), "HTTP 429 slow down"),
+        (failing(500, b"<html>oops</html>"), "HTTP 500 <html>oops</html>"),
+        (failing(503), "HTTP 503"),
+        (failing(200, b"<html>"), "the reply is not JSON: '<html>'"),
+        (failing(200, b"[" * 100_000), "the reply is not JSON"),
+        (failing(200, {"choices": []}), "no choice with a text"),
+        (failing(200, {"choices": [{"text": "a"}]}), "no choice with a text"),
+        (failing(200, {"choices": [{"text": None, "finish_reason": "stop"}]}), "no choice with a text"),
+        (failing(200, {"choices": [{"text": "", "finish_reason": "length"}]}), "no choice with a text"),
+        (failing(200, {"choices": [{"text": "\ud800", "finish_reason": "stop"}]}), "no choice with a text"),
+        (failing(200, ["choices"]), "no choice with a text"),
+        (hang_up, "no answer"),
+        (broken_off, "the reply is not JSON"),
+    ],
+)
+def test_trouble_that_may_pass_is_tried_again_and_told_when_it_stays(trouble, message):
+    with serving(trouble, trouble, choices) as server:
+        assert client(server).complete(["a"], 1, Sampling(), 0) == [[("a 0 0", True)]]
+        assert len(server.seen) == 3
+    with serving(trouble) as server:
+        with pytest.raises(RunFailed) as raised:
+            client(server).complete(["a"], 1, Sampling(), 0)
+        assert len(server.seen) == ATTEMPTS
+    assert message in str(raised.value) and f"({ATTEMPTS} attempts)" in str(raised.value)
+    assert url(server) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (failing(401, {"error": {"message": "bad key"}}), "HTTP 401 bad key; set OPENAI_API_KEY"),
+        (failing(404, {"error": "no such model"}), "HTTP 404 no such model; check --server and --server-model"),
+        (failing(400, {"error": {"message": "n too large"}}), "HTTP 400 n too large"),
+        (failing(302, b"", {"Location": "http://127.0.0.1:1/"}), "HTTP 302"),
+    ],
+)
+def test_a_refusal_is_told_at_once(refusal, message):
+    with serving(refusal) as server:
+        with pytest.raises(UserError) as raised:
+            client(server).complete(["a"], 1, Sampling(), 0)
+        assert raised.value.exit_code == 2 and message in str(raised.value) and len(server.seen) == 1
+
+
+def test_a_pause_that_the_server_asks_for_is_kept_within_bounds(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(openai.time, "sleep", pauses.append)
+    with serving(
+        failing(429, b"", {"Retry-After": "7"}), failing(429, b"", {"Retry-After": "86400"}), choices
+    ) as server:
+        client(server).complete(["a"], 1, Sampling(), 0)
+    assert pauses == [7.0, openai.LONGEST_PAUSE]
+
+
+def test_a_reply_without_end_is_not_read(monkeypatch):
+    monkeypatch.setattr(openai, "MAX_REPLY", 1000)
+    with serving(failing(200, b" " * 2000)) as server, pytest.raises(UserError, match="the reply is larger"):
+        client(server).complete(["a"], 1, Sampling(), 0)
+
+
+def test_the_only_model_of_a_server_is_asked_without_being_named():
+    with serving(failing(200, {"data": [{"id": "one"}]}), choices) as server:
+        asked = Server(url(server))
+        asked.complete(["a"], 1, Sampling(), 0)
+    assert server.seen[0][0] == "/v1/models" and server.seen[1][1]["model"] == "one"
+    for content, message in (
+        ({"data": [{"id": "one"}, {"id": "two"}]}, "has 2 models"),
+        ({"models": []}, "does not say which models"),
+    ):
+        with serving(failing(200, content)) as server, pytest.raises(UserError, match=message) as raised:
+            Server(url(server))
+        assert "--server-model" in str(raised.value)
+
+
+def test_nobody_there_is_one_line():
+    with serving(choices) as server:
+        gone = url(server)
+    with pytest.raises(RunFailed, match=r"no answer.*start the server"):
+        Server(gone)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "localhost:8000", "ftp://a", "http://", "http://a:b", "http://a?b=c", "file:///etc"]
+)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(UserError, match="is no address of a server"):
+        Server(address, "m")
+
+
+def test_the_key_never_goes_over_the_net_in_clear(monkeypatch):
+    monkeypatch.setenv(openai.KEY, "secret")
+    with pytest.raises(UserError, match="in clear") as raised:
+        Server("http://example.com:8000", "m")
+    assert "secret" not in str(raised.value)
+    Server("https://example.com", "m")
+    monkeypatch.setenv(openai.KEY, "a\nb")
+    with pytest.raises(UserError, match="no key has"):
+        Server("https://example.com", "m")
+
+
+def test_top_k_is_not_in_the_protocol():
+    with pytest.raises(UserError, match="top_k"):
+        Server("http://127.0.0.1:1", "m").complete(["a"], 1, Sampling(top_k=5), 0)

@@ -1,0 +1,293 @@
+"""The reward in TRL's trainers: real GRPO, RLOO and DPO runs on the embedded model, against attune's own scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from attune.cli import main
+from attune.errors import UnsupportedModel, UserError
+from attune.integrations.trl import AttentionReward
+from attune.model.policy import Lora, Policy
+from attune.reward.reward import Reward
+from attune.world import make_rows, model_path
+from tests.families import save
+
+ROOT = Path(__file__).parents[1]
+CAUSAL = model_path("causal")
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} </s>{% endif %} {% endfor %}"
+TRAINERS = {"grpo": (GRPOTrainer, GRPOConfig), "rloo": (RLOOTrainer, RLOOConfig)}
+
+
+@pytest.fixture
+def policy():
+    return Policy.load(CAUSAL, device="cpu")
+
+
+def prompts(count=24):
+    return [row["prompt"] for row in make_rows("conflict", "train", count)]
+
+
+def options(folder, **more):
+    return {
+        "output_dir": str(folder), "max_steps": 2, "learning_rate": 1e-3, "use_cpu": True, "bf16": False,
+        "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, **more,
+    }  # fmt: skip
+
+
+def trained(kind, policy, reward, folder, rows=None, **more):
+    """The trainer after its run."""
+    trainer_of, config_of = TRAINERS[kind]
+    batch = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 5}
+    trainer = trainer_of(
+        model=policy.model,
+        processing_class=policy.tokenizer,
+        reward_funcs=reward,
+        args=config_of(**options(folder, **{**batch, **more})),
+        train_dataset=Dataset.from_list(rows or [{"prompt": prompt} for prompt in prompts()]),
+    )
+    trainer.train()
+    return trainer
+
+
+class Listening:
+    """Calls a reward and keeps what TRL gave it and what came back."""
+
+    def __init__(self, reward):
+        self.reward, self.calls, self.__name__ = reward, [], reward.__name__
+
+    def __call__(self, **given):
+        self.calls.append((given, self.reward(**given)))
+        return self.calls[-1][1]
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_run_learns_from_the_frozen_start_and_logs_every_signal(kind, adapter, tmp_path):
+    policy = Policy.load(CAUSAL, device="cpu", lora=Lora(rank=4) if adapter else None)
+    start = Policy.load(CAUSAL, device="cpu")
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    heard = Listening(AttentionReward(policy))
+    trainer = trained(kind, policy, heard, tmp_path)
+    after = dict(policy.model.named_parameters())  # TRL may have put an adapter of its own beside
+    assert any(not torch.equal(weight, after[name]) for name, weight in before.items())
+    log = trainer.state.log_history[0]
+    signals = ("coherence", "comprehensiveness", "overlap", "repetition", "grounding", "coverage")
+    assert all(math.isfinite(log[f"attention/{name}"]) for name in signals)
+    assert log["rewards/attention/mean"] == pytest.approx(log["reward"])
+    # The last rewards are what attune says of the same texts with the model as it was before training. Texts say
+    # nothing of whether a response ended, so only those that did are compared.
+    given, rewards = heard.calls[-1]
+    own = Reward.resolve("attention", start, heard.reward.reward.copy_weights)
+    again = own.score(given["prompts"], given["completion_ids"])
+    assert rewards == pytest.approx(again.reward.tolist(), abs=1e-4)
+    texts = own.score(given["prompts"], given["completions"])
+    end = start.tokenizer.eos_token_id
+    whole = [ids[-1] == end for ids in given["completion_ids"]]
+    assert any(whole)
+    for name in signals:
+        for ended, one, other in zip(whole, again.signals[name].tolist(), texts.signals[name].tolist(), strict=True):
+            assert not ended or one == pytest.approx(other, abs=1e-4)
+
+
+def test_the_policy_in_training_is_read_as_it_learns_and_stays_in_training_mode(policy, tmp_path):
+    reward = AttentionReward(policy, "certainty")
+    heard = Listening(reward)
+    modes = []
+
+    def watched(**given):
+        modes.append(policy.model.training)
+        found = heard(**given)
+        modes.append(policy.model.training)
+        return found
+
+    watched.__name__ = "watched"
+    start = Policy.load(CAUSAL, device="cpu")
+    trained("grpo", policy, watched, tmp_path)
+    given, rewards = heard.calls[-1]
+    frozen = Reward.resolve("certainty", start).score(given["prompts"], given["completion_ids"])
+    assert rewards != pytest.approx(frozen.reward.tolist(), abs=1e-4)
+    assert modes[::2] == modes[1::2]
+
+
+def test_scoring_leaves_the_mode_of_every_module_and_the_random_state_alone(policy):
+    reward = AttentionReward(policy, {"weights": {"coherence": 1.0, "grounding": 1.0}, "scorer": "policy"})
+    policy.model.train()
+    frozen = next(policy.model.children()).eval()
+    state = torch.get_rng_state()
+    ids = policy.tokenizer("garden")["input_ids"]
+    reward(prompts()[:2], ["garden", "garden"], [ids, ids])
+    assert torch.equal(state, torch.get_rng_state())
+    assert policy.model.training and not frozen.training
+
+
+def test_gradient_accumulation_and_evaluation_in_between_change_nothing(policy, tmp_path):
+    heard = Listening(AttentionReward(policy))
+    rows = [{"prompt": prompt} for prompt in prompts()]
+    more = {"gradient_accumulation_steps": 2, "num_iterations": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = GRPOTrainer(
+        model=policy.model,
+        processing_class=policy.tokenizer,
+        reward_funcs=heard,
+        args=GRPOConfig(
+            **options(tmp_path, per_device_train_batch_size=4, num_generations=4, max_completion_length=5, **more),
+            per_device_eval_batch_size=4,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:2]),
+    )
+    trainer.train()
+    fresh = Reward.resolve("attention", Policy.load(CAUSAL, device="cpu"), heard.reward.reward.copy_weights)
+    assert len(heard.calls) >= 3
+    for given, rewards in heard.calls:
+        again = fresh.score(given["prompts"], given["completion_ids"]).reward.tolist()
+        assert rewards == pytest.approx(again, abs=1e-4)
+
+
+def test_conversations_and_answers_reach_the_reward(policy, tmp_path):
+    policy.tokenizer.chat_template = TEMPLATE
+    rows = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}], "answers": row["answers"]}
+        for row in make_rows("conflict", "train", 24)
+    ]
+    heard = Listening(AttentionReward(policy, "exact", name="right"))
+    trainer = trained("grpo", policy, heard, tmp_path, rows)
+    given, rewards = heard.calls[0]
+    said = [turns[0]["content"] for turns in given["completions"]]
+    expected = [float(text in known) for text, known in zip(said, given["answers"], strict=True)]
+    assert rewards == expected and 0 < sum(expected) < len(expected)
+    assert "right/exact" in trainer.state.log_history[0]
+
+
+def test_what_cannot_be_scored_is_none_and_takes_no_part(policy):
+    reward = AttentionReward(policy, {"weights": {"coherence": 1.0}})
+    limit = policy.network.config.max_position_embeddings
+    garden, end = policy.tokenizer("garden")["input_ids"], policy.tokenizer.eos_token_id
+    words = policy.tokenizer.decode(garden * limit)
+    some = prompts()[0]
+    asked = [some, some, some, words + " garden", some]
+    ids = [[*garden, end], [], garden * limit, [*garden, end], [*garden, *garden, end]]
+    metrics, columns = {}, {}
+    said = [policy.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    found = reward(asked, said, ids, log_metric=metrics.__setitem__, log_extra=columns.__setitem__)
+    assert [value is None for value in found] == [False, True, True, True, False]
+    assert found[0] == pytest.approx(-found[4]) and abs(found[0]) == pytest.approx(1.0, abs=1e-3)
+    name = "coherence/coherence"
+    assert [value is None for value in columns[name]] == [False, True, True, True, False]
+    assert metrics[name] == pytest.approx((columns[name][0] + columns[name][4]) / 2)
+    assert reward([some], [""], [[]]) == [None]
+
+
+def test_a_response_that_was_cut_stands_behind_the_gate(policy):
+    reward = AttentionReward(policy, {"weights": {"length": 1.0}, "normalise": "none", "gates": ["ended"]})
+    garden, end = policy.tokenizer("garden")["input_ids"], policy.tokenizer.eos_token_id
+    found = reward([prompts()[0]] * 2, ["garden", "garden garden garden"], [[*garden, end], garden * 3])
+    assert found == [2.0, 1.0]
+
+
+def test_heads_are_measured_once_at_the_first_call(policy):
+    reward = AttentionReward(policy)
+    assert reward.reward.copy_weights is None
+    ids = [*policy.tokenizer("garden")["input_ids"], policy.tokenizer.eos_token_id]
+    reward(prompts()[:3], ["garden"] * 3, [ids] * 3)
+    weights = reward.reward.copy_weights
+    reward(prompts()[3:6], ["garden"] * 3, [ids] * 3)
+    assert reward.reward.copy_weights is weights and float(weights.sum()) == pytest.approx(1.0)
+
+
+def test_ids_of_another_tokenizer_are_refused(tmp_path):
+    other = AttentionReward(save("llama", tmp_path / "other"), {"weights": {"length": 1.0}})
+    with pytest.raises(UserError, match="two tokenizers"):
+        other(["where ?"], ["garden"], [[40, 2]])
+
+
+def test_what_cannot_be_a_reward_in_trl_is_one_clear_line(monkeypatch):
+    with pytest.raises(UnsupportedModel, match="encoder–decoder"):
+        AttentionReward(model_path("encdec"))
+    with pytest.raises(UserError, match="reads the policy in training, and a path was given"):
+        AttentionReward(CAUSAL, "paper")
+    with pytest.raises(UserError, match="did you mean attention"):
+        AttentionReward(CAUSAL, "attentoin")
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match=r"pip install 'attune\[trl\]'"):
+        AttentionReward(CAUSAL)
+
+
+def test_a_path_is_scored_by_a_frozen_model_of_its_own(policy):
+    ids = [*policy.tokenizer("garden")["input_ids"], policy.tokenizer.eos_token_id]
+    given = (prompts()[:2], ["garden"] * 2, [ids] * 2)
+    assert AttentionReward(CAUSAL)(*given) == pytest.approx(AttentionReward(policy)(*given), abs=1e-5)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_dpo_trains_on_ranked_pairs_as_they_are(policy, tmp_path, chat):
+    rows = make_rows("conflict", "train", 16)
+    if chat:
+        policy.tokenizer.chat_template = TEMPLATE
+        rows = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    policy.save(tmp_path / "model")
+    file, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", str(tmp_path / "model"), "--prompts", str(file), "--output", str(pairs), "--device", "cpu"]
+    assert main(["rank", *given, "--keep", "pairs", "--max-new-tokens", "6"]) == 0
+    trainer = DPOTrainer(
+        model=policy.model,
+        processing_class=policy.tokenizer,
+        args=DPOConfig(**options(tmp_path / "run", per_device_train_batch_size=4)),
+        train_dataset=load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(tmp_path / "cache")),
+    )
+    # TRL reads the tokens that were scored: no unknown word where prompt and response meet.
+    row = next(iter(trainer.train_dataset))
+    first = json.loads(pairs.read_text().splitlines()[0])
+    said = first["chosen"][0]["content"] if chat else first["chosen"]
+    assert row["chosen_ids"] == [*policy.tokenizer(said)["input_ids"], policy.tokenizer.eos_token_id]
+    before = [weight.clone() for weight in policy.model.parameters()]
+    trainer.train()
+    assert trainer.state.global_step == 2 and math.isfinite(trainer.state.log_history[0]["loss"])
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def python(*arguments):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_example_runs(tmp_path):
+    done = python(str(ROOT / "examples" / "trl_grpo.py"), "--steps", "2", "--output", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "attention/comprehensiveness" in done.stdout
+    assert Policy.load(tmp_path / "run", device="cpu").network.num_parameters() > 0
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_heads(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, json, os\n"
+        "from pathlib import Path\n"
+        "from attune.integrations.trl import AttentionReward\n"
+        "from attune.model.policy import Policy\n"
+        "from tests.test_trl import CAUSAL, trained\n"
+        "policy = Policy.load(CAUSAL, device='cpu')\n"
+        "reward = AttentionReward(policy)\n"
+        "trainer = trained('grpo', policy, reward, sys.argv[1])\n"
+        "rank = os.environ['RANK']\n"
+        "weights = [float(p.sum()) for p in policy.model.parameters()]\n"
+        "found = {'heads': reward.reward.copy_weights.tolist(), 'weights': weights}\n"
+        "Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found))\n"
+    )
+    run = tmp_path / "run"
+    run.mkdir()
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(run))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((run / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["heads"] == second["heads"] and first["weights"] == second["weights"]
