@@ -199,8 +199,9 @@ def test_a_server_that_fails_midway_leaves_what_a_resumed_run_goes_on_from(tmp_p
     assert len(server.seen) == 4 and len(read(tmp_path / "out")) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    prompts = jsonl(tmp_path / "stories.jsonl", make_rows("conflict", "test", 300))
+    prompts = jsonl(tmp_path / "stories.jsonl", make_rows("conflict", "test", 160))
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     options = ["--keep", "pairs", "--margin", "0.5", "--batch-size", "4"]
     assert run(prompts, whole, *options, "--quiet") == 0
@@ -215,7 +216,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not killed.exists() and json.loads(state.read_text())["done"] < 300
+    assert not killed.exists() and json.loads(state.read_text())["done"] < 160
     with (state.parent / "rows.jsonl").open("ab") as file:
         file.write(b'{"prompt": "half a l')  # what a write cut short would leave
     assert run(prompts, killed, *options, "--quiet") == 2  # not silently begun anew
@@ -272,6 +273,7 @@ ROW = {"prompt": "where is mary ?"}
         ([ROW], ["--keep", "pairs", "--num-samples", "1"], "a pair needs two candidates"),
         ([ROW], ["--keep", "pairs", "--margin", "-1"], "margin is -1"),
         ([ROW], ["--margin", "1"], "margin is for pairs"),
+        ([ROW], ["--temperature", "0"], "at temperature 0 all 8 candidates are the same"),
         ([ROW], ["--num-samples", "0"], "num_samples is 0"),
         ([ROW], ["--batch-size", "0"], "batch_size is 0"),
         ([ROW], ["--resume"], "nothing to resume"),
@@ -283,6 +285,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(model, tmp_path, capsys, r
     shown = capsys.readouterr()
     assert message in shown.err and "Traceback" not in shown.err and shown.out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_run_killed_before_its_rows_got_their_name_only_names_them(stories, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(GrowingRows, "finish", lambda self: None)
+        assert run(stories, tmp_path / "out") == 0
+    rows = (tmp_path / "out.partial" / "rows.jsonl").read_bytes()
+    assert run(stories, tmp_path / "out", "--resume") == 0
+    assert (tmp_path / "out").read_bytes() == rows and not (tmp_path / "out.partial").exists()
 
 
 def test_an_output_that_is_there_is_left_alone(stories, tmp_path, capsys):

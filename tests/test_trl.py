@@ -261,6 +261,7 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path):
     done = python(str(ROOT / "examples" / "trl_grpo.py"), "--steps", "2", "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-2000:]

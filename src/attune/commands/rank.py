@@ -127,6 +127,11 @@ def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, broug
         return given(policy)
     if config.keep == "pairs" and config.num_samples < 2:
         raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
+    if config.num_samples > 1 and config.sampling.temperature == 0:
+        raise UserError(
+            f"at temperature 0 all {config.num_samples} candidates are the same",
+            fix="set --temperature above 0, or --num-samples 1",
+        )
     if not options.server:
         return sampled(policy, config)
     from attune.integrations.openai import Server
