@@ -232,9 +232,13 @@ def interrupted(prompts, output, monkeypatch):
         add(self, rows, done, tally)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(GrowingRows, "add", add_and_stop)
-        return run(prompts, output)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(GrowingRows, "add", add_and_stop)
+            return run(prompts, output)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupted_run_says_how_to_go_on(stories, tmp_path, capsys, monkeypatch):
