@@ -29,6 +29,8 @@ HEAD_PROMPTS = 64
 
 Draw = Callable[[Sequence[Row], Prompts, int], Rollout]
 """Rows, their encoded prompts and a seed → the candidates of each."""
+Response = str | Sequence[int]
+"""Text, or token ids as they were sampled."""
 Complete = Callable[[Sequence[Prompt], int], list[list[tuple[str, bool]]]]
 """Prompts and a seed → for each, texts and whether they ended by themselves."""
 
@@ -96,6 +98,19 @@ class Ranked:
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": difference}
 
 
+@dataclass(frozen=True)
+class Group:
+    """Responses to one prompt, to be scored beside each other."""
+
+    prompt: Prompt
+    responses: Sequence[Response]
+    ended: Sequence[bool]
+    """Whether each text ended by itself; ids tell that themselves."""
+    answers: Sequence[str] = ()
+    where: str = ""
+    """For messages."""
+
+
 def sampled(policy: Policy, config: RankConfig) -> Draw:
     """Candidates sampled by the policy."""
     return lambda _rows, prompts, seed: policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
@@ -105,7 +120,7 @@ def given(policy: Policy) -> Draw:
     """The candidates that the rows bring; each ended by itself."""
 
     def draw(rows: Sequence[Row], prompts: Prompts, _seed: int) -> Rollout:
-        return _rollout(policy, rows, prompts, [[(text, True) for text in row.candidates] for row in rows])
+        return _rollout(policy, _names(rows), prompts, [[(text, True) for text in row.candidates] for row in rows])
 
     return draw
 
@@ -114,23 +129,27 @@ def asked(policy: Policy, complete: Complete) -> Draw:
     """Candidates from elsewhere, by `complete`."""
 
     def draw(rows: Sequence[Row], prompts: Prompts, seed: int) -> Rollout:
-        return _rollout(policy, rows, prompts, complete([row.prompt for row in rows], seed))
+        return _rollout(policy, _names(rows), prompts, complete([row.prompt for row in rows], seed))
 
     return draw
 
 
+def _names(rows: Sequence[Row]) -> list[str]:
+    return [row.where for row in rows]
+
+
 def _rollout(
-    policy: Policy, rows: Sequence[Row], prompts: Prompts, said: Sequence[Sequence[tuple[str, bool]]]
+    policy: Policy, names: Sequence[str], prompts: Prompts, said: Sequence[Sequence[tuple[Response, bool]]]
 ) -> Rollout:
-    """Texts as candidates; raises `TooLong` for one that the context of the scoring model cannot hold."""
+    """Given responses as candidates; raises `TooLong` for one that the context of the scoring model cannot hold."""
     index = torch.tensor([place for place, texts in enumerate(said) for _ in texts])
     flat = [candidate for texts in said for candidate in texts]
-    rollout = policy.respond(prompts, [text for text, _ in flat], index, [ended for _, ended in flat])
+    rollout = policy.respond(prompts, [response for response, _ in flat], index, [ended for _, ended in flat])
     if wide := (~policy.fits(rollout)).nonzero().flatten().tolist():
         place = int(index[wide[0]])
         raise TooLong(
             f"prompt and a candidate of {int(rollout.lengths[wide[0]])} tokens do not fit the model's context",
-            where=rows[place].where or f"prompt {place + 1}",
+            where=names[place] or f"prompt {place + 1}",
             fix="shorten the candidate or the prompt",
         )
     return rollout
@@ -139,7 +158,7 @@ def _rollout(
 def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
     """Raise `UserError` unless every prompt, with its candidates or new tokens, fits the model."""
     for batch in _batched(rows, config.batch_size):
-        names = [row.where for row in batch]
+        names = _names(batch)
         prompts = policy.encode([row.prompt for row in batch], names=names)
         if batch[0].candidates:
             given(policy)(batch, prompts, 0)
@@ -230,6 +249,21 @@ def score_rows(
         done += len(places)
         progress(done)
     return scored
+
+
+def read_groups(policy: Policy, groups: Sequence[Group]) -> Rollout:
+    """Groups as a rollout, in their order. Raises `UserError` for a prompt that cannot be read, `TooLong` for one that
+    does not fit the model's context with each of its responses."""
+    names = [group.where for group in groups]
+    prompts = policy.encode([group.prompt for group in groups], [group.answers for group in groups], names)
+    said = [list(zip(group.responses, group.ended, strict=True)) for group in groups]
+    return _rollout(policy, names, prompts, said)
+
+
+def score_groups(reward: Reward, groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
+    """{"reward", "signals"} of each response of each group. Two groups stay two, though their prompts be equal."""
+    figures = iter(_figures(reward(read_groups(reward.policy, groups))))
+    return [[next(figures) for _ in group.responses] for group in groups]
 
 
 def _figures(scores: Scores) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from attune.commands.compare import COMPARE
 from attune.commands.judge import AUDIT, EVAL, SCORE
 from attune.commands.preferences import PREFERENCES
 from attune.commands.rank import RANK
+from attune.commands.serve import SERVE
 from attune.commands.train import DEMO, TRAIN
 
 COMMANDS: dict[str, Command] = {
@@ -23,4 +24,5 @@ COMMANDS: dict[str, Command] = {
     "calibrate": CALIBRATE,
     "preferences": PREFERENCES,
     "compare": COMPARE,
+    "serve": SERVE,
 }

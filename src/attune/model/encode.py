@@ -101,4 +101,5 @@ def _content_spans(text: str, contents: Sequence[str]) -> list[tuple[int, int]]:
 def _padded(rows: Sequence[Sequence[int]], fill: int, left: bool) -> Tensor:
     width = max(len(row) for row in rows)
     blank = [[fill] * (width - len(row)) for row in rows]
-    return torch.tensor([[*b, *row] if left else [*row, *b] for b, row in zip(blank, rows, strict=True)])
+    padded = [[*b, *row] if left else [*row, *b] for b, row in zip(blank, rows, strict=True)]
+    return torch.tensor(padded, dtype=torch.long)  # said, as rows that are all empty hold nothing to tell it by

@@ -126,6 +126,11 @@ class RewardConfig:
             raise UserError("; ".join(map(str, faults)))
 
     @property
+    def compares(self) -> bool:
+        """Whether a response by itself has no reward, only one among several to its prompt."""
+        return self.normalise == "group" or "majority" in self.weights
+
+    @property
     def reads(self) -> Reads:
         """What a replay must hold for this reward."""
         needed = Reads.LOGPROBS if self.logprob_floor is not None else Reads.TEXT
