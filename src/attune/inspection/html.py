@@ -47,12 +47,13 @@ def view(
     words = _words(asked, special, drawn.mean(0) if rows else drawn.sum(0), places)
     tokens = "".join(
         f'<button type="button" class="token{" special" if ended[row] else ""}" aria-pressed="false" '
-        f'tabindex="{0 if row == 0 else -1}" data-logprob="{float(logprobs[row]):.2f}" '
-        f'data-mass="{float(first[row].sum()):.3f}">{_text(said[row])}</button>'
+        f'tabindex="{0 if row == 0 else -1}" data-logprob="{float(logprobs[row]):.2f}"'
+        f">{_text(said[row])}</button>"
         for row in range(rows)
     )
     choices = "".join(
         f'<button type="button" class="map" aria-pressed="{str(number == 0).lower()}" '
+        f'data-mass="{" ".join(f"{mass:.3f}" for mass in found[:rows].sum(-1).tolist())}" '
         f'data-cells="{cells(found[:rows, places])}">{escape(heads)}</button>'
         for number, (heads, found) in enumerate(maps.items())
     )

@@ -7,6 +7,7 @@
   const said = root.querySelector(".said");
   const own = prompt.map((token) => !token.classList.contains("special"));
   const values = maps.map((map) => Float32Array.from(atob(map.dataset.cells), (c) => (c.charCodeAt(0) / 255) ** 4));
+  const masses = maps.map((map) => map.dataset.mass.split(" ").map(Number));
   const percent = (value) => (value < 0.0995 ? (100 * value).toFixed(1) : (100 * value).toFixed(0)) + " %";
   const word = (token) => token.textContent.trim() || "blank";
   let map = 0;
@@ -29,10 +30,12 @@
     response.forEach((each, place) => each.classList.toggle("shown", place === token));
     const looked = places.slice(0, 5).filter((place) => row[place] >= 0.0005);
     const list = looked.map((place) => `${word(prompt[place])} ${percent(row[place])}`).join(", ") || "nothing in particular";
-    const { logprob, mass } = token >= 0 ? response[token].dataset : {};
-    const what = `“${token >= 0 ? word(response[token]) : ""}”: log-prob ${(logprob || "").replace("-", "−")}, ` +
-      `${percent(Number(mass))} of its attention on the prompt`;
-    said.textContent = `${token >= 0 ? what : "All response tokens, the mean"}; looked most at: ${list}`;
+    let what = "All response tokens, the mean";
+    if (token >= 0) {
+      const logprob = response[token].dataset.logprob.replace("-", "−");
+      what = `“${word(response[token])}”: log-prob ${logprob}, ${percent(masses[map][token])} of its attention on the prompt`;
+    }
+    said.textContent = `${what}; looked most at: ${list}`;
     if (scroll && places.length) {
       const { offsetTop, offsetHeight } = prompt[places[0]];
       const hidden = offsetTop < box.scrollTop || offsetTop + offsetHeight > box.scrollTop + box.clientHeight;
