@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from attune import Policy, Reward, UserError
+from attune.cli import main
 from attune.inspection.html import PROMPT_DRAWN, RESPONSE_DRAWN, cells
 from attune.inspection.record import ALL, COPY, Inspection
 from attune.inspection.tokens import token_texts
@@ -234,3 +236,43 @@ def test_what_does_not_fit_the_context_is_one_clear_line(causal):
         causal.inspect(PROMPT, "garden " * causal.network.config.max_position_embeddings)
     with pytest.raises(UserError, match="set max_new_tokens to"):
         causal.inspect(PROMPT, max_new_tokens=100_000)
+
+
+def test_a_reward_that_compares_responses_says_nothing_of_one(causal):
+    figures = Reward.resolve({"weights": {"coverage": 1.0}}, causal).inspect(PROMPT, "garden").figures
+    assert "reward" not in figures and 0 < figures["coverage"] < 1
+
+
+def inspected(tmp_path, *options):
+    given = ["--model", str(model_path("causal")), "--device", "cpu", "--output", str(tmp_path / "page.html")]
+    return main(["inspect", *given, *options])
+
+
+def test_the_command_writes_a_page_that_runs_its_own_scripts_alone(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": PROMPT, "response": "garden"}, {"prompt": PROMPT}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert inspected(tmp_path, "--prompts", str(file), "--reward", "certainty", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["inspections"]
+    assert len(told) == 2 and told[0]["response"].startswith("garden") and "certainty" in told[0]["figures"]
+    page = (tmp_path / "page.html").read_text("utf-8")
+    nonce = re.search(r"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-([\w-]+)'", page)[1]
+    assert re.findall(r"<script[^>]*>", page) == [f'<script nonce="{nonce}">'] * 2
+    assert len(set(re.findall(r'id="(attune-\w+)"', page))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--prompt", PROMPT, "--max-new-tokens", "9999"], "--prompt: prompt and 9999 new tokens do not fit"),
+        (["--prompt", PROMPT, "--response", "garden " * 9999], "--prompt: prompt and a response of 10000 tokens"),
+        (["--prompts", "rows.jsonl", "--response", "garden"], "--response is for --prompt; write the responses into"),
+        (["--prompt", PROMPT, "--reward", "exact"], "`exact` reads answers, and there are none here"),
+        (["--prompt", " "], "--prompt: the prompt is empty; write some text"),
+        ([], "one of the arguments --prompt --prompts is required"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_clear_line_and_no_page(tmp_path, capsys, options, line):
+    assert inspected(tmp_path, *options) == 2
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "page.html").exists()

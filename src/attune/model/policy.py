@@ -225,24 +225,27 @@ class Policy:
                     whole[name][rows, columns] = values.masked_fill(padding, 0.0)
         return Replay(rollout, **whole)
 
-    def inspect(self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64) -> Inspection:
+    def inspect(
+        self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
+    ) -> Inspection:
         """Where each response token looked in the prompt: a view in a notebook, a table in a terminal.
 
         Without a response the greedy one is inspected, of at most `max_new_tokens`. Raises `UserError` where prompt and
-        response do not fit the context.
+        response do not fit the context; `name` says where they come from.
         """
-        return Inspection.of(self.replay(self.answered(prompt, response, max_new_tokens)), self.tokenizer)
+        return Inspection.of(self.replay(self.answered(prompt, response, max_new_tokens, name)), self.tokenizer)
 
-    def answered(self, prompt: Prompt, response: str | None, max_new_tokens: int) -> Rollout:
+    def answered(self, prompt: Prompt, response: str | None, max_new_tokens: int, name: str = "") -> Rollout:
         """One prompt with one response: the given one, or the greedy one where there is none."""
-        prompts = self.encode([prompt])
+        prompts = self.encode([prompt], names=[name])
         if response is None:
-            self.check_room(prompts, max_new_tokens, [""])
+            self.check_room(prompts, max_new_tokens, [name])
             return self.sample(prompts, sampling=Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
         rollout = self.respond(prompts, [response], torch.zeros(1, dtype=torch.long))
         if not bool(self.fits(rollout)):
             raise TooLong(
                 f"prompt and a response of {int(rollout.lengths[0])} tokens do not fit the model's context",
+                where=name or None,
                 fix="shorten the response or the prompt",
             )
         return rollout

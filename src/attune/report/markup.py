@@ -23,12 +23,13 @@ def clip(text: str, limit: int = TEXT_LIMIT) -> str:
     return f'{escape(text[:limit])}<span class="cut">… ({left})</span>'
 
 
-def document(title: str, body: str) -> str:
-    """A whole page around `body` (HTML already escaped)."""
+def document(title: str, body: str, nonce: str = "") -> str:
+    """A whole page around `body` (HTML already escaped), which runs no scripts but those that carry `nonce`."""
+    policy = f"{_POLICY}; script-src 'nonce-{nonce}'" if nonce else _POLICY
     style = resources.files("attune.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"

@@ -164,17 +164,21 @@ class Reward:
         """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`."""
         return self.judge(self.evidence(rollout, self.reference or policy or self.policy))
 
-    def inspect(self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64) -> Inspection:
+    def inspect(
+        self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
+    ) -> Inspection:
         """`Policy.inspect` by the model that reads, with this reward and its signals beside.
 
-        Signals over the copy heads measure them on this prompt alone, unless the reward has seen others before.
+        Copy heads, where a signal reads them, are measured on this prompt alone unless the reward has some already.
+        A reward normalised within the group says nothing of one response, so its signals stand by themselves.
         """
         reader = self.reference or self.policy
-        evidence = self.evidence(reader.answered(prompt, response, max_new_tokens), reader)
+        evidence = self.evidence(reader.answered(prompt, response, max_new_tokens, name), reader)
         scores = self.judge(evidence)
         replay = evidence.replay if evidence.replay.attention is not None else reader.replay(evidence.replay.rollout)
-        signals = {name: float(value) for name, value in scores.signals.items()}
-        return Inspection.of(replay, self.policy.tokenizer, {"reward": float(scores.reward), **signals})
+        figures = {"reward": scores.reward} if self.config.normalise == "none" else {}
+        figures |= scores.signals
+        return Inspection.of(replay, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
 
     def judge(self, evidence: Evidence) -> Scores:
         """The signals and the reward of responses that have been read: no model runs here."""
