@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attune.commands.common import Command, Parser, load_policy, model_arguments, reward_config
+from attune.commands.common import Command, Parser, load_policy, mean, model_arguments, reward_config
 from attune.console import Console
 from attune.errors import UserError
 
@@ -28,7 +28,7 @@ def _arguments(parser: Parser) -> None:
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from attune.data import Row, read_rows
+    from attune.data import Row, iter_rows, read_rows
     from attune.rank import measure_heads
     from attune.report.inspection import write_inspections
     from attune.reward.reward import Reward
@@ -47,7 +47,8 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     look = policy.inspect
     if spec is not None:
         reward = Reward(spec, policy, reference=policy)
-        measure_heads(reward, rows)
+        # On as many rows as there are: the few that are shown may not tell which heads copy.
+        measure_heads(reward, iter_rows(options.prompts, template=options.template) if options.prompts else rows)
         look = reward.inspect
     found = []
     with console.progress(len(rows), "inspecting") as progress:
@@ -55,8 +56,9 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
             found.append(look(row.prompt, row.response, max_new_tokens=options.max_new_tokens, name=row.where))
             progress.update(len(found))
     write_inspections(found, options.model, options.output)
-    figures = [[inspection.response.strip(), *inspection.figures.values()] for inspection in found]
-    console.table(f"{len(found)} responses inspected", ["response", *found[0].figures], figures)
+    means = {name: mean([inspection.figures[name] for inspection in found]) for name in found[0].figures}
+    title = f"{len(found)} response{'s' * (len(found) > 1)} inspected"
+    console.table(title, ["figure", "mean"], [[name, value] for name, value in means.items()])
     console.note(f"written to {options.output}")
     shown = [{"response": inspection.response, "figures": dict(inspection.figures)} for inspection in found]
     console.result({"output": options.output, "inspections": shown})

@@ -15,6 +15,8 @@ def write_inspections(inspections: Sequence[Inspection], model: str, out: Path) 
     """Write the views, one below the other, to `out`: one file that asks the network for nothing."""
     nonce = secrets.token_urlsafe(12)
     cards = "\n".join(f'<section class="card sample">{inspection.html(nonce)}</section>' for inspection in inspections)
-    lead = "The darker a word of the prompt, the more attention it got from the response, or from the token pointed at."
+    lead = (
+        "The stronger the shade of a word, the more attention it got: from the response, or from the token pointed at."
+    )
     body = f'<h1>Where {escape(model)} looked</h1><p class="lead">{lead}</p>\n{cards}'
     atomic_write(out, document(f"{model} · attune", body, nonce))
