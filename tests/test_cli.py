@@ -43,7 +43,7 @@ def train(model, prompts, run, *more):
 def test_help_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("demo", "train", "audit", "score", "rank", "eval"):
+    for command in ("demo", "train", "audit", "score", "rank", "inspect", "eval"):
         assert command in text
         assert main([command, "--help"]) == 0
         assert "usage: attune " + command in capsys.readouterr().out

@@ -8,6 +8,7 @@ from __future__ import annotations
 from attune.commands.calibrate import CALIBRATE
 from attune.commands.common import Command
 from attune.commands.compare import COMPARE
+from attune.commands.inspect import INSPECT
 from attune.commands.judge import AUDIT, EVAL, SCORE
 from attune.commands.preferences import PREFERENCES
 from attune.commands.rank import RANK
@@ -20,6 +21,7 @@ COMMANDS: dict[str, Command] = {
     "audit": AUDIT,
     "score": SCORE,
     "rank": RANK,
+    "inspect": INSPECT,
     "eval": EVAL,
     "calibrate": CALIBRATE,
     "preferences": PREFERENCES,

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from attune.errors import UserError
+from attune.errors import TooLong, UserError
+from attune.inspection.record import Inspection
 from attune.model import capture, prefix
 from attune.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
 from attune.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
@@ -223,6 +224,31 @@ class Policy:
                 else:
                     whole[name][rows, columns] = values.masked_fill(padding, 0.0)
         return Replay(rollout, **whole)
+
+    def inspect(
+        self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
+    ) -> Inspection:
+        """Where each response token looked in the prompt: a view in a notebook, a table in a terminal.
+
+        Without a response the greedy one is inspected, of at most `max_new_tokens`. Raises `UserError` where prompt and
+        response do not fit the context; `name` says where they come from.
+        """
+        return Inspection.of(self.replay(self.answered(prompt, response, max_new_tokens, name)), self.tokenizer)
+
+    def answered(self, prompt: Prompt, response: str | None, max_new_tokens: int, name: str = "") -> Rollout:
+        """One prompt with one response: the given one, or the greedy one where there is none."""
+        prompts = self.encode([prompt], names=[name])
+        if response is None:
+            self.check_room(prompts, max_new_tokens, [name])
+            return self.sample(prompts, sampling=Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
+        rollout = self.respond(prompts, [response], torch.zeros(1, dtype=torch.long))
+        if not bool(self.fits(rollout)):
+            raise TooLong(
+                f"prompt and a response of {int(rollout.lengths[0])} tokens do not fit the model's context",
+                where=name or None,
+                fix="shorten the response or the prompt",
+            )
+        return rollout
 
     def paired(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
         """The rollout of given pairs; neighbours with the same prompt form a group."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
-import re
 from importlib import resources
+
+from attune.markup import escape
 
 TEXT_LIMIT = 2_000
 """Characters of a prompt or response that a page shows."""
@@ -12,21 +12,7 @@ TEXT_LIMIT = 2_000
 # No script, image, font or request whatever a prompt or response contains, even if an escape were forgotten.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-# What a browser would drop, obey or choke on instead of showing: control characters, line and paragraph separators,
-# direction overrides, blanks of no width (but the joiners, which scripts and emoji need), lone surrogates.
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
-
-
-def escape(text: object) -> str:
-    r"""`text` as HTML text or attribute value: markup characters escaped, invisible ones written out.
-
-    >>> escape('<b title="x">' + chr(0x2028))
-    '&lt;b title=&quot;x&quot;&gt;\\u2028'
-    """
-    plain = str(text).replace("\r\n", "\n")
-    return html.escape(_HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", plain))
+__all__ = ["clip", "document", "escape"]
 
 
 def clip(text: str, limit: int = TEXT_LIMIT) -> str:
@@ -37,12 +23,13 @@ def clip(text: str, limit: int = TEXT_LIMIT) -> str:
     return f'{escape(text[:limit])}<span class="cut">… ({left})</span>'
 
 
-def document(title: str, body: str) -> str:
-    """A whole page around `body` (HTML already escaped)."""
+def document(title: str, body: str, nonce: str = "") -> str:
+    """A whole page around `body` (HTML already escaped), which runs no scripts but those that carry `nonce`."""
+    policy = f"{_POLICY}; script-src 'nonce-{nonce}'" if nonce else _POLICY
     style = resources.files("attune.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from attune.errors import RunFailed, UserError, unknown_name
+from attune.inspection.record import Inspection
 from attune.reward import heads, rivals
 from attune.reward.group import counted, gate, group_normalise
 from attune.reward.named import GATES, NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
@@ -162,6 +163,22 @@ class Reward:
     def __call__(self, rollout: Rollout, policy: Policy | None = None) -> Scores:
         """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`."""
         return self.judge(self.evidence(rollout, self.reference or policy or self.policy))
+
+    def inspect(
+        self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
+    ) -> Inspection:
+        """`Policy.inspect` by the model that reads, with this reward and its signals beside.
+
+        Copy heads, where a signal reads them, are measured on this prompt alone unless the reward has some already.
+        A reward normalised within the group says nothing of one response, so its signals stand by themselves.
+        """
+        reader = self.reference or self.policy
+        evidence = self.evidence(reader.answered(prompt, response, max_new_tokens, name), reader)
+        scores = self.judge(evidence)
+        replay = evidence.replay if evidence.replay.attention is not None else reader.replay(evidence.replay.rollout)
+        figures = {"reward": scores.reward} if self.config.normalise == "none" else {}
+        figures |= scores.signals
+        return Inspection.of(replay, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
 
     def judge(self, evidence: Evidence) -> Scores:
         """The signals and the reward of responses that have been read: no model runs here."""

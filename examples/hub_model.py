@@ -1,0 +1,33 @@
+"""Any model of the Hub, by its id: what it answers, where it looked, what the reward says of other answers.
+
+python examples/hub_model.py [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--prompt TEXT] [--responses A B …]
+
+Without --model the embedded model answers, offline. A folder that holds a model serves as an id does.
+"""
+
+import argparse
+
+from attune import Policy, Reward
+from attune.world import model_path
+
+STORY = "mary went to the garden . john is in the office . where is mary ? answer :"
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default=str(model_path("causal")), help="hub id or folder, causal or encoder–decoder")
+parser.add_argument("--prompt", default=STORY)
+parser.add_argument("--responses", nargs="+", default=["garden", "office", "kitchen"])
+options = parser.parse_args()
+
+policy = Policy.load(options.model)
+# A model that follows a chat template gets a conversation, any other the plain text.
+chat = policy.tokenizer.chat_template is not None
+prompt = [{"role": "user", "content": options.prompt}] if chat else options.prompt
+print(policy.kind)
+print(policy.inspect(prompt, max_new_tokens=32))
+
+# Not `attention`: which heads copy is measured on samples of many prompts, and here is one.
+reward = Reward.resolve({"weights": {"coherence": 1.0, "reliance": 0.5, "coverage": 0.0}, "normalise": "none"}, policy)
+scores = reward.score([prompt] * len(options.responses), options.responses)
+for place in scores.reward.argsort(descending=True).tolist():
+    signals = "  ".join(f"{name} {float(values[place]):.3f}" for name, values in scores.signals.items())
+    print(f"{float(scores.reward[place]):8.3f}  {options.responses[place]}  ({signals})")

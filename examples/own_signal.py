@@ -1,0 +1,50 @@
+"""A signal of your own: a function of what the model looked at, weighed with attune's signals, trained on.
+
+python examples/own_signal.py [--model PATH_OR_HUB_ID] [--steps 20] [--output runs/own-signal]
+
+The command line takes the same, from the folder that holds this file: attune train --config run.yaml, with
+`reward: {weights: {coherence: 1.0, "own_signal:peak": 0.5}}`.
+"""
+
+import argparse
+
+from attune import Policy, Reward, Sampling, TrainConfig, train
+from attune.data import Row, write_jsonl
+from attune.files import new_run_dir
+from attune.world import make_rows, model_path
+
+
+def peak(evidence):
+    """How much attention a response token gives the one prompt token it looks at most; the mean. [B] in [0, 1]."""
+    mask = evidence.replay.response_mask  # [B, R], True = a token of the response
+    most = evidence.attention.amax(-1)  # [B, R] of [B, R, P], 0 on padding
+    return most.sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--output", default="runs/own-signal")
+    options = parser.parse_args()
+
+    spec = {"weights": {"coherence": 1.0, "own_signal:peak": 0.5}, "gates": ["ended"]}  # module:function
+    policy = Policy.load(options.model)
+    prompts = [row["prompt"] for row in make_rows("conflict", "train", 200)]
+    scores = Reward.resolve(spec, policy).score([prompts[0]] * 2, ["garden", "office"])
+    print("before:", {name: [round(x, 3) for x in values.tolist()] for name, values in scores.signals.items()})
+
+    run = new_run_dir(options.output)
+    write_jsonl(run / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    config = TrainConfig(
+        model=options.model, prompts=str(run / "prompts.jsonl"), output=str(run), reward=spec, steps=options.steps,
+        learning_rate=2e-4, sampling=Sampling(max_new_tokens=8),
+    )  # fmt: skip
+    train(
+        config, policy, [Row(prompt) for prompt in prompts], run,
+        on_step=lambda row: print(f"step {row['step']:.0f}: peak {row['signals/own_signal:peak']:.3f}"),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":  # attune imports this file to find `peak`
+    main()

@@ -1,0 +1,278 @@
+"""The view of one response: its tokens, attention and figures against the replay, and what it shows where."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from attune import Policy, Reward, UserError
+from attune.cli import main
+from attune.inspection.html import PROMPT_DRAWN, RESPONSE_DRAWN, cells
+from attune.inspection.record import ALL, COPY, Inspection
+from attune.inspection.tokens import token_texts
+from attune.world import make_rows, model_path
+
+PROMPT = make_rows("conflict", "test", 1)[0]["prompt"]
+NASTY = [
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror="alert(1)">',
+    "'--> <!--",
+    "a\u2028\x1b[31m\u202e",
+    "&lt;",
+]
+CHAT = "{% for m in messages %}</s> {{ m['content'] }} {% endfor %}answer :"
+
+
+@pytest.fixture(scope="module", params=["causal", "encdec"])
+def policy(request):
+    return Policy.load(model_path(request.param), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def causal():
+    return Policy.load(model_path("causal"), device="cpu")
+
+
+def made(prompt, response, seed=0):
+    """An inspection of given tokens and random attention that sums to one half."""
+    draw = torch.rand(len(response), len(prompt), generator=torch.Generator().manual_seed(seed))
+    attention = draw / draw.sum(-1, keepdim=True) / 2
+    special = torch.zeros(len(prompt), dtype=torch.bool)
+    logprobs = torch.full((len(response),), -0.5)
+    ends = torch.zeros(len(response), dtype=torch.bool)
+    figures = Inspection.figures_of(attention, special, logprobs)
+    return Inspection(tuple(prompt), tuple(response), special, ends, {ALL: attention}, logprobs, figures)
+
+
+class View(HTMLParser):
+    """Tags, the text of each token, and the pieces that are no text."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.open, self.tokens, self.text, self.raw = [], [], {"prompt": [], "response": []}, "", []
+        self.part = ""
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        assert tag in ("div", "span", "b", "button", "style", "script"), tag
+        assert not any(name.startswith("on") or name in ("src", "href") for name in given), given
+        names = (given.get("class") or "").split()
+        self.part = next((part for part in self.tokens if part in names), self.part)
+        if "token" in names:
+            self.tokens[self.part].append("")
+        self.tags.append((tag, given))
+        self.open.append((tag, "token" in names))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        tag, token = self.open[-1]
+        if tag in ("style", "script"):
+            self.raw.append(data)
+        else:
+            self.text += data
+        if token:
+            self.tokens[self.part][-1] += data
+
+
+def test_the_greedy_response_is_inspected_with_the_attention_of_its_replay(policy):
+    found = policy.inspect(PROMPT)
+    rollout = policy.answered(PROMPT, None, 64)
+    replay = policy.replay(rollout)
+    length, width = int(rollout.lengths[0]), int(rollout.prompts.mask.sum())
+    assert found.attention.shape == (length, width) == (len(found.response_tokens), len(found.prompt_tokens))
+    assert torch.equal(found.attention, replay.attention[0])
+    assert torch.equal(found.logprobs, replay.logprobs[0])
+    assert PROMPT in found.prompt and rollout.responses[0] in found.response
+    assert found.response_special.tolist() == [False] * (length - 1) + [True]
+
+
+def test_a_given_response_is_inspected_as_it_is(policy):
+    found = policy.inspect(PROMPT, "garden")
+    assert found.response_tokens[0].strip() == "garden" and len(found.response_tokens) == 2
+    place, most = found.most_attended(0, count=1)[0]
+    assert most == float(found.attention[0][~found.prompt_special].max()) == float(found.attention[0, place])
+
+
+def test_coverage_and_focus_are_the_signals_over_the_users_own_words(policy):
+    reward = Reward.resolve({"weights": {"coverage": 1.0, "focus": 1.0, "lookback": 1.0}, "salience": "all"}, policy)
+    signals = reward.score([PROMPT], ["garden"]).signals
+    figures = policy.inspect(PROMPT, "garden").figures
+    for figure, signal in (("coverage", "coverage"), ("focus", "focus"), ("on the prompt", "lookback")):
+        assert figures[figure] == pytest.approx(float(signals[signal]), abs=1e-5)
+
+
+def test_figures_by_hand():
+    # Two words and a special token, one row: 0.5 of the attention on the special one, 0.3 and 0.1 on the words.
+    attention, special = torch.tensor([[0.5, 0.3, 0.1]]), torch.tensor([True, False, False])
+    figures = Inspection.figures_of(attention, special, torch.tensor([-2.0]))
+    # Among the words 3/4 and 1/4: entropy 0.5623 of log 2 = 0.6931, so focus 1 − 0.8113.
+    assert figures == pytest.approx(
+        {"log-prob": -2.0, "on the prompt": 0.9, "coverage": 0.4, "focus": 0.1887}, abs=1e-4
+    )
+    alone = Inspection.figures_of(attention[:, :2], special[:2], torch.tensor([-2.0]))
+    assert alone["focus"] == 0.0
+
+
+def test_a_reward_shows_its_signals_and_the_copy_heads(policy):
+    reward = Reward.named("attention", policy)
+    scores = reward.score([row["prompt"] for row in make_rows("conflict", "test", 4)], ["garden"] * 4)
+    found = reward.inspect(PROMPT, "garden")
+    assert found.figures["reward"] == pytest.approx(float(scores.reward[0]), abs=1e-4)
+    assert {name: found.figures[name] for name in scores.signals} == pytest.approx(
+        {name: float(value[0]) for name, value in scores.signals.items()}, abs=1e-4
+    )
+    assert list(found.maps) == [ALL, COPY] and "copy heads" in View(found.html()).text
+
+
+def test_a_reward_of_text_alone_still_shows_attention(causal):
+    found = Reward.named("overlap", causal).inspect(PROMPT, "garden")
+    assert torch.equal(found.attention, causal.inspect(PROMPT, "garden").attention)
+
+
+def test_the_words_of_a_chat_template_are_told_from_the_users_own(causal):
+    causal.tokenizer.chat_template = CHAT
+    found = causal.inspect([{"role": "user", "content": "mary is in the yard ."}], "yard")
+    causal.tokenizer.chat_template = None
+    own = [text.strip() for text, special in zip(found.prompt_tokens, found.prompt_special, strict=True) if not special]
+    assert own == ["mary", "is", "in", "the", "yard", "."]
+    classes = [given["class"] for tag, given in View(found.html()).tags if "token" in (given.get("class") or "")]
+    assert classes[0] == "token special" and classes[1] == "token"
+
+
+def test_no_text_of_a_token_becomes_markup():
+    plain, nasty = (View(made(words, words).html()) for words in (["word"] * len(NASTY), NASTY))
+    assert [tag for tag, _ in plain.tags] == [tag for tag, _ in nasty.tags]
+    assert nasty.tokens["prompt"] == nasty.tokens["response"]
+    assert nasty.tokens["prompt"] == [*NASTY[:3], "a\\u2028\\u001b[31m\\u202e", "&lt;"]
+    assert not any("alert" in piece for piece in nasty.raw)
+
+
+def test_the_view_touches_nothing_but_itself_and_asks_for_nothing():
+    inspection = made(["a", " b"], ["c"])
+    first, second = View(inspection.html()), View(inspection.html())
+    names = [view.tags[0][1]["id"] for view in (first, second)]
+    assert names[0] != names[1]
+    style, script = first.raw
+    rules = re.sub(r"@media[^{]*\{(.*)\}\s*$", r"\1", style, flags=re.DOTALL)
+    selectors = [part.strip() for rule in re.findall(r"([^{}]+)\{", rules) for part in rule.split(",")]
+    assert len(selectors) > 10 and all(selector.startswith(f"#{names[0]}") for selector in selectors)
+    assert script.count("document.") == 1 and f'getElementById("{names[0]}")' in script
+    assert not re.search(r"https?:|url\(|import|fetch|innerHTML|VIEW", style + script)
+    assert [given.get("nonce") for tag, given in View(inspection.html("n1")).tags if tag == "script"] == ["n1"]
+
+
+def test_every_response_token_is_reached_by_keyboard_and_says_its_state():
+    buttons = [given for tag, given in View(made(["a"], ["b", " c", " d"]).html()).tags if tag == "button"]
+    response = [given for given in buttons if "token" in given["class"]]
+    assert [given["tabindex"] for given in response] == ["0", "-1", "-1"]
+    assert all(given["aria-pressed"] == "false" for given in response)
+
+
+def test_a_long_prompt_and_response_are_cut_and_the_view_says_so():
+    inspection = made([f" p{i}" for i in range(PROMPT_DRAWN + 1000)], [f" r{i}" for i in range(RESPONSE_DRAWN + 10)])
+    source = inspection.html()
+    view = View(source)
+    assert len(view.tokens["prompt"]) == PROMPT_DRAWN and len(view.tokens["response"]) == RESPONSE_DRAWN
+    assert (view.tokens["prompt"][0], view.tokens["prompt"][-1]) == (" p0", f" p{PROMPT_DRAWN + 999}")
+    assert "1,000 prompt tokens in the middle are not drawn" in view.text and "The last 10 response tokens" in view.text
+    # A third of an attention that sums to one half, spread evenly.
+    assert "17% of a token's attention went there" in view.text
+    assert len(source) < 1_200_000 and len(repr(inspection)) < 4_000
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4])
+def test_a_byte_says_the_attention_to_a_tenth(scale):
+    attention = torch.rand(7, 33, generator=torch.Generator().manual_seed(1)) * scale / 2 + scale / 2
+    read = np.frombuffer(base64.b64decode(cells(attention)), dtype=np.uint8).reshape(7, 33)
+    assert (read / 255) ** 4 == pytest.approx(attention.numpy(), rel=0.1)
+
+
+def test_nothing_but_special_tokens_or_no_attention_at_all_is_drawn_too():
+    inspection = made(["<s>", "</s>"], ["a"])
+    special = replace(inspection, prompt_special=torch.ones(2, dtype=torch.bool))
+    dark = replace(inspection, maps={ALL: torch.zeros(1, 2)})
+    for found in (special, dark):
+        assert View(found.html()).tokens["prompt"] == ["<s>", "</s>"]
+        assert found.most_attended(0) == [] and "nan" not in repr(found)
+
+
+def test_a_terminal_is_shown_a_table_without_control_characters(policy):
+    text = repr(policy.inspect(PROMPT, "garden"))
+    assert "garden" in text and "log-prob" in text and "looked at, all heads:" in text
+    assert "\x1b" not in repr(made(NASTY, [*NASTY, "\n", " "])) and "\\u001b" in repr(made(NASTY, NASTY))
+
+
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them():
+    alphabet = {piece: place for place, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = "naïve 🙂 東京"
+    ids = tokenizer.encode(text).ids
+    pieces = token_texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ids)
+    assert "".join(pieces) == text and len(pieces) == len(ids) == len(text.encode())
+    assert pieces[2:4] == ("", "ï") and pieces[7:11] == ("", "", "", "🙂")
+    cut = token_texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer), ids[:9])
+    assert "".join(cut) == "naïve \ufffd"
+    assert View(made(pieces, ["a"]).html()).tokens["prompt"][2] == "▯"
+
+
+def test_what_does_not_fit_the_context_is_one_clear_line(causal):
+    with pytest.raises(UserError, match="do not fit the model's context; shorten the response or the prompt"):
+        causal.inspect(PROMPT, "garden " * causal.network.config.max_position_embeddings)
+    with pytest.raises(UserError, match="set max_new_tokens to"):
+        causal.inspect(PROMPT, max_new_tokens=100_000)
+
+
+def test_a_reward_that_compares_responses_says_nothing_of_one(causal):
+    figures = Reward.resolve({"weights": {"coverage": 1.0}}, causal).inspect(PROMPT, "garden").figures
+    assert "reward" not in figures and 0 < figures["coverage"] < 1
+
+
+def inspected(tmp_path, *options):
+    given = ["--model", str(model_path("causal")), "--device", "cpu", "--output", str(tmp_path / "page.html")]
+    return main(["inspect", *given, *options])
+
+
+def test_the_command_writes_a_page_that_runs_its_own_scripts_alone(tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": PROMPT, "response": "garden"}, {"prompt": PROMPT}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert inspected(tmp_path, "--prompts", str(file), "--reward", "certainty", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["inspections"]
+    assert len(told) == 2 and told[0]["response"].startswith("garden") and "certainty" in told[0]["figures"]
+    page = (tmp_path / "page.html").read_text("utf-8")
+    nonce = re.search(r"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-([\w-]+)'", page)[1]
+    assert re.findall(r"<script[^>]*>", page) == [f'<script nonce="{nonce}">'] * 2
+    assert len(set(re.findall(r'id="(attune-\w+)"', page))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--prompt", PROMPT, "--max-new-tokens", "9999"], "--prompt: prompt and 9999 new tokens do not fit"),
+        (["--prompt", PROMPT, "--response", "garden " * 9999], "--prompt: prompt and a response of 10000 tokens"),
+        (["--prompts", "rows.jsonl", "--response", "garden"], "--response is for --prompt; write the responses into"),
+        (["--prompt", PROMPT, "--reward", "exact"], "`exact` reads answers, and there are none here"),
+        (["--prompt", " "], "--prompt: the prompt is empty; write some text"),
+        ([], "one of the arguments --prompt --prompts is required"),
+    ],
+)
+def test_what_cannot_be_inspected_is_one_clear_line_and_no_page(tmp_path, capsys, options, line):
+    assert inspected(tmp_path, *options) == 2
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "page.html").exists()
