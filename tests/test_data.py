@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from attune import records
-from attune.data import Row, iter_rows, read_rows, write_jsonl
+from attune.data import Columns, Row, iter_rows, read_rows, write_jsonl
 from attune.errors import UserError
 
 
@@ -187,11 +187,6 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(name: str) -> None:
         read_rows(name)
 
 
-def test_a_folder_is_not_a_file_of_rows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder; give a file of rows"):
-        read_rows(tmp_path)
-
-
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:
     path = saved(tmp_path, {"prompt": "a"}, {"prompt": "b"}, "broken")
     assert [row.prompt for row in read_rows(path, limit=2)] == ["a", "b"]
@@ -201,16 +196,16 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
 
 def test_a_template_lays_out_fields_and_goes_before_a_prompt(tmp_path: Path) -> None:
     row = {"prompt": "unused", "title": "T", "body": ""}
-    assert only(tmp_path, row, template="{{x}} {title}: {body}{title}").prompt == "{x} T: T"
+    assert only(tmp_path, row, columns=Columns(template="{{x}} {title}: {body}{title}")).prompt == "{x} T: T"
 
 
 def test_a_template_field_that_a_row_lacks_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r":1: no `titel`, which the template names; the row has title, body"):
-        only(tmp_path, {"title": "T", "body": "B"}, template="{titel}")
+    with pytest.raises(UserError, match=r":1: no `titel`, which the template names; did you mean title\?"):
+        only(tmp_path, {"title": "T", "body": "B"}, columns=Columns(template="{titel}"))
     with pytest.raises(UserError, match=r":1: `n` is a number; write text"):
-        only(tmp_path, {"n": 3}, template="{n}")
+        only(tmp_path, {"n": 3}, columns=Columns(template="{n}"))
     with pytest.raises(UserError, match=r":1: the prompt is empty; write some text in `a` or `b`"):
-        only(tmp_path, {"a": "", "b": " "}, template="{a}{b}")
+        only(tmp_path, {"a": "", "b": " "}, columns=Columns(template="{a}{b}"))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +222,7 @@ def test_a_template_field_that_a_row_lacks_is_named(tmp_path: Path) -> None:
 )
 def test_a_template_that_is_not_one(tmp_path: Path, template: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        only(tmp_path, {"a": "x"}, template=template)
+        only(tmp_path, {"a": "x"}, columns=Columns(template=template))
     assert str(caught.value).startswith("template: ") and message in str(caught.value)
 
 

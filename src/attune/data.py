@@ -1,7 +1,8 @@
 """Rows in and out: what a row of a file means, with `file:line` in every complaint (`records` reads the files).
 
 A prompt is given as `prompt` (text or messages), as `messages`, or as `question` or `instruction` with an optional
-`context`, laid out by a template. All bad rows are reported together. Nothing here knows a tokenizer or a model.
+`context`; `Columns` reads rows that call them otherwise. All bad rows are reported together. Nothing here knows a
+tokenizer or a model.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,34 @@ LISTS = ("answers", "candidates")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which fields of a row are its prompt and its answers, where they have names of their own."""
+
+    prompt_field: str | None = None
+    """Field that holds the prompt, text or messages (default: prompt, messages, question or instruction)."""
+    template: str | None = None
+    """Text with {field} names that makes a prompt of several fields, e.g. "{context} {question}"."""
+    answers_field: str | None = None
+    """Field that holds the accepted answers (default: answers or answer)."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_field is not None and self.template is not None:
+            raise UserError("prompt_field and template both say what the prompt is", fix="leave one of them out")
+        for name in ("prompt_field", "answers_field"):
+            if getattr(self, name) == "":
+                raise UserError(f"{name} is empty", fix="write the name of a field")
+        self.template_fields()
+
+    def template_fields(self) -> tuple[str, ...]:
+        """The fields that the template names, each once. Raises `UserError`: it is none."""
+        return () if self.template is None else _template_fields(self.template)
+
+
+PLAIN = Columns()
+"""Rows with the usual names."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +81,24 @@ class Row:
 
 
 def read_rows(
-    source: str | Path, *, template: str | None = None, need: Sequence[str] = (), limit: int | None = None
+    source: str | Path, columns: Columns = PLAIN, *, need: Sequence[str] = (), limit: int | None = None
 ) -> list[Row]:
-    """Read the rows of a file, or of a hub data set (`owner/name`, `owner/name:split`, `owner/name:config:split`).
+    """Read the rows of a file, of a folder of them, or of a hub data set (see `attune.records`).
 
-    `template`: `{field}` names to lay out a prompt from the fields of a row; it goes before `prompt` and `messages`.
-    `need`: fields of `Row` that every row must have, e.g. `("answers",)`. `limit`: read that many rows and stop.
+    `columns`: names of the fields, where they are not the usual ones; what it names goes before those. `need`: fields
+    of `Row` that every row must have, e.g. `("answers",)`. `limit`: read that many rows and stop.
 
     Where a row has more than one of them, `prompt` goes before `messages`, and that before `question` and
     `instruction`. A last assistant turn of `messages` becomes `response`; `answer` stands for `answers` of one; of a
     `chosen` or `rejected` conversation the last turn is read.
 
-    Raises `UserError`: no such file, no rows, a template that is not one, or every bad row (first twenty).
+    Raises `UserError`: no such file, no rows, or every bad row (first twenty).
     """
-    return list(iter_rows(source, template=template, need=need, limit=limit))
+    return list(iter_rows(source, columns, need=need, limit=limit))
 
 
 def iter_rows(
-    source: str | Path, *, template: str | None = None, need: Sequence[str] = (), limit: int | None = None
+    source: str | Path, columns: Columns = PLAIN, *, need: Sequence[str] = (), limit: int | None = None
 ) -> Iterator[Row]:
     """The rows that `read_rows` reads, one at a time, for files that do not fit the memory.
 
@@ -79,14 +109,13 @@ def iter_rows(
     assert not unknown, f"`need` names fields that a Row has not: {unknown}"
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} rows leaves none", fix="give 1 or more")
-    names = _template_fields(template) if template is not None else ()
     faults: list[str] = []
     good = bad = 0
     for where, raw in records(str(source), limit):
         try:
             if isinstance(raw, Fault):
                 raise raw
-            row = _row(raw, where, template, names, need)
+            row = _row(raw, where, columns, need)
         except Fault as fault:
             bad += 1
             if bad <= SHOWN:
@@ -108,14 +137,14 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
-def _row(raw: dict[str, Any], where: str, template: str | None, names: Sequence[str], need: Sequence[str]) -> Row:
-    prompt, response = _prompt(raw, template, names)
+def _row(raw: dict[str, Any], where: str, columns: Columns, need: Sequence[str]) -> Row:
+    prompt, response = _prompt(raw, columns)
     given = _text(raw, "response")
     if response is not None and given is not None:
         raise Fault("a last assistant turn and a `response`; keep one of them")
     row = Row(
         prompt,
-        _answers(raw),
+        _answers(raw, columns),
         response if given is None else given,
         _text(raw, "reference"),
         _text(raw, "chosen", chat=True),
@@ -130,15 +159,24 @@ def _row(raw: dict[str, Any], where: str, template: str | None, names: Sequence[
     return row
 
 
-def _prompt(raw: dict[str, Any], template: str | None, names: Sequence[str]) -> tuple[str | Messages, str | None]:
+def _prompt(raw: dict[str, Any], columns: Columns) -> tuple[str | Messages, str | None]:
     """The prompt, and the response where the messages end with one."""
-    if template is not None:
+    if columns.template is not None:
+        names = columns.template_fields()
         for name in names:
-            if raw.get(name) is None:
-                raise Fault(f"no `{name}`, which the template names; the row has {', '.join(raw) or 'no fields'}")
-        text = template.format(**{name: _text(raw, name, empty=True) for name in names})
+            _there(raw, name, "the template")
+        text = columns.template.format(**{name: _text(raw, name, empty=True) for name in names})
         if not text.strip():
             raise Fault("the prompt is empty; write some text in " + " or ".join(f"`{name}`" for name in names))
+        return text, None
+    if columns.prompt_field is not None:
+        name = columns.prompt_field
+        _there(raw, name, "prompt_field")
+        if isinstance(raw[name], list):
+            return _messages(raw[name], name)
+        text = _text(raw, name) or ""
+        if not text.strip():
+            raise Fault(f"`{name}` is empty; write some text")
         return text, None
     for name in ("prompt", "messages"):
         if isinstance(raw.get(name), list):
@@ -183,8 +221,20 @@ def _messages(turns: list[Any], name: str) -> tuple[Messages, str | None]:
     return found[:-1], found[-1]["content"]
 
 
-def _answers(raw: dict[str, Any]) -> tuple[str, ...]:
-    name = "answers" if raw.get("answers") is not None else "answer"
+def _there(raw: dict[str, Any], name: str, by: str) -> None:
+    """Raise a `Fault` where the row lacks the field `name`, which `by` asks for."""
+    if name not in raw:
+        raise Fault(
+            f"no `{name}`, which {by} names; {unknown_name('field', name, raw).fix if raw else 'the row is empty'}"
+        )
+    if raw[name] is None:
+        raise Fault(f"`{name}`, which {by} names, is empty; write some text")
+
+
+def _answers(raw: dict[str, Any], columns: Columns) -> tuple[str, ...]:
+    name = columns.answers_field or ("answers" if raw.get("answers") is not None else "answer")
+    if columns.answers_field is not None and name not in raw:
+        _there(raw, name, "answers_field")
     value = raw.get(name)
     if value is None:
         return ()
@@ -238,7 +288,8 @@ def _encodable(text: str, what: str) -> str:
     return text
 
 
-def _template_fields(template: str) -> list[str]:
+@cache
+def _template_fields(template: str) -> tuple[str, ...]:
     """The fields that a template names, each once."""
     where = "template"
     try:
@@ -255,4 +306,4 @@ def _template_fields(template: str) -> list[str]:
             names.append(name)
     if not names:
         raise UserError("it names no field, so that every prompt would be the same", where=where, fix="write {field}")
-    return names
+    return tuple(names)

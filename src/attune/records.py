@@ -1,6 +1,8 @@
-"""What files of rows hold, row by row: JSON Lines read strictly, CSV, Parquet and hub ids; each with its `file:line`.
+"""What files of rows hold, row by row: JSON Lines read strictly, CSV and Parquet, each with its `file:line`.
 
-A row that cannot be read comes as the `Fault` that says so, in its place. What a row means is `data`'s business.
+Folders (as `save_to_disk` wrote them, or of data files) and data sets of the hub are read by `datasets`: `NAME`,
+`NAME:split` or `NAME:config:split`, the split being `train` unless it is given. Nothing is held but the rows in hand. A
+row that cannot be read comes as the `Fault` that says so, in its place. What a row means is `data`'s business.
 """
 
 from __future__ import annotations
@@ -8,14 +10,15 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from attune.errors import UserError
+from attune.errors import UserError, unknown_name
 
 MAX_LINE = 10_000_000
 """Bytes of one line: a file without line ends must not fill the memory."""
+DEFAULT_SPLIT = "train"
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".txt", ".tsv", ".gz", ".zip", ".yaml", ".yml")
 
 
@@ -27,12 +30,8 @@ def records(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any
     """(`file:line`, row or what is wrong with it) of each of the first `limit` rows."""
     path = Path(source)
     try:
-        if source and path.is_dir():
-            raise UserError("is a folder", where=source, fix="give a file of rows")
-        if not source or not path.exists():
-            if not source.strip() or source.endswith(_SUFFIXES) or source.startswith((".", "/", "~")):
-                raise UserError("no such file", where=source or "(empty name)", fix="check the path")
-            yield from _hub(source, limit)
+        if not source.strip() or path.is_dir() or not path.exists():
+            yield from _dataset(source, limit)
             return
         reader = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
         for count, record in enumerate(reader(path), 1):
@@ -118,7 +117,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
                     )
                 elif cells:
                     # An empty cell is CSV's only way to leave a field out.
-                    yield where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+                    yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
         except UnicodeDecodeError as error:
             raise UserError("is not UTF-8", where=str(path), fix="save the file as UTF-8") from error
         except csv.Error as error:
@@ -142,30 +141,63 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
         raise UserError("is not a Parquet file", where=str(path), fix="check the file, or give JSON Lines") from error
 
 
-def _hub(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
-    import datasets
-
-    name, *parts = source.split(":")
-    config, split = (None, "train") if not parts else (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
+def _dataset(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    name, *parts = [source] if Path(source).is_dir() else source.split(":")
+    local = bool(name) and Path(name).is_dir()
+    if not local and (not name.strip() or source.endswith(_SUFFIXES) or name.startswith((".", "/", "~"))):
+        raise UserError("no such file", where=source or "(empty name)", fix="check the path")
+    config, split = (None, None) if not parts else (None, parts[0]) if len(parts) == 1 else (parts[0], parts[1])
     try:
         if len(parts) > 2:
             raise ValueError(f"{len(parts)} colons")
-        # Streaming fetches no more than it reads, but cannot read what an earlier run has stored.
-        streaming = limit is not None and not datasets.config.HF_HUB_OFFLINE
-        found = datasets.load_dataset(name, config, split=split, streaming=streaming)
+        found = _saved(name, split) if local and _is_saved(name) else _loaded(name, config, split, local, limit)
         for number, record in enumerate(found, 1):
             yield f"{source}:row {number}", dict(record)
             if number == limit:
                 return
     except (UserError, GeneratorExit):
         raise
-    except Exception as error:  # each kind of trouble with the hub has a class of its own
+    except Exception as error:  # each kind of trouble with a data set has a class of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"neither a file nor a data set that can be loaded ({reason})",
+            f"{'a folder' if local else 'neither a file nor a data set'} that can{'not' * local} be loaded ({reason})",
             where=source,
-            fix="check the path; a hub data set is owner/name, owner/name:split or owner/name:config:split",
+            fix="give a file of rows, a folder of them or one that save_to_disk wrote; FOLDER:split picks a split"
+            if local
+            else "check the path; a hub data set is owner/name, owner/name:split or owner/name:config:split",
         ) from error
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((Path(folder) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
+def _saved(folder: str, split: str | None) -> Iterable[Mapping[str, Any]]:
+    """The rows of a folder that `save_to_disk` wrote, mapped into memory."""
+    import datasets
+
+    found: Mapping[str, Any] | datasets.Dataset = datasets.load_from_disk(folder)
+    if isinstance(found, datasets.Dataset):
+        if split is not None:
+            raise UserError("one data set, without splits", where=folder, fix=f"leave :{split} out")
+        return found
+    split = split or DEFAULT_SPLIT
+    if split not in found:
+        raise unknown_name("split", split, found, where=folder)
+    return found[split]
+
+
+def _loaded(
+    name: str, config: str | None, split: str | None, local: bool, limit: int | None
+) -> Iterable[Mapping[str, Any]]:
+    """The rows of a hub data set, or of a folder of data files."""
+    import datasets
+
+    # A folder is read where it lies. Of the hub, streaming fetches no more than it reads, but anew each time, and
+    # cannot read what an earlier run has stored.
+    streaming = local or (limit is not None and not datasets.config.HF_HUB_OFFLINE)
+    return datasets.load_dataset(name, config, split=split or DEFAULT_SPLIT, streaming=streaming)
 
 
 def kind(value: object) -> str:

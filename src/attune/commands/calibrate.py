@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attune.commands.common import Command, Parser, load_policy, model_arguments, reward_config
+from attune.commands.common import (
+    Command,
+    Parser,
+    columns_of,
+    load_policy,
+    model_arguments,
+    reward_config,
+    row_arguments,
+)
 from attune.console import Console
 from attune.errors import UserError
 
@@ -25,6 +33,7 @@ def _arguments(parser: Parser) -> None:
         metavar="FILE",
         help="gets the weights (YAML), questions or answers",
     )
+    row_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     parser.add_argument(
         "--reward", default="attention", help="with --suggest: what the answers are to correct (default: attention)"
@@ -58,7 +67,8 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     from attune.measure.suggest import SuggestConfig
 
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
-    rows = [row for row in read_rows(options.pairs, limit=options.limit) if not row.fields.get("tie")]
+    pairs = read_rows(options.pairs, columns_of(options), limit=options.limit)
+    rows = [row for row in pairs if not row.fields.get("tie")]
     if bare := next((row for row in rows if not row.chosen or not row.rejected), None):
         raise UserError("no `chosen` and `rejected`", where=bare.where, fix="write both, or answer the pair first")
     if options.output.exists():
@@ -86,7 +96,7 @@ def _suggest(options: argparse.Namespace, console: Console) -> int:
 
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
     spec = reward_config(options.reward)
-    rows = read_rows(options.prompts, limit=options.limit)
+    rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
     policy = load_policy(options)
     with console.progress(len(rows), "sampling") as progress:
         asked = suggest(policy, Reward(spec, policy, reference=policy), rows, config, progress.update)

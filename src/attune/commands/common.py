@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from attune.console import Console
 
 if TYPE_CHECKING:
+    from attune.data import Columns
     from attune.model.policy import Policy
     from attune.reward.named import RewardConfig
 
@@ -36,6 +37,22 @@ def model_arguments(parser: Parser, required: bool = True) -> None:
         "--attention", default="auto", choices=("auto", "eager"), help="eager serves families that auto refuses"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def row_arguments(parser: Parser) -> None:
+    """The options that say which fields of a row are its prompt and its answers."""
+    from attune.config import add_arguments
+    from attune.data import Columns
+
+    add_arguments(parser, Columns)
+
+
+def columns_of(options: argparse.Namespace) -> Columns:
+    """What `row_arguments` were given."""
+    from attune.config import flags_given, load_config
+    from attune.data import Columns
+
+    return load_config(Columns, None, flags_given(options, Columns))
 
 
 def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy:

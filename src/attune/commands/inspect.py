@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attune.commands.common import Command, Parser, load_policy, mean, model_arguments, reward_config
+from attune.commands.common import (
+    Command,
+    Parser,
+    columns_of,
+    load_policy,
+    mean,
+    model_arguments,
+    reward_config,
+    row_arguments,
+)
 from attune.console import Console
 from attune.errors import UserError
 
@@ -20,7 +29,7 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--response", metavar="TEXT", help="the response to --prompt (default: the model's greedy one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets the page, HTML")
     parser.add_argument("--reward", help="a reward's name, module:function, or a YAML file: shown beside the attention")
-    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(parser)
     parser.add_argument("--limit", type=int, default=10, metavar="N", help="the first N rows only (default: 10)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="of a greedy response (default: 64)"
@@ -38,8 +47,9 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
         raise UserError("`exact` reads answers, and there are none here", where="--reward", fix="choose another reward")
     if options.prompts and options.response is not None:
         raise UserError("--response is for --prompt", fix="write the responses into the rows")
+    columns = columns_of(options)
     rows = (
-        read_rows(options.prompts, template=options.template, limit=options.limit)
+        read_rows(options.prompts, columns, limit=options.limit)
         if options.prompts
         else [Row(options.prompt, response=options.response, where="--prompt")]
     )
@@ -48,7 +58,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     if spec is not None:
         reward = Reward(spec, policy, reference=policy)
         # On as many rows as there are: the few that are shown may not tell which heads copy.
-        measure_heads(reward, iter_rows(options.prompts, template=options.template) if options.prompts else rows)
+        measure_heads(reward, iter_rows(options.prompts, columns) if options.prompts else rows)
         look = reward.inspect
     found = []
     with console.progress(len(rows), "inspecting") as progress:

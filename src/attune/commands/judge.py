@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from attune.commands.common import Command, Parser, load_policy, mean, model_arguments, reward_config
+from attune.commands.common import (
+    Command,
+    Parser,
+    columns_of,
+    load_policy,
+    mean,
+    model_arguments,
+    reward_config,
+    row_arguments,
+)
 from attune.console import Console
 from attune.errors import UserError
 
@@ -17,7 +26,7 @@ def _score_arguments(parser: Parser) -> None:
     parser.add_argument("--input", required=True, metavar="FILE", help="rows with a prompt and a `response`")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="each row plus reward and signals")
     parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
-    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows scored at a time (default: 64)")
 
 
@@ -28,7 +37,7 @@ def _score(options: argparse.Namespace, console: Console) -> int:
 
     spec = reward_config(options.reward)
     need = ("response", "answers") if "exact" in spec.weights else ("response",)
-    rows = read_rows(options.input, template=options.template, need=need)
+    rows = read_rows(options.input, columns_of(options), need=need)
     policy = load_policy(options)
     reward = Reward(spec, policy, reference=policy)
     with console.progress(len(rows), "scoring") as progress:
@@ -59,7 +68,7 @@ def _eval_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="FOLDER", help="gets results.json and report.html"
     )
-    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished evaluation in --output")
     add_arguments(parser, EvalConfig)
@@ -75,7 +84,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     from attune.report.tables import results_table
 
     config = load_config(EvalConfig, None, flags_given(options, EvalConfig))
-    rows = read_rows(options.prompts, template=options.template, limit=options.limit)
+    rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
     if (options.output / "results.json").exists():
         raise UserError("already holds results", where=str(options.output), fix="choose another --output")
     if config.judge and not options.baseline:
@@ -111,7 +120,7 @@ def _audit_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="the reward to audit (default: attention); more stand beside it: names, module:function, or YAML files",
     )
-    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(parser)
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="the first N prompts only (default: 100)")
     add_arguments(parser, AuditConfig)
 
@@ -128,9 +137,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     config = load_config(AuditConfig, None, flags_given(options, AuditConfig))
     specs = {name: reward_config(name) for name in options.reward}
     needs = any("exact" in spec.weights for spec in specs.values())
-    rows = read_rows(
-        options.prompts, template=options.template, limit=options.limit, need=("answers",) if needs else ()
-    )
+    rows = read_rows(options.prompts, columns_of(options), limit=options.limit, need=("answers",) if needs else ())
     if (options.output / "audit.json").exists():
         raise UserError("already holds an audit", where=str(options.output), fix="choose another --output")
     policy = load_policy(options)

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from attune.commands.common import Command, Parser, load_policy, mean, model_arguments
+from attune.commands.common import Command, Parser, columns_of, load_policy, mean, model_arguments, row_arguments
 from attune.console import Console
 from attune.errors import UserError
 
@@ -21,11 +21,12 @@ def _arguments(parser: Parser) -> None:
     model_arguments(make)
     make.add_argument("--prompts", required=True, metavar="FILE", help="rows; `answers` or `reference` are preferred")
     make.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets prompt, chosen, rejected")
-    make.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(make)
     make.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
     add_arguments(make, PairConfig)
     fit = actions.add_parser("fit", help="a reward model of rows with prompt, chosen and rejected")
     fit.add_argument("--pairs", required=True, metavar="FILE", help="rows with prompt, chosen and rejected")
+    row_arguments(fit)
     add_arguments(fit, PreferenceConfig)
     for part in (make, fit):
         part.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -42,7 +43,7 @@ def _make(options: argparse.Namespace, console: Console) -> int:
     from attune.measure.preferences import PairConfig, make_pairs
 
     config = load_config(PairConfig, None, flags_given(options, PairConfig))
-    rows = read_rows(options.prompts, template=options.template, limit=options.limit)
+    rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
     with console.progress(len(rows), "making pairs") as progress:
         pairs = make_pairs(load_policy(options), rows, config, progress.update)
     if not pairs:
@@ -61,7 +62,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     from attune.measure.stats import bootstrap
 
     config = load_config(PreferenceConfig, None, flags_given(options, PreferenceConfig))
-    rows = read_rows(options.pairs, need=("chosen", "rejected"))
+    rows = read_rows(options.pairs, columns_of(options), need=("chosen", "rejected"))
     fitted = fit(config, rows)
     found: dict[str, object] = {"pairs": fitted.pairs, "output": config.output, "accuracy": None}
     words = f"{fitted.pairs} pairs learned"

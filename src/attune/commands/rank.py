@@ -11,7 +11,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attune.commands.common import Command, Parser, load_policy, model_arguments, reward_config
+from attune.commands.common import (
+    Command,
+    Parser,
+    columns_of,
+    load_policy,
+    model_arguments,
+    reward_config,
+    row_arguments,
+)
 from attune.commands.train import INTERRUPTED
 from attune.console import Console
 from attune.errors import UserError
@@ -34,7 +42,7 @@ def _arguments(parser: Parser) -> None:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets a line a prompt, in order")
     parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
-    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(parser)
     parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
     parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
@@ -51,7 +59,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     config = load_config(RankConfig, None, flags_given(options, RankConfig))
     spec = reward_config(options.reward)
     need = ("answers",) if "exact" in spec.weights else ()
-    rows: Rows = partial(iter_rows, options.prompts, template=options.template, need=need)
+    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=need)
     total, brought, digest = _survey(rows)
     if options.server_model and not options.server:
         raise UserError("--server-model without --server", fix="give --server URL too")

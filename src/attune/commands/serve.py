@@ -10,7 +10,16 @@ import socket
 from importlib.util import find_spec
 from pathlib import Path
 
-from attune.commands.common import Command, Parser, load_policy, model_arguments, reward_config, reward_name
+from attune.commands.common import (
+    Command,
+    Parser,
+    columns_of,
+    load_policy,
+    model_arguments,
+    reward_config,
+    reward_name,
+    row_arguments,
+)
 from attune.console import Console
 from attune.errors import UserError
 
@@ -25,7 +34,7 @@ def _arguments(parser: Parser) -> None:
     model_arguments(parser)
     parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
     parser.add_argument("--prompts", metavar="FILE", help="rows like those to come: copy heads are measured on them")
-    parser.add_argument("--template", help="text with {field} names that makes a prompt of a row")
+    row_arguments(parser)
     parser.add_argument("--heads", type=Path, metavar="FOLDER", help="a run whose copy heads to use, instead")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 = any that is free (default: 8000)")
@@ -46,7 +55,7 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
     spec = reward_config(options.reward)
     if options.prompts and options.heads:
         raise UserError("--prompts and --heads both say which copy heads", fix="leave one out")
-    rows = read_rows(options.prompts, template=options.template, limit=HEAD_PROMPTS) if options.prompts else []
+    rows = read_rows(options.prompts, columns_of(options), limit=HEAD_PROMPTS) if options.prompts else []
     listener = _listener(options.host, options.port)
     policy = load_policy(options)
     reward = Reward(spec, policy, load_heads(options.heads) if options.heads else None, reference=policy)

@@ -50,7 +50,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         file = new_run_dir(flags["output"], resume=True) / "config.yaml"
     config = load_config(TrainConfig, file, flags)
     reward = config_of(config.reward)
-    rows = read_rows(config.prompts, template=config.template, need=("answers",) if "exact" in reward.weights else ())
+    rows = read_rows(config.prompts, config.columns, need=("answers",) if "exact" in reward.weights else ())
     policy = Policy.load(
         config.model,
         dtype=config.dtype,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attune.config import load_config, to_dict
+from attune.data import Columns
 from attune.errors import UserError, unknown_name
 from attune.learn.preference import PreferenceConfig
 from attune.learn.settings import TrainConfig
@@ -47,8 +48,8 @@ class Files:
     """Fresh prompts; `answers`, `reference` and the like measure more."""
     pairs: str | None = None
     """Human preferences, `prompt`, `chosen` and `rejected`; for the arms human and hybrid."""
-    template: str | None = None
-    """Text with {field} names that makes a prompt of a row."""
+    columns: Columns = field(default_factory=Columns)
+    """How the fields of a row are named."""
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,10 @@ def run_compare(config: CompareConfig, output: Path, progress: Progress = lambda
 def _check_data(config: CompareConfig, jobs: Sequence[Job]) -> None:
     """The files are there and can be read, before any work."""
     if isinstance(config.data, Files):
-        read_rows(config.data.prompts, template=config.data.template)
-        read_rows(config.data.evaluation, template=config.data.template)
+        read_rows(config.data.prompts, config.data.columns)
+        read_rows(config.data.evaluation, config.data.columns)
         if config.data.pairs is not None:
-            read_rows(config.data.pairs, template=config.data.template, need=("chosen", "rejected"))
+            read_rows(config.data.pairs, config.data.columns, need=("chosen", "rejected"))
         elif any(job.arm.reward in (HUMAN, HYBRID) for job in jobs):
             raise UserError("arms that learn from labels need `pairs`", where="data", fix="give a file of pairs")
 

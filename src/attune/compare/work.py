@@ -82,7 +82,7 @@ def share_data(model: str, data: World | Files, folder: Path, policy: Policy) ->
         }
     else:
         files = {"prompts": data.prompts, "evaluation": data.evaluation, "pairs": data.pairs}
-        rows = {name: read_rows(file, template=data.template) for name, file in files.items() if file is not None}
+        rows = {name: read_rows(file, data.columns) for name, file in files.items() if file is not None}
         made = {name: [{**row.fields, **_plain(row)} for row in some] for name, some in rows.items()}
     for name, some in made.items():
         write_jsonl(folder / f"{name}.jsonl", some)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from attune.data import Columns
 from attune.errors import UserError, unknown_name
 from attune.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from attune.learn.stopping import Stopping
@@ -65,8 +66,8 @@ class TrainConfig:
     """When to stop early."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
-    template: str | None = None
-    """Text with {field} names that makes a prompt of a row, e.g. "{context} {question}"."""
+    columns: Columns = field(default_factory=Columns)
+    """How the fields of a row are named."""
     dtype: str = "auto"
     """Weights' type: auto, float32, bfloat16 or float16."""
     device: str = "auto"
