@@ -1,4 +1,4 @@
-# Five words: demo test lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
+# The words: demo test peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
 #   make test PYTHON=python3.12     another interpreter        make lint VENV=/path/to/venv   another environment
 #   make test WORKERS=8             more test processes        PIP_FLAGS='--index-url …'      another package index
 
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.attune-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format models bench clean
+.PHONY: help demo test peers lint format models bench clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -30,6 +30,9 @@ demo: $(STAMP)  ## train the embedded model, evaluate it before and after, write
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+peers: $(STAMP)  ## install what tests/test_peers.py needs of verl and OpenRLHF; without it those tests are skipped
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r peers.txt
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from attune.errors import RunFailed, UserError
-from attune.integrations import openai
-from attune.integrations.openai import ATTEMPTS, Server
+from attune.integrations import http, openai
+from attune.integrations.http import ATTEMPTS
+from attune.integrations.openai import Server
 from attune.model.sampling import Sampling
 
 CHAT = [{"role": "user", "content": "where ?"}]
@@ -171,7 +172,7 @@ def test_trouble_that_may_pass_is_tried_again_and_told_when_it_stays(trouble, me
     ("refusal", "message"),
     [
         (failing(401, {"error": {"message": "bad key"}}), "HTTP 401 bad key; set OPENAI_API_KEY"),
-        (failing(404, {"error": "no such model"}), "HTTP 404 no such model; check --server and --server-model"),
+        (failing(404, {"error": "no such model"}), "HTTP 404 no such model; check the address and the model's name"),
         (failing(400, {"error": {"message": "n too large"}}), "HTTP 400 n too large"),
         (failing(302, b"", {"Location": "http://127.0.0.1:1/"}), "HTTP 302"),
     ],
@@ -185,16 +186,16 @@ def test_a_refusal_is_told_at_once(refusal, message):
 
 def test_a_pause_that_the_server_asks_for_is_kept_within_bounds(monkeypatch):
     pauses = []
-    monkeypatch.setattr(openai.time, "sleep", pauses.append)
+    monkeypatch.setattr(http.time, "sleep", pauses.append)
     with serving(
         failing(429, b"", {"Retry-After": "7"}), failing(429, b"", {"Retry-After": "86400"}), choices
     ) as server:
         client(server).complete(["a"], 1, Sampling(), 0)
-    assert pauses == [7.0, openai.LONGEST_PAUSE]
+    assert pauses == [7.0, http.LONGEST_PAUSE]
 
 
 def test_a_reply_without_end_is_not_read(monkeypatch):
-    monkeypatch.setattr(openai, "MAX_REPLY", 1000)
+    monkeypatch.setattr(http, "MAX_REPLY", 1000)
     with serving(failing(200, b" " * 2000)) as server, pytest.raises(UserError, match="the reply is larger"):
         client(server).complete(["a"], 1, Sampling(), 0)
 

@@ -85,6 +85,7 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
             timeout_graceful_shutdown=math.ceil(config.timeout),
         )
     )
+    listener.listen()  # whoever reads the address below is let in at once
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     console.note(f"serving {options.reward} of {options.model} at {url} (its API: {url}/docs)")
