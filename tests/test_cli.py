@@ -237,12 +237,17 @@ def test_prompts_that_cannot_be_read(model, tmp_path, capsys, text, message):
         (["--device", "toaster"], "unknown device"),
         (["--stepz", "3"], "unrecognized arguments: --stepz"),
         (["--trackers", "tensorbord"], "did you mean tensorboard"),
-        (["--trackers", "wandb"], "wandb is not installed; pip install wandb"),
     ],
 )
 def test_options_that_make_no_sense(model, prompts, tmp_path, capsys, flags, message):
     assert train(model, prompts, tmp_path / "run", *flags) == 2
     refused(capsys, tmp_path / "run", message)
+
+
+def test_a_tracker_that_is_not_installed(model, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("attune.learn.settings.find_spec", lambda name: None)
+    assert train(model, prompts, tmp_path / "run", "--trackers", "wandb") == 2
+    refused(capsys, tmp_path / "run", "wandb is not installed; pip install wandb")
 
 
 def test_an_unknown_signal_in_yaml_is_named_with_its_neighbours(model, prompts, tmp_path, capsys):

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from attune.cli import main
 from attune.data import Row, iter_rows
 from attune.files import GrowingRows
+from attune.integrations import http
 from attune.model.policy import Policy
 from attune.rank import RankConfig, Ranked, blank_between, rank, sampled
 from attune.reward.reward import Reward
@@ -185,9 +186,7 @@ def test_candidates_come_from_a_server_and_a_cut_one_did_not_end(tmp_path):
 
 
 def test_a_server_that_fails_midway_leaves_what_a_resumed_run_goes_on_from(tmp_path, capsys, monkeypatch):
-    from attune.integrations import openai
-
-    monkeypatch.setattr(openai, "ATTEMPTS", 1)
+    monkeypatch.setattr(http, "ATTEMPTS", 1)
     rows = jsonl(tmp_path / "rows.jsonl", [{"prompt": f"where is mary ? {word}"} for word in ("the", "in", "is")])
     more = ["--server-model", "m", "--num-samples", "2", "--reward", "length", "--batch-size", "1"]
     with serving(choices, choices, failing(500), choices) as server:
