@@ -42,7 +42,8 @@ def written(folder: Path, form: str, rows: Iterable[dict[str, Any]] = ROWS) -> s
         return f"{path}:dev"
     else:
         (path / "data").mkdir(parents=True)
-        data.to_parquet(path / "data" / "train.parquet", batch_size=1000)
+        for part in range(parts := len(data) // 4000 or 1):
+            data.shard(parts, part).to_parquet(path / "data" / f"train-{part:05d}.parquet", batch_size=1000)
     return str(path)
 
 
@@ -66,14 +67,15 @@ def test_every_form_is_read_with_names_of_its_own(tmp_path: Path, form: str) -> 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, form: str) -> None:
     def peak(count: int) -> tuple[int, int]:
         # Different words in every row, so that Parquet finds nothing to fold together.
-        rows = [{"text": f"{n} {hash((n, 'x'))} " * 20} for n in range(count)]
+        made = [{"text": f"{n} {hash((n, 'x'))} " * 20} for n in range(count)]
         (tmp_path / str(count)).mkdir()
-        source, pool, held = written(tmp_path / str(count), form, rows), arrow.default_memory_pool(), 0
-        del rows
+        source, pool, held = written(tmp_path / str(count), form, made), arrow.default_memory_pool(), 0
+        del made
         before = pool.bytes_allocated()
         tracemalloc.start()
-        for number, _ in enumerate(iter_rows(source, Columns(prompt_field="text")), 1):
-            held = max(held, pool.bytes_allocated() - before)
+        number = 0
+        for _ in iter_rows(source, Columns(prompt_field="text")):
+            number, held = number + 1, max(held, pool.bytes_allocated() - before)
         _, python = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert number == count

@@ -1,8 +1,9 @@
 """What files of rows hold, row by row: JSON Lines read strictly, CSV and Parquet, each with its `file:line`.
 
 Folders (as `save_to_disk` wrote them, or of data files) and data sets of the hub are read by `datasets`: `NAME`,
-`NAME:split` or `NAME:config:split`, the split being `train` unless it is given. Nothing is held but the rows in hand. A
-row that cannot be read comes as the `Fault` that says so, in its place. What a row means is `data`'s business.
+`NAME:split` or `NAME:config:split`, the split being `train` unless it is given. Nothing is held but the rows in hand
+(of such a data set, no more than one of its files). A row that cannot be read comes as the `Fault` that says so, in its
+place. What a row means is `data`'s business.
 """
 
 from __future__ import annotations
@@ -177,15 +178,16 @@ def _saved(folder: str, split: str | None) -> Iterable[Mapping[str, Any]]:
     """The rows of a folder that `save_to_disk` wrote, mapped into memory."""
     import datasets
 
-    found: Mapping[str, Any] | datasets.Dataset = datasets.load_from_disk(folder)
-    if isinstance(found, datasets.Dataset):
-        if split is not None:
-            raise UserError("one data set, without splits", where=folder, fix=f"leave :{split} out")
-        return found
-    split = split or DEFAULT_SPLIT
-    if split not in found:
-        raise unknown_name("split", split, found, where=folder)
-    return found[split]
+    found: dict[str, Iterable[Mapping[str, Any]]] | datasets.Dataset = datasets.load_from_disk(folder)
+    if isinstance(found, dict):
+        split = split or DEFAULT_SPLIT
+        if split not in found:
+            raise unknown_name("split", split, found, where=folder)
+        return found[split]
+    if split is not None:
+        raise UserError("one data set, without splits", where=folder, fix=f"leave :{split} out")
+    rows: Iterable[Mapping[str, Any]] = found
+    return rows
 
 
 def _loaded(
@@ -197,7 +199,10 @@ def _loaded(
     # A folder is read where it lies. Of the hub, streaming fetches no more than it reads, but anew each time, and
     # cannot read what an earlier run has stored.
     streaming = local or (limit is not None and not datasets.config.HF_HUB_OFFLINE)
-    return datasets.load_dataset(name, config, split=split or DEFAULT_SPLIT, streaming=streaming)
+    rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+        name, config, split=split or DEFAULT_SPLIT, streaming=streaming
+    )
+    return rows
 
 
 def kind(value: object) -> str:
