@@ -72,7 +72,9 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
 
     from attune.serve.app import create_app
 
-    app = create_app(reward, options.model, reward_name(options.reward), config, token)
+    # A client learns what the model is called, not where it lies.
+    called = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
+    app = create_app(reward, called, reward_name(options.reward), config, token)
     # uvicorn raises what stopped it once more when it is done, and a server that was asked to stop did nothing wrong.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
@@ -89,7 +91,7 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     console.note(f"serving {options.reward} of {options.model} at {url} (its API: {url}/docs)")
-    console.result({"url": url, "model": options.model, "reward": options.reward})
+    console.result({"url": url, "model": called, "reward": options.reward})
     server.run(sockets=[listener])
     return 0
 
