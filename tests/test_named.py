@@ -16,7 +16,7 @@ from attune.model.sampling import Sampling
 from attune.reward import signals
 from attune.reward.group import GATE_MARGIN
 from attune.reward.named import NAMED, SIGNALS, RewardConfig, config_of
-from attune.reward.reward import Reward
+from attune.reward.reward import Reward, user_function
 from tests.families import save
 from tests.test_signals import evidence_of, padded, replays
 
@@ -92,6 +92,14 @@ def test_a_users_function_from_the_working_directory_reads_the_replay(user_modul
     expected = replay.attention.sum((1, 2)) + replay.logprobs.sum(-1)
     torch.testing.assert_close(scores.signals[spec], expected)
     torch.testing.assert_close(scores.reward, 2 * expected + torch.tensor([2.0, 3.0]))
+
+
+def test_a_working_directory_that_is_on_the_path_keeps_its_place(user_module, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        path = list(sys.path)
+        user_function(f"{user_module}:good")
+        assert sys.path == path
 
 
 @pytest.mark.parametrize(

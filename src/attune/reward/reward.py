@@ -63,13 +63,16 @@ def user_function(spec: str) -> Callable[[Evidence], Tensor]:
     module_name, _, name = spec.partition(":")
     fix = "write module:function, the module on the Python path or in the working directory"
     here = os.getcwd()
-    sys.path.append(here)  # last, so that a stray file never hides an installed module
+    there = here in sys.path
+    if not there:
+        sys.path.append(here)  # last, so that a stray file never hides an installed module
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError, TypeError) as error:
         raise UserError(f"{spec!r} cannot be imported ({error})", where="reward", fix=fix) from error
     finally:
-        sys.path.remove(here)
+        if not there:
+            sys.path.remove(here)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{spec!r}: {module_name} has no function {name!r}", where="reward", fix=fix)
