@@ -2,11 +2,13 @@
 
     python benchmarks/reward_study/ideas.py [--prompts 300] [--kinds causal encdec]
 
-Three groups. *Which attention* says what is taken out of the context: other head weights, attention followed through
-the layers, the evidence of each response for itself. *Which tokens* count in the two means of log-probs: the surprising
-ones, the uncertain ones, content alone, a sum, a sum over the group's mean length. *Binding*: does the attended
-sentence also hold what the question names. Everything else is the default reward. Validation stories; a figure is over
-prompts, the difference to the default paired.
+Four groups. *Which attention* says what is taken out of the context: other head weights, attention followed through
+the layers, the evidence of each response for itself. *What is taken away*: several shares at once (ERASER's area over
+the perturbation curve), the two most attended sentences whole, everything but those, all. *Which tokens* count in the
+two means of log-probs: the surprising ones, the uncertain ones, content alone, a sum, a sum over the group's mean
+length. *Binding*: does the attended sentence also hold what the question names. Everything else is the default reward.
+Last, what labels could do with all of it: a logistic regression on right and wrong pairs, cross-validated by prompt.
+Validation stories; a figure is over prompts, the difference to the default paired.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
-from rank import SAMPLES, SPLITS, stories
+from rank import SAMPLES, SPLITS, fitted, stories
 from torch import Tensor
 
+from attune.data import Row
 from attune.measure.stats import Figure, bootstrap, paired_bootstrap
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
@@ -27,8 +31,8 @@ from attune.reward.named import NAMED
 from attune.reward.reward import Reward
 from attune.reward.rivals import normalise_answer
 from attune.reward.salience import attended, context_tokens, only, question_only
-from attune.reward.signals import Evidence, renormalise
-from attune.types import Replay, masked_mean
+from attune.reward.signals import LOWEST_LOGPROB, Evidence, renormalise
+from attune.types import Replay, Rollout, masked_mean
 from attune.world import model_path
 
 Weigh = Callable[[Evidence, Tensor], Tensor]
@@ -67,15 +71,17 @@ TOKENS: dict[str, Weigh] = {
 def value(reward: Reward, evidence: Evidence, ablated: Tensor, weigh: Weigh = mean) -> Tensor:
     """The default reward [B] from log-probs with and without the attended context, the means taken by `weigh`."""
     scores = reward.judge(replace(evidence, ablated_logprobs=ablated))
-    weights, logprobs = reward.config.weights, evidence.replay.logprobs.clamp(min=-100.0)
+    weights, logprobs = reward.config.weights, evidence.replay.logprobs.clamp(min=LOWEST_LOGPROB)
     parts = {name: found for name, found in scores.signals.items() if name not in ("coherence", "comprehensiveness")}
     parts["coherence"] = weigh(evidence, logprobs)
-    parts["comprehensiveness"] = weigh(evidence, logprobs - ablated.clamp(min=-100.0))
+    parts["comprehensiveness"] = weigh(evidence, logprobs - ablated.clamp(min=LOWEST_LOGPROB))
     rollout = evidence.replay.rollout
     return gate(sum(weights[name] * part for name, part in parts.items()), rollout.prompt_index, rollout.ended)
 
 
-def without(reward: Reward, replay: Replay, attention: Tensor, *, each: bool = False) -> Tensor:
+def without(
+    reward: Reward, replay: Replay, attention: Tensor, *, each: bool = False, share: float | None = None
+) -> Tensor:
     """[B, R] log-probs without the context that `attention` [B, R, P] falls on most; `each`: on its own most."""
     rollout = replay.rollout
     if each:
@@ -85,10 +91,53 @@ def without(reward: Reward, replay: Replay, attention: Tensor, *, each: bool = F
             prompt_index=torch.arange(len(rollout)),
         )
         replay = replace(replay, rollout=rollout)
-    dropped = attended(replay, attention, reward.classes, reward.config.ablate)
+    dropped = attended(replay, attention, reward.classes, share or reward.config.ablate)
+    return read(reward, rollout, rollout.prompts.mask & ~dropped)
+
+
+def read(reward: Reward, rollout: Rollout, keep: Tensor) -> Tensor:
+    """[B, R] log-probs after the tokens `keep` [N, P] of the prompts alone."""
+    rest = only(rollout.prompts, keep, left=not reward.policy.is_encoder_decoder)
+    return reward.policy.replay(replace(rollout, prompts=rest), attention=False).logprobs.clamp(min=LOWEST_LOGPROB)
+
+
+def sentences(reward: Reward, rollout: Rollout) -> Tensor:
+    """[N, P] int64: the number of the context's sentence that a token is in, from 0; −1 outside of the context."""
     prompts = rollout.prompts
-    rest = only(prompts, prompts.mask & ~dropped, left=not reward.policy.is_encoder_decoder)
-    return reward.policy.replay(replace(rollout, prompts=rest), attention=False).logprobs
+    context = context_tokens(prompts, reward.classes)
+    ends = context & (prompts.ids == reward.policy.tokenizer.convert_tokens_to_ids("."))
+    return torch.where(context, ends.cumsum(-1) - ends.long(), -1)
+
+
+def attended_sentences(reward: Reward, replay: Replay, count: int) -> Tensor:
+    """[N, P] bool: the tokens of the `count` sentences that the responses to a prompt together attend to most."""
+    assert replay.copy_attention is not None
+    rollout = replay.rollout
+    place = sentences(reward, rollout)
+    looked = torch.zeros(place.shape).index_add(0, rollout.prompt_index, replay.copy_attention.sum(1))
+    mass = torch.zeros(len(place), int(place.max()) + 1).scatter_add(1, place.clamp(min=0), looked * (place >= 0))
+    chosen = torch.zeros_like(mass, dtype=torch.bool).scatter(
+        1, mass.topk(min(count, mass.shape[1]), dim=1).indices, True
+    )
+    return chosen.gather(1, place.clamp(min=0)) & (place >= 0)
+
+
+def takings(reward: Reward, evidence: Evidence) -> dict[str, Tensor]:
+    """Other things to take away: [B, R] each, what stands in the place of the log-probs without the evidence."""
+    replay, logprobs = evidence.replay, evidence.replay.logprobs.clamp(min=LOWEST_LOGPROB)
+    rollout, attention = replay.rollout, replay.copy_attention
+    assert attention is not None
+    mask, told = rollout.prompts.mask, attended_sentences(reward, replay, 2)
+    context = context_tokens(rollout.prompts, reward.classes)
+    asked = read(reward, rollout, mask & ~context)
+    shares = torch.stack([without(reward, replay, attention, share=share) for share in (0.05, 0.1, 0.3)])
+    return {
+        "5, 10 and 30 %, the mean": shares.mean(0),
+        "the two most attended sentences": read(reward, rollout, mask & ~told),
+        "the whole context": asked,
+        # What the attended sentences alone give, over the question alone: a gain, so it is taken from the log-probs.
+        "all but the two most attended sentences": logprobs - (read(reward, rollout, mask & (told | ~context)) - asked),
+    }
 
 
 def head_maps(policy: Policy, replay: Replay) -> Tensor:
@@ -160,27 +209,19 @@ def flow(policy: Policy, replay: Replay) -> Tensor:
 
 def binding(reward: Reward, evidence: Evidence) -> Tensor:
     """[B]: share of the attention to the context that falls on sentences which hold a word of the question."""
-    replay, tokenizer = evidence.replay, reward.policy.tokenizer
+    replay = evidence.replay
     prompts = replay.rollout.prompts
-    context = context_tokens(prompts, reward.classes)
-    stop = tokenizer.convert_tokens_to_ids(".")
-    told = torch.zeros_like(context)
-    for row in range(len(prompts)):
-        places = context[row].nonzero().flatten().tolist()
-        question = set(prompts.ids[row][prompts.mask[row] & ~context[row]].tolist()) - {stop}
-        # What nearly every sentence says ("is", "the") names nothing.
-        sentences, current = [], []
-        for place in places:
-            current.append(place)
-            if int(prompts.ids[row, place]) == stop:
-                sentences, current = [*sentences, current], []
-        sentences += [current] if current else []
-        words = [set(prompts.ids[row, sentence].tolist()) for sentence in sentences]
+    place = sentences(reward, replay.rollout)
+    told = torch.zeros_like(prompts.mask)
+    for row, ids in enumerate(prompts.ids):
+        words = [set(ids[place[row] == n].tolist()) for n in range(int(place[row].max()) + 1)]
+        question = set(ids[prompts.mask[row] & (place[row] < 0)].tolist())
+        # What nearly every sentence says ("is", "the", the full stop) names nothing.
         named = {word for word in question if 0 < sum(word in some for some in words) <= len(words) / 2}
-        for sentence, some in zip(sentences, words, strict=True):
-            told[row, sentence] = bool(some & named)
+        for n, some in enumerate(words):
+            told[row] |= (place[row] == n) & bool(some & named)
     index = replay.rollout.prompt_index
-    looked = renormalise(evidence.copy_attention, context[index])
+    looked = renormalise(evidence.copy_attention, (place >= 0)[index])
     return masked_mean((looked * told[index][:, None]).sum(-1), evidence.content)
 
 
@@ -201,7 +242,8 @@ def study(kind: str, count: int) -> None:
     policy = Policy.load(model_path(kind), device="cpu")
     reader = Policy.load(model_path(kind), device="cpu", attention="eager")
     reward = Reward(NAMED["attention"], policy, reference=policy)
-    table: dict[str, dict[str, list[float | None]]] = {}
+    values: dict[str, list[Tensor]] = {}
+    right: list[Tensor] = []
     rows = stories("validation", count)
     reward.copy_weights = reward.measure(policy.encode([row.prompt for row in rows[:count]]))
     for first in range(0, len(rows), 50):
@@ -209,40 +251,70 @@ def study(kind: str, count: int) -> None:
         prompts = policy.encode([row.prompt for row in part], [row.answers for row in part])
         rollout = policy.sample(prompts, SAMPLES, sampling=Sampling(max_new_tokens=8), seed=first)
         accepted = [{normalise_answer(answer) for answer in row.answers} for row in part]
-        right = torch.tensor(
-            [normalise_answer(text) in accepted[n // SAMPLES] for n, text in enumerate(rollout.responses)]
+        right.append(
+            torch.tensor([normalise_answer(text) in accepted[n // SAMPLES] for n, text in enumerate(rollout.responses)])
         )
-        evidence = reward.evidence(rollout, policy)
-        replay, ablated = evidence.replay, evidence.ablated_logprobs
-        assert replay.copy_attention is not None and ablated is not None
-        maps = head_maps(policy, replay)
-        found = {"default": value(reward, evidence, ablated)}
-        for name, weights in head_weights(reward, evidence, maps).items():
-            mixed = torch.einsum("lh,lhbrp->brp", weights / weights.sum(), maps)
-            found[name] = value(reward, evidence, without(reward, replay, mixed))
-        found["attention followed through the layers"] = value(
-            reward, evidence, without(reward, replay, flow(reader, replay))
-        )
-        found["each response's own evidence"] = value(
-            reward, evidence, without(reward, replay, replay.copy_attention, each=True)
-        )
-        for name, weigh in TOKENS.items():
-            found[name] = value(reward, evidence, ablated, weigh)
-        bound = binding(reward, evidence)
-        found["binding alone"] = bound
-        found["default and binding"] = found["default"] + bound
-        for name, values in found.items():
-            for row, rate in zip(part, ranked(values, right), strict=True):
-                table.setdefault(name, {}).setdefault(row.fields["split"], []).append(rate)
-    print(f"\n{kind}\n\n| | " + " | ".join(f"{split} | less the default" for split in SPLITS) + " |")
-    print("|---" * (2 * len(SPLITS) + 1) + "|")
-    for name, by_split in table.items():
+        for name, found in judged(reward, reader, reward.evidence(rollout, policy)).items():
+            values.setdefault(name, []).append(found)
+    print(f"\n{kind}\n\n{table({name: torch.cat(found) for name, found in values.items()}, torch.cat(right), rows)}")
+
+
+def judged(reward: Reward, reader: Policy, evidence: Evidence) -> dict[str, Tensor]:
+    """The reward [B] in each of its forms; the default comes first."""
+    replay, ablated = evidence.replay, evidence.ablated_logprobs
+    assert replay.copy_attention is not None and ablated is not None
+    maps = head_maps(reward.policy, replay)
+    found = {"default": value(reward, evidence, ablated)}
+    for name, weights in head_weights(reward, evidence, maps).items():
+        mixed = torch.einsum("lh,lhbrp->brp", weights / weights.sum(), maps)
+        found[name] = value(reward, evidence, without(reward, replay, mixed))
+    found["attention followed through the layers"] = value(
+        reward, evidence, without(reward, replay, flow(reader, replay))
+    )
+    found["each response's own evidence"] = value(
+        reward, evidence, without(reward, replay, replay.copy_attention, each=True)
+    )
+    for name, taken in takings(reward, evidence).items():
+        found[f"taken away: {name}"] = value(reward, evidence, taken)
+    for name, weigh in TOKENS.items():
+        found[name] = value(reward, evidence, ablated, weigh)
+    found["binding alone"] = binding(reward, evidence)
+    found["default and binding"] = found["default"] + found["binding alone"]
+    return found
+
+
+def by_labels(values: Tensor, right: Tensor) -> list[float | None]:
+    """As `ranked`, by weights fitted on right and wrong pairs of other prompts. `values` [B, features]."""
+    pairs, owner = [], []
+    for place, (mine, good) in enumerate(zip(values.split(SAMPLES), right.split(SAMPLES), strict=True)):
+        gaps = (mine[good][:, None] - mine[~good][None]).flatten(0, 1)
+        pairs.append(gaps)
+        owner += [place] * len(gaps)
+    groups = np.asarray(owner)
+    hits = fitted(torch.cat(pairs).numpy(), groups)
+    return [
+        float(hits[groups == place].mean()) if (groups == place).any() else None
+        for place in range(len(right) // SAMPLES)
+    ]
+
+
+def table(values: dict[str, Tensor], right: Tensor, rows: list[Row]) -> str:
+    """A row each, by split, with the difference to the default."""
+    rates = {name: ranked(found, right) for name, found in values.items()}
+    rates["fitted on labels, all of these"] = by_labels(torch.stack(list(values.values()), -1), right)
+    lines = ["| | " + " | ".join(f"{split} | less the default" for split in SPLITS) + " |", "|---" * 7 + "|"]
+    for name, found in rates.items():
         cells = []
         for split in SPLITS:
-            pairs = [(a, b) for a, b in zip(by_split[split], table["default"][split], strict=True) if a is not None]
-            mine, base = ([float(value or 0.0) for value in column] for column in zip(*pairs, strict=True))
-            cells += [shown(bootstrap(mine)), shown(paired_bootstrap(mine, base), "+") if name != "default" else ""]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+            chosen = [
+                (a, b)
+                for a, b, row in zip(found, rates["default"], rows, strict=True)
+                if a is not None and b is not None and row.fields["split"] == split
+            ]
+            mine, base = zip(*chosen, strict=True)
+            cells += [shown(bootstrap(mine)), "" if name == "default" else shown(paired_bootstrap(mine, base), "+")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def by_kind(verdicts: dict[str, Verdict]) -> str:
 def nested(policy: Policy, rows: Sequence[Row]) -> dict[str, tuple[Figure, Figure, Figure]]:
     """By split and kind: share of pairs ordered rightly by the rivals, with attention too, and the difference.
 
-    Cross-validated in five folds of prompts; a figure is over prompts.
+    Cross-validated by prompt (see `fitted`); a figure is over prompts.
     """
     names = (*RIVALS, *ATTENTIVE)
     reward = Reward(RewardConfig(dict.fromkeys(names, 1.0), normalise="none", renormalise=True), policy)
@@ -84,17 +84,7 @@ def nested(policy: Policy, rows: Sequence[Row]) -> dict[str, tuple[Figure, Figur
                     pairs.append(values[good] - values[bad])
                     owner.append(start + place)
     x, groups = np.asarray(pairs), np.asarray(owner)
-    hits = {size: np.zeros(len(x)) for size in (len(RIVALS), len(names))}
-    for train, test in GroupKFold(5, shuffle=True, random_state=0).split(x, groups=groups):
-        for size, found in hits.items():
-            # A pair and its mirror image: no intercept, and a prompt with many pairs weighs as much as one with few.
-            scale = StandardScaler(with_mean=False).fit(x[train, :size])
-            known = scale.transform(x[train, :size])
-            weight = 1.0 / np.bincount(groups)[groups[train]]
-            both, label = np.concatenate([known, -known]), np.repeat([1, 0], len(known))
-            model = LogisticRegression(fit_intercept=False).fit(both, label, np.tile(weight, 2))
-            margin = model.decision_function(scale.transform(x[test, :size]))
-            found[test] = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
+    hits = {size: fitted(x[:, :size], groups) for size in (len(RIVALS), len(names))}
     out = {}
     for name in ("all", *SPLITS, *sorted({str(row.fields["kind"]) for row in rows})):
         chosen = [
@@ -104,6 +94,25 @@ def nested(policy: Policy, rows: Sequence[Row]) -> dict[str, tuple[Figure, Figur
         if chosen:
             out[name] = (bootstrap(without), bootstrap(full), paired_bootstrap(full, without))
     return out
+
+
+def fitted(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """For each pair (right less wrong, [pairs, features]) 1 where a logistic regression puts it in order, 0.5 in a tie.
+
+    Cross-validated in five folds of `groups` ([pairs], the prompt of each): no pair is judged by weights that saw its
+    prompt.
+    """
+    found = np.zeros(len(x))
+    for train, test in GroupKFold(5, shuffle=True, random_state=0).split(x, groups=groups):
+        # A pair and its mirror image: no intercept, and a prompt with many pairs weighs as much as one with few.
+        scale = StandardScaler(with_mean=False).fit(x[train])
+        known = scale.transform(x[train])
+        weight = 1.0 / np.bincount(groups)[groups[train]]
+        both, label = np.concatenate([known, -known]), np.repeat([1, 0], len(known))
+        model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(both, label, np.tile(weight, 2))
+        margin = model.decision_function(scale.transform(x[test]))
+        found[test] = np.where(np.abs(margin) < 1e-9, 0.5, margin > 0)
+    return found
 
 
 def _shown(figure: Figure | None) -> str:
