@@ -34,6 +34,20 @@ def test_the_replay_of_a_sample_gives_the_log_probs_it_was_drawn_with(policy):
     assert torch.equal(rollout.ended, ends)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1.4])
+def test_reading_while_sampling_is_the_replay_of_the_same_sample(policy, temperature):
+    prompts = policy.encode(["w1 w2 w3", "w4 w5 w6 w7 w8", "w9"])
+    weights = policy.copy_hits(policy.sample(prompts), policy.sample(prompts).response_mask).float() + 1.0
+    sampling = Sampling(max_new_tokens=9, temperature=temperature)
+    maps = {"attention": None, "copy_attention": weights / weights.sum()}
+    read = policy.sample_and_read(prompts, 5, sampling, 4, maps)
+    assert torch.equal(read.response_ids, policy.sample(prompts, 5, sampling=sampling, seed=4).response_ids)
+    replay = policy.replay(read.rollout, copy_weights=maps["copy_attention"])
+    for name in ("logprobs", "entropy", "certainty", "attention", "copy_attention"):
+        torch.testing.assert_close(getattr(read, name), getattr(replay, name), atol=1e-5, rtol=1e-5)
+    assert policy.sample_and_read(prompts, 5, sampling, 4, {}).attention is None
+
+
 def test_sampling_depends_on_the_seed_alone(policy):
     prompts = policy.encode(PROMPTS)
     draws = [policy.sample(prompts, 4, sampling=Sampling(max_new_tokens=8), seed=s).responses for s in (7, 7, 8)]

@@ -44,7 +44,7 @@ def options(folder, **more):
     }  # fmt: skip
 
 
-def trained(kind, policy, reward, folder, rows=None, **more):
+def trained(kind, policy, reward, folder, rows=None, rollout=None, **more):
     """The trainer after its run."""
     trainer_of, config_of = TRAINERS[kind]
     batch = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 5}
@@ -54,6 +54,7 @@ def trained(kind, policy, reward, folder, rows=None, **more):
         reward_funcs=reward,
         args=config_of(**options(folder, **{**batch, **more})),
         train_dataset=Dataset.from_list(rows or [{"prompt": prompt} for prompt in prompts()]),
+        **({} if rollout is None else {"rollout_func": rollout}),
     )
     trainer.train()
     return trainer
@@ -292,3 +293,36 @@ def test_two_processes_agree_on_the_heads(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((run / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first["heads"] == second["heads"] and first["weights"] == second["weights"]
+
+
+READS_ITSELF = {"weights": {"coverage": 1.0, "grounding": 1.0, "certainty": 0.1, "exact": 1.0}, "scorer": "policy",
+                "normalise": "none"}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["attention", READS_ITSELF], ids=["frozen scorer", "policy as scorer"])
+def test_attune_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_path, monkeypatch):
+    start, forwards = Policy.load(CAUSAL, device="cpu"), []
+    reward = AttentionReward(policy, spec, name="ours")
+    replay = Policy.replay
+    monkeypatch.setattr(Policy, "replay", lambda self, *a, **k: forwards.append(self) or replay(self, *a, **k))
+    rows = [{"prompt": row["prompt"], "answers": row["answers"]} for row in make_rows("conflict", "train", 24)]
+    heard = Listening(reward)
+    trainer = trained("grpo", policy, heard, tmp_path, rows, reward.rollout)
+    assert bool(forwards) == (spec == "attention")  # a scorer of its own needs forwards of its own
+    assert len(heard.calls) == 2 and trainer.model.training
+    given, rewards = heard.calls[0]  # before the first update
+    assert all(0 < len(ids) <= 5 for ids in given["completion_ids"])
+    assert len(set(map(tuple, given["completion_ids"]))) > 1
+    theirs = Reward.resolve(spec, start, reward.reward.copy_weights)
+    expected = theirs.score(given["prompts"], given["completion_ids"], given["answers"]).reward
+    torch.testing.assert_close(torch.tensor(rewards), expected, atol=1e-5, rtol=1e-5)
+    assert any((p != q).any() for p, q in zip(policy.model.parameters(), start.model.parameters(), strict=True))
+
+
+def test_a_rollout_that_trl_would_not_have_is_refused(policy, tmp_path):
+    reward = AttentionReward(policy)
+    with pytest.raises(UserError, match="repetition_penalty: not sampled here"):
+        trained("grpo", policy, reward, tmp_path, rollout=reward.rollout, repetition_penalty=1.2)
+    other = AttentionReward(str(CAUSAL))
+    with pytest.raises(UserError, match="samples another model than TRL trains"):
+        trained("grpo", policy, other, tmp_path, rollout=other.rollout)

@@ -2,14 +2,19 @@
 
 It reads the token ids that TRL sampled, not their text again: what is scored is what was said, and whether a response
 ended by itself is known. Nothing is kept from call to call but the copy-head weights, so gradient accumulation, several
-iterations on one batch and evaluation in between change nothing.
+iterations on one batch and evaluation in between change nothing. As GRPO's `rollout_func`, `AttentionReward.rollout`
+samples in TRL's place; what it read while it did is kept for the one call that scores those samples.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import groupby
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,11 @@ from torch import Tensor
 from attune.errors import TooLong, UnsupportedModel, UserError
 from attune.model.encode import Prompt
 from attune.model.policy import Policy
+from attune.model.sampling import Sampling
 from attune.rank import HEAD_PROMPTS
 from attune.reward.named import config_of
 from attune.reward.reward import Reward
+from attune.types import Replay, Rollout
 
 Completion = str | Sequence[Mapping[str, Any]]
 
@@ -64,6 +71,7 @@ class AttentionReward:
         if reader.is_encoder_decoder:
             raise UnsupportedModel("TRL trains no encoder–decoder", where="AttentionReward", fix="use `attune train`")
         self.reward = Reward(config, reader, copy_weights, reference=None if own else reader)
+        self._read: Replay | None = None
         self.__name__ = name or (reward if isinstance(reward, str) else " + ".join(config.weights))
 
     def __call__(
@@ -86,8 +94,12 @@ class AttentionReward:
         if not places:
             return rewards
         known = None if answers is None else [[a] if isinstance(a, str) else a for a in (answers[i] for i in places)]
+        read, self._read = self._read, None
         with self._still():
-            scores = self.reward.score([prompts[i] for i in places], [completion_ids[i] for i in places], known)
+            if read is not None and len(places) == len(prompts) and _said(read.rollout) == [*map(list, completion_ids)]:
+                scores = self.reward(read.rollout, replay=read if known is None else _with_answers(read, known))
+            else:
+                scores = self.reward.score([prompts[i] for i in places], [completion_ids[i] for i in places], known)
         for place, value in zip(places, scores.reward.tolist(), strict=True):
             rewards[place] = value
         for signal, values in scores.signals.items():
@@ -99,6 +111,42 @@ class AttentionReward:
                     column[place] = value
                 log_extra(f"{self.__name__}/{signal}", column)
         return rewards
+
+    def rollout(self, prompts: Sequence[Prompt], trainer: Any) -> dict[str, list[Any]]:
+        """Samples for TRL's GRPO: give it as `rollout_func`. {"prompt_ids", "completion_ids", "logprobs"}, row by row.
+
+        The prompt of a group is computed once, and a reward that reads the policy in training (`scorer: policy`) reads
+        it as it samples, without a forward of its own. Raises `UserError`: a path was given instead of the policy, or
+        TRL's options ask for what is not sampled here.
+        """
+        args, policy = trainer.args, self.reward.policy
+        if trainer.accelerator.unwrap_model(trainer.model) is not policy.model:
+            raise UserError(
+                "samples another model than TRL trains", where="rollout_func", fix="give AttentionReward it"
+            )
+        odd = {"min_p": args.min_p, "generation_kwargs": args.generation_kwargs, "use_vllm": args.use_vllm,
+               "repetition_penalty": args.repetition_penalty != 1.0}  # fmt: skip
+        if asked := [name for name, value in odd.items() if value]:
+            raise UserError(
+                f"{', '.join(asked)}: not sampled here", where="rollout_func", fix="leave that, or this, out"
+            )
+        sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_completion_length)
+        runs = [len(list(run)) for _, run in groupby(map(json.dumps, prompts))]
+        count = gcd(*runs)  # samples of a group stand side by side
+        with self._still():
+            asking = policy.encode(prompts[::count])
+            policy.check_room(asking, sampling.max_new_tokens, [""] * len(asking))
+            # TRL seeds torch anew for each process, so its generator is the one to draw from.
+            seed = int(torch.randint(2**62, ()))
+            rollout, self._read = self.reward.sample(policy, asking, count, sampling, seed)
+        assert rollout.logprobs is not None
+        ids = [row[mask].tolist() for row, mask in zip(asking.ids, asking.mask, strict=True) for _ in range(count)]
+        drawn = zip(rollout.logprobs, rollout.response_mask, strict=True)
+        return {
+            "prompt_ids": ids,
+            "completion_ids": _said(rollout),
+            "logprobs": [row[mask].tolist() for row, mask in drawn],
+        }
 
     def _scorable(self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> list[int]:
         """Places of the rows with a response that fits the scorer's context behind its prompt."""
@@ -156,12 +204,26 @@ class AttentionReward:
 
     @contextmanager
     def _still(self) -> Iterator[None]:
-        """Dropout off in the scorer while it reads: the trainer's model is in training mode, and may be the scorer."""
-        network = (self.reward.reference or self.reward.policy).network
-        moving = [module for module in network.modules() if module.training]
-        network.eval()
+        """Dropout off while a model reads or samples: the trainer's is in training mode, and may be the scorer."""
+        readers = [policy for policy in (self.reward.reference, self.reward.policy) if policy is not None]
+        moving = [module for policy in readers for module in policy.network.modules() if module.training]
+        for policy in readers:
+            policy.network.eval()
         try:
             yield
         finally:
             for module in moving:
                 module.training = True
+
+
+def _said(rollout: Rollout) -> list[list[int]]:
+    """The token ids of each response."""
+    return [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+
+
+def _with_answers(replay: Replay, known: Sequence[Sequence[str]]) -> Replay:
+    """The replay with the accepted answers of each row's prompt."""
+    rollout = replay.rollout
+    answers = dict(zip(rollout.prompt_index.tolist(), map(tuple, known), strict=True))
+    prompts = replace(rollout.prompts, answers=tuple(answers[place] for place in sorted(answers)))
+    return replace(replay, rollout=replace(rollout, prompts=prompts))

@@ -118,9 +118,9 @@ class Trainer:
         torch.manual_seed(seed)
         with clock("sample"):
             prompts = self.prompts.select(self._batch(step))
-            rollout = self.policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
+            rollout, replay = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
         with clock("score"):
-            scores = self.reward(rollout, self.policy)
+            scores = self.reward(rollout, self.policy, replay)
             reference = self._reference_logprobs(rollout, scores)
         with clock("update"):
             for group in self.optimizer.param_groups:

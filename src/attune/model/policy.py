@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from attune.model.families import shareable
 from attune.model.load import load
 from attune.model.logits import token_logprobs, token_spread
 from attune.model.sampling import Sampling, draw
+from attune.model.watching import Watch
 from attune.types import Prompts, Replay, Rollout
 
 # Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
@@ -124,8 +125,7 @@ class Policy:
         """Tokenise prompts (texts, or lists of chat messages) for this model; `names` says where each comes from.
 
         Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
-        encoded = encode_prompts(self.tokenizer, self.network, prompts, answers, names)
-        return self._moved(encoded)
+        return self._moved(encode_prompts(self.tokenizer, self.network, prompts, answers, names))
 
     def response_room(self, prompts: Prompts) -> Tensor | None:
         """[N] int64: tokens that a response to each prompt may have before the context is full; None = no limit."""
@@ -180,17 +180,20 @@ class Policy:
         self, prompts: Prompts, num_samples: int = 1, *, sampling: Sampling | None = None, seed: int = 0
     ) -> Rollout:
         """`num_samples` responses to each prompt, drawn with `seed`; log-probs of the drawn tokens come along."""
-        sampling = sampling or Sampling()
-        ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
-        with self._active():
-            ids, mask, ended, logprobs = draw(
-                self.network, prompts, num_samples, sampling, ends, int(self.tokenizer.pad_token_id), seed
-            )
-        texts = self.tokenizer.batch_decode(
-            [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
-        )
-        index = torch.arange(len(prompts), device=self.device).repeat_interleave(num_samples)
-        return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+        return self._draw(prompts, num_samples, sampling or Sampling(), seed)
+
+    def sample_and_read(
+        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int, maps: Mapping[str, Tensor | None]
+    ) -> Replay:
+        """The rollout that `sample` draws and its `replay` in one: read from the very forwards that draw it, where the
+        family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
+        if not self.shares_prefixes:
+            rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
+            return self.replay(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
+        if maps:
+            self._verify()
+        watch = Watch(self.network, maps, sampling.temperature or 1.0)
+        return watch.replay(self._draw(prompts, num_samples, sampling, seed, watch))
 
     def replay(
         self,
@@ -289,11 +292,27 @@ class Policy:
         network.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
+    def _draw(self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: Watch | None = None) -> Rollout:
+        ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
+        with self._active():
+            ids, mask, ended, logprobs = draw(
+                self.network, prompts, count, sampling, ends, int(self.tokenizer.pad_token_id), seed, watch
+            )
+        texts = self.tokenizer.batch_decode(
+            [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
+        index = torch.arange(len(prompts), device=self.device).repeat_interleave(count)
+        return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+
+    def _verify(self) -> None:
+        """See `capture.verify`; once a policy."""
+        if not self._verified:
+            capture.verify(self.network)
+            self._verified = True
+
     def _read(self, part: Rollout, attention: bool, copy_weights: Tensor | None) -> dict[str, Tensor]:
         """Statistics [b, r] and maps [b, r, p] of one chunk."""
-        wanted: dict[str, Tensor | None] = {}
-        if attention:
-            wanted["attention"] = None
+        wanted: dict[str, Tensor | None] = {"attention": None} if attention else {}
         if copy_weights is not None:
             wanted["copy_attention"] = copy_weights.to(self.device)
         windows: list[tuple[prefix.Window, dict[str, WeightedMap]]] = []
@@ -309,9 +328,8 @@ class Policy:
             for piece in self._parts(part, self.shares_prefixes, watchers if wanted else None):
                 targets = part.response_ids[:, piece.response]
                 found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
-                for name, values in zip(
-                    ("entropy", "certainty"), token_spread(piece.logits, part.temperature), strict=True
-                ):
+                spread = token_spread(piece.logits, part.temperature)
+                for name, values in zip(("entropy", "certainty"), spread, strict=True):
                     found[name].append(values)
         for window, maps in windows:
             expand = window.batch != len(part)
@@ -328,9 +346,7 @@ class Policy:
             if self.eager:
                 yield from self._eager_parts(part, watchers)
                 return
-            if not self._verified:
-                capture.verify(self.network)
-                self._verified = True
+            self._verify()
 
             def around(window: prefix.Window) -> AbstractContextManager[None]:
                 return capture.capture(self.network, window.rows, window.columns, watchers(window))
@@ -370,10 +386,5 @@ class Policy:
         )
 
     def _moved(self, prompts: Prompts) -> Prompts:
-        return Prompts(
-            prompts.texts,
-            prompts.ids.to(self.device),
-            prompts.mask.to(self.device),
-            prompts.template.to(self.device),
-            prompts.answers,
-        )
+        ids, mask, template = (part.to(self.device) for part in (prompts.ids, prompts.mask, prompts.template))
+        return replace(prompts, ids=ids, mask=mask, template=template)

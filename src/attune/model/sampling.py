@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from attune.errors import RunFailed, UserError
 from attune.model.families import shareable
-from attune.model.prefix import extend, prefill
+from attune.model.prefix import Window, extend, prefill
+from attune.model.watching import Watch
 from attune.types import Prompts
 
 
@@ -40,20 +42,31 @@ class Sampling:
 
 @torch.no_grad()
 def draw(
-    model: PreTrainedModel, prompts: Prompts, num_samples: int, sampling: Sampling, ends: Tensor, pad: int, seed: int
+    model: PreTrainedModel,
+    prompts: Prompts,
+    num_samples: int,
+    sampling: Sampling,
+    ends: Tensor,
+    pad: int,
+    seed: int,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`num_samples` responses to each prompt.
 
-    `ends` ([e] int64) are the tokens that end a response, `pad` fills what follows. Returns ids [B, R] int64,
-    mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature), before any
-    truncation by top-p or top-k (what a replay gives again). The draw depends on `seed` and the batch alone.
+    `ends` ([e] int64) are the tokens that end a response, `pad` fills what follows; `watch` reads along. Returns ids
+    [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
+    before any truncation by top-p or top-k (what a replay gives again). The draw depends on `seed` and the batch alone.
     """
     device = prompts.ids.device
     generator = torch.Generator(device).manual_seed(seed)
     index = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     share = shareable(model)
-    prefix = prefill(model, prompts).select(index) if share else prefill(model, prompts.select(index), expandable=False)
-    size = len(index)
+    size, places = len(index), prompts.ids.shape[1]
+    asked = prompts if share else prompts.select(index)
+    last = 0 if model.config.is_encoder_decoder else places - 1
+    with _watched(watch, slice(last, last + 1), places, len(asked), 0):
+        prefix = prefill(model, asked, expandable=share)
+    prefix = prefix.select(index) if share else prefix
     ids = torch.full((size, sampling.max_new_tokens), pad, device=device)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     logprobs = torch.zeros(ids.shape, device=device)
@@ -62,6 +75,8 @@ def draw(
     logits = prefix.logits[:, -1]
     for step in range(sampling.max_new_tokens):
         tokens, scores = _pick(logits.float(), sampling, generator)
+        if watch is not None:
+            watch.note(rows, logits)
         live = ~ended[rows]
         tokens = torch.where(live, tokens, pad)
         ids[rows, step], mask[rows, step] = tokens, live
@@ -74,9 +89,16 @@ def draw(
         if share and 2 * int(going.sum()) <= len(rows):
             keep = going.nonzero().squeeze(-1)
             rows, tokens, prefix = rows[keep], tokens[keep], prefix.select(keep)
-        logits = extend(model, prefix, tokens[:, None])[:, -1]
+        with _watched(watch, slice(0, 1), places, len(rows), step + 1):
+            logits = extend(model, prefix, tokens[:, None])[:, -1]
     width = int(mask.sum(-1).max())
     return ids[:, :width], mask[:, :width], ended, logprobs[:, :width]
+
+
+def _watched(watch: Watch | None, rows: slice, places: int, batch: int, step: int) -> AbstractContextManager[None]:
+    return (
+        nullcontext() if watch is None else watch.around(Window(rows, slice(0, places), batch, slice(step, step + 1)))
+    )
 
 
 def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

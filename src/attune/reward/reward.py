@@ -39,6 +39,7 @@ from attune.types import Prompts, Replay, Rollout, Scores
 if TYPE_CHECKING:
     from attune.model.encode import Prompt
     from attune.model.policy import Policy
+    from attune.model.sampling import Sampling
 
 # Enough samples to tell a copy head (0.4 of its tokens) from the rest (0.05) on a few prompts.
 HEAD_SAMPLES = 4
@@ -163,9 +164,20 @@ class Reward:
             scores.replay if torch.equal(order, torch.arange(len(order))) else None,
         )
 
-    def __call__(self, rollout: Rollout, policy: Policy | None = None) -> Scores:
-        """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`."""
-        return self.judge(self.evidence(rollout, self.reference or policy or self.policy))
+    def __call__(self, rollout: Rollout, policy: Policy | None = None, replay: Replay | None = None) -> Scores:
+        """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`;
+        `replay`: what that reader has read of it already (see `sample`)."""
+        return self.judge(self.evidence(rollout, self.reference or policy or self.policy, replay))
+
+    def sample(
+        self, policy: Policy, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int
+    ) -> tuple[Rollout, Replay | None]:
+        """Responses of `policy`, with its replay of them where the policy itself is the scorer: it is read as it
+        samples, and scoring takes no forward of its own."""
+        if self.config.scorer != "policy" or self.config.reads == Reads.TEXT:
+            return policy.sample(prompts, num_samples, sampling=sampling, seed=seed), None
+        replay = policy.sample_and_read(prompts, num_samples, sampling, seed, self._maps(prompts, policy))
+        return replay.rollout, replay
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
@@ -209,18 +221,27 @@ class Reward:
             return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
         return user_function(name)
 
-    def evidence(self, rollout: Rollout, scorer: Policy) -> Evidence:
-        """What this reward's signals read, from one forward of `scorer` (two with `contrast`, none for text alone)."""
-        config, reads = self.config, self.config.reads
+    def _maps(self, prompts: Prompts, scorer: Policy) -> dict[str, Tensor | None]:
+        """The maps of a replay that the signals read, and the weights of their heads; copy heads are measured here."""
+        reads = self.config.reads
         if Reads.COPY in reads and self.copy_weights is None:
-            self.copy_weights = self.measure(rollout.prompts, scorer)
-        own = any(name not in SIGNALS and not name.startswith(PREFERENCE) for name in config.weights)
-        weights = self.copy_weights if Reads.COPY in reads or own else None
-        seen = Reads.ATTENTION in reads
+            self.copy_weights = self.measure(prompts, scorer)
+        maps: dict[str, Tensor | None] = {"attention": None} if Reads.ATTENTION in reads else {}
+        own = any(name not in SIGNALS and not name.startswith(PREFERENCE) for name in self.config.weights)
+        if self.copy_weights is not None and (Reads.COPY in reads or own):
+            maps["copy_attention"] = self.copy_weights
+        return maps
+
+    def evidence(self, rollout: Rollout, scorer: Policy, replay: Replay | None = None) -> Evidence:
+        """What this reward's signals read, from one forward of `scorer` (two with `contrast`, none for text alone, one
+        less where it has read the rollout already: `replay`)."""
+        config, reads = self.config, self.config.reads
+        maps = self._maps(rollout.prompts, scorer)
+        seen = "attention" in maps
         if reads == Reads.TEXT:
             replay = _unread(rollout)
         else:
-            replay = scorer.replay(rollout, attention=seen, copy_weights=weights)
+            replay = replay or scorer.replay(rollout, attention=seen, copy_weights=maps.get("copy_attention"))
             replay = rivals.shuffled(replay) if config.shuffle else replay
         # Text alone has no attention for `self` to read, and reads no salience either.
         weighed = salience(config.salience if seen else "content", replay, self.classes)
