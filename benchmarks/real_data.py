@@ -3,9 +3,10 @@
     python benchmarks/real_model.py --data ../shared/data --output runs/real/base
     python benchmarks/real_data.py --data ../shared/data --base runs/real/base --output runs/real/study
 
-Trains on the prompts of bAbI's training rows (a row's answers are there only for reward `exact`, the ceiling) and
-evaluates on its validation rows. `score` gives each FairytaleQA, SQuAD and Self-Instruct row its own right response
-and the response of another row, and counts how often the right one gets more.
+Trains on bAbI prompts (`--prompts`: the rows that real_model.py held out, best; a row's answers are there only for
+reward `exact`, the ceiling) and evaluates on its validation rows, or on `--part test`. `score` gives each
+FairytaleQA, SQuAD and Self-Instruct row its own right response and the response of another row, and counts how often
+the right one gets more.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ def train_on_babi(options: argparse.Namespace, reward: str) -> dict[str, Any]:
     """Train with `reward`, and compare with the base model on validation rows."""
     run = options.output / reward
     trained = attune(
-        "train", "--model", options.base, "--prompts", options.data / "babi/train.jsonl", "--output", run,
+        "train", "--model", options.base, "--prompts", options.prompts or options.data / "babi/train.jsonl",
+        "--output", run,
         "--reward", reward, "--steps", options.steps, "--learning-rate", options.learning_rate,
         "--prompts-per-step", 16, "--max-new-tokens", 8, "--seed", options.seed,
     )  # fmt: skip
     found = attune(
-        "eval", "--model", run / "model", "--baseline", options.base, "--prompts",
-        options.data / "babi/validation.jsonl", "--output", run / "eval", "--max-new-tokens", 8, "--batch-size", 64,
+        "eval", "--model", run / "model", "--baseline", options.base,
+        "--prompts", options.data / f"babi/{options.part}.jsonl", "--output", run / "eval",
+        "--max-new-tokens", 8, "--batch-size", 64,
     )  # fmt: skip
     metrics = {name: result for name, result in found["metrics"].items() if name in METRICS}
     return {"steps": trained["steps"], "stopped": trained["stopped"], "metrics": metrics}
@@ -88,18 +91,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--base", type=Path, required=True, help="model folder")
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs; must not hold them yet")
+    parser.add_argument("--prompts", type=Path, help="rows to train on (default: bAbI's training rows)")
+    parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--rewards", nargs="*", default=["attention", "exact"])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=150, help="rows of each set of pairs")
+    parser.add_argument("--pairs", type=int, default=150, help="rows of each set of pairs; 0 = none")
     options = parser.parse_args(arguments)
     if missing := [name for name in ("babi", *PAIRED) if not (options.data / name).is_dir()]:
         print(f"error: {options.data}: no {', '.join(missing)} there; give the folder with --data", file=sys.stderr)
         raise SystemExit(2)
     options.output.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {reward: train_on_babi(options, reward) for reward in options.rewards}
-    found |= {name: score_pairs(options, name, part) for name, part in PAIRED.items()}
+    if options.pairs:
+        found |= {name: score_pairs(options, name, part) for name, part in PAIRED.items()}
     print(json.dumps(found, indent=2))
 
 

@@ -1,8 +1,11 @@
 """Makes a small causal model of real text: bAbI, FairytaleQA and Self-Instruct rows, from a config and a new tokenizer.
 
     python benchmarks/real_model.py --data ../shared/data --output runs/real/base [--steps 800]
+    python benchmarks/real_model.py --data ../shared/data --output runs/real/babi --sets babi --hold-out --steps 3000
 
 It learns to answer many bAbI questions and little else: enough to post-train and to measure, in minutes on two cores.
+With `--hold-out` every second row of bAbI is kept from it, for post-training on prompts that it has not learned by
+heart: OUTPUT/held-out.jsonl.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from attune.data import Row, read_rows
+from attune.data import Row, read_rows, write_jsonl
 
 SETS = {"babi": 6, "fairytaleqa": 1, "self_instruct": 1}
 """Data set → how often its training rows are seen, relative to their number."""
@@ -33,15 +36,17 @@ PEAK_RATE = 2e-3
 PROMPT_WEIGHT = 0.1
 
 
-def training_rows(data: Path) -> list[tuple[str, str]]:
-    """(prompt, response) of every training row, repeated as `SETS` says."""
-    found = []
-    for name, times in SETS.items():
+def training_rows(data: Path, names: Sequence[str], hold_out: bool) -> tuple[list[tuple[str, str]], list[Row]]:
+    """(prompt, response) of every training row, repeated as `SETS` says; and the rows of bAbI that are held out."""
+    found, held = [], []
+    for name in names:
         rows = read_rows(data / name / "train.jsonl")
+        if hold_out and name == "babi":
+            rows, held = rows[::2], rows[1::2]
         found += [
             (row.prompt, said) for row in rows if (said := response_of(row)) and isinstance(row.prompt, str)
-        ] * times
-    return found
+        ] * SETS[name]
+    return found, held
 
 
 def response_of(row: Row) -> str | None:
@@ -66,10 +71,9 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def train(data: Path, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(rows: Sequence[tuple[str, str]], steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Supervised training on `steps` batches of about `TOKENS` tokens."""
     torch.manual_seed(0)
-    rows = training_rows(data)
     tokenizer = make_tokenizer([f"{prompt} {said}" for prompt, said in dict.fromkeys(rows)])
     ids = [
         (prompt, [*said, tokenizer.eos_token_id])
@@ -128,14 +132,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
+    parser.add_argument("--hold-out", action="store_true", help="keep every second row of bAbI from the model")
     parser.add_argument("--steps", type=int, default=800)
     options = parser.parse_args()
-    if missing := [name for name in SETS if not (options.data / name / "train.jsonl").exists()]:
+    if missing := [name for name in options.sets if not (options.data / name / "train.jsonl").exists()]:
         print(f"error: {options.data}: no {', '.join(missing)} there; give the folder with --data", file=sys.stderr)
         raise SystemExit(2)
-    model, tokenizer = train(options.data, options.steps)
+    rows, held = training_rows(options.data, options.sets, options.hold_out)
+    model, tokenizer = train(rows, options.steps)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
+    if held:
+        write_jsonl(options.output / "held-out.jsonl", [row.fields for row in held])
 
 
 if __name__ == "__main__":

@@ -119,10 +119,10 @@ def trl_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
         train_dataset=Dataset.from_dict({"prompt": prompts(length, 64)}),
         processing_class=tokenizer,
     )
-    return _stepper(trainer)
+    return stepper(trainer)
 
 
-def _stepper(trainer: Any) -> Step:
+def stepper(trainer: Any) -> Step:
     """Drive `trainer.train()` one optimiser step at a time: it runs in a thread that waits between steps."""
     import threading
 

@@ -12,9 +12,9 @@ import pytest
 from attune.data import Row
 
 ROOT = Path(__file__).parents[1]
-STUDY = ("reward_study/rank.py", "reward_study/train.py", "reward_study/analyse.py")
+STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "rank", "train"))
 REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py")
-SCRIPTS = ("capture.py", "rank.py", "step.py", *REAL, *STUDY)
+SCRIPTS = ("capture.py", "rank.py", "serve.py", "step.py", "trl_rollout.py", *REAL, *STUDY)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
