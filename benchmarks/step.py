@@ -16,7 +16,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,9 @@ def trl_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
     """A function that takes the next training step of TRL's GRPOTrainer."""
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
-    length, response, count = shape
+    length, response, _ = shape
     network = LlamaForCausalLM.from_pretrained(model)
     scorer = LlamaForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -107,19 +107,26 @@ def trl_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
         maps = torch.stack(out.attentions).mean((0, 2))
         return maps[:, length - 1 : -1, :length].sum(-1).mean(-1).tolist()
 
-    config = GRPOConfig(
-        output_dir=str(run), per_device_train_batch_size=count * SAMPLES, num_generations=SAMPLES, beta=0.04,
-        max_completion_length=response, learning_rate=1e-6, max_steps=1000, use_cpu=True, report_to=[], bf16=False,
-        save_strategy="no", logging_steps=10_000, disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
     trainer = GRPOTrainer(
         model=network,
         reward_funcs=attention_reward,
-        args=config,
+        args=grpo_config(run, shape),
         train_dataset=Dataset.from_dict({"prompt": prompts(length, 64)}),
         processing_class=tokenizer,
     )
     return stepper(trainer)
+
+
+def grpo_config(run: Path, shape: tuple[int, int, int]) -> Any:
+    """TRL's options for what attune's run does."""
+    from trl import GRPOConfig
+
+    _, response, count = shape
+    return GRPOConfig(
+        output_dir=str(run), per_device_train_batch_size=count * SAMPLES, num_generations=SAMPLES, beta=0.04,
+        max_completion_length=response, learning_rate=1e-6, max_steps=1000, use_cpu=True, report_to=[], bf16=False,
+        save_strategy="no", logging_steps=10_000, disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
 
 
 def stepper(trainer: Any) -> Step:
@@ -155,20 +162,28 @@ def seconds(shape: tuple[int, int, int], steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model")
         save_model(model)
-        ways = {name: side(model, Path(folder, name), shape) for name, side in SIDES.items()}
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for step in range(steps + 1):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                if step:  # the first step warms up
-                    taken[name].append(time.perf_counter() - start)
+        taken = in_turns({name: side(model, Path(folder, name), shape) for name, side in SIDES.items()}, steps)
     return {
         **{f"{name}_seconds": round(statistics.median(values), 2) for name, values in taken.items()},
-        "trl_over_attune": round(
-            statistics.median(t / a for t, a in zip(taken["trl"], taken["attune"], strict=True)), 2
-        ),
+        "trl_over_attune": ratio(taken["trl"], taken["attune"]),
     }
+
+
+def in_turns(ways: Mapping[str, Step], steps: int) -> dict[str, list[float]]:
+    """Seconds of `steps` steps of each way, a step each at a time; one more before them warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for step in range(steps + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if step:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """The median of neighbouring steps."""
+    return round(statistics.median(theirs / ours for theirs, ours in zip(slow, fast, strict=True)), 2)
 
 
 def peak_memory(name: str, shape: tuple[int, int, int], threads: int) -> float:

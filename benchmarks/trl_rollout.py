@@ -13,36 +13,29 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from step import SAMPLES, SHAPES, Step, prompts, save_model, stepper
+from step import SHAPES, Step, grpo_config, in_turns, prompts, ratio, save_model, stepper
 
 WAYS = {f"{scorer}, {who} samples": (scorer, who) for scorer in ("reference", "policy") for who in ("trl", "attune")}
 
 
 def step_of(model: Path, run: Path, shape: tuple[int, int, int], scorer: str, who: str) -> Step:
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from attune import Policy
     from attune.integrations.trl import AttentionReward
 
-    length, response, count = shape
     policy = Policy.load(model, device="cpu")
     reward = AttentionReward(policy, {"weights": {"lookback": 1.0}, "normalise": "none", "scorer": scorer}, name=scorer)
-    config = GRPOConfig(
-        output_dir=str(run), per_device_train_batch_size=count * SAMPLES, num_generations=SAMPLES, beta=0.04,
-        max_completion_length=response, learning_rate=1e-6, max_steps=1000, use_cpu=True, report_to=[], bf16=False,
-        save_strategy="no", logging_steps=10_000, disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
     trainer = GRPOTrainer(
         model=policy.model,
         processing_class=policy.tokenizer,
         reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": prompts(length, 64)}),
+        args=grpo_config(run, shape),
+        train_dataset=Dataset.from_dict({"prompt": prompts(shape[0], 64)}),
         rollout_func=reward.rollout if who == "attune" else None,
     )
     return stepper(trainer)
@@ -53,17 +46,10 @@ def seconds(shape: tuple[int, int, int], steps: int) -> dict[str, float]:
         model = Path(folder, "model")
         save_model(model)
         ways = {name: step_of(model, Path(folder, name), shape, *how) for name, how in WAYS.items()}
-        taken: dict[str, list[float]] = {name: [] for name in ways}
-        for step in range(steps + 1):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                if step:  # the first step warms up
-                    taken[name].append(time.perf_counter() - start)
+        taken = in_turns(ways, steps)
     found = {name: round(statistics.median(values), 2) for name, values in taken.items()}
     for scorer in ("reference", "policy"):
-        pairs = zip(taken[f"{scorer}, trl samples"], taken[f"{scorer}, attune samples"], strict=True)
-        found[f"{scorer}: trl / attune"] = round(statistics.median(theirs / ours for theirs, ours in pairs), 2)
+        found[f"{scorer}: trl / attune"] = ratio(taken[f"{scorer}, trl samples"], taken[f"{scorer}, attune samples"])
     return found
 
 
