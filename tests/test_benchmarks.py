@@ -12,7 +12,7 @@ import pytest
 from attune.data import Row
 
 ROOT = Path(__file__).parents[1]
-STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "rank", "train"))
+STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "limits", "rank", "train"))
 REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py")
 SCRIPTS = ("capture.py", "rank.py", "serve.py", "step.py", "trl_rollout.py", *REAL, *STUDY)
 

@@ -37,7 +37,7 @@ def copy_weights(hits: Tensor, total: int | Tensor) -> Tensor:
             [0.0000, 0.0000]])
     """
     looked = int(total)
-    fix = "give more prompts or samples, or choose a reward without `grounding`"
+    fix = "give more prompts, or choose a reward that reads no copy heads: without `grounding` and `comprehensiveness`"
     if looked <= 0:
         raise UserError("copy heads cannot be measured: the samples hold no content token", fix=fix)
     assert int(hits.min()) >= 0 and int(hits.max()) <= looked, f"hits of {looked} tokens out of range"
