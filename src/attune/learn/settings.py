@@ -78,6 +78,10 @@ class TrainConfig:
     """auto, or eager for families that bypass transformers' attention interface."""
     trackers: tuple[str, ...] = ()
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
+    push_to_hub: str | None = None
+    """Repository of the hub, NAME or OWNER/NAME, that the finished model goes to; private where it has to be made."""
+    hub_public: bool = False
+    """Make that repository public, where it has to be made."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you know whose code it is."""
 
