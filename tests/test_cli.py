@@ -245,7 +245,7 @@ def test_options_that_make_no_sense(model, prompts, tmp_path, capsys, flags, mes
 
 
 def test_a_tracker_that_is_not_installed(model, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("attune.learn.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("attune.learn.trackers.find_spec", lambda name: None)
     assert train(model, prompts, tmp_path / "run", "--trackers", "wandb") == 2
     refused(capsys, tmp_path / "run", "wandb is not installed; pip install wandb")
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -203,12 +204,20 @@ def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, tmp_path):
         assert killed.stdout.readline() == "step\n"
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
+    tables = tmp_path / "killed" / "completions"
+    (tables / ".step-000012.parquet.1a2b3c4d.partial").write_bytes(b"as if it had been writing")
+    (tables / "step-000013.parquet").write_bytes(b"of a step after the checkpoint")
     assert start(tmp_path / "killed", "resume").wait() == 0
     whole.communicate()
     assert whole.returncode == 0
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    every = [
+        {file.name: file.read_bytes() for file in (tmp_path / name / "completions").iterdir()}
+        for name in ("whole", "killed")
+    ]
+    assert every[0] == every[1] and len(every[0]) == 14
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "killed")
@@ -371,3 +380,4 @@ def test_two_processes_stay_in_step(algorithm, tmp_path):
     assert torch.equal(one, other)
     assert figures == same
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert pandas.read_parquet(run / "completions").groupby(["step", "prompt"]).size().tolist() == [4] * 12  # of both

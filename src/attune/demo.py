@@ -12,6 +12,7 @@ from attune.learn.train import Metrics, Trained, train
 from attune.measure.evaluate import EvalConfig, Evaluation, evaluate
 from attune.model.policy import Policy
 from attune.model.sampling import Sampling
+from attune.report.card import write_card
 from attune.report.page import write_report
 from attune.world import Kind, Split, make_rows, model_path
 
@@ -55,4 +56,5 @@ def run_demo(
     evaluation = evaluate(policy, fresh, options, baseline=before)
     atomic_write(run / "results.json", to_json(evaluation.to_json(), indent=2))
     write_report(run)
+    write_card(run)
     return trained, evaluation

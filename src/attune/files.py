@@ -239,6 +239,7 @@ def new_run_dir(path: str | Path, resume: bool = False) -> Path:
             raise UserError("nothing to resume: no such folder", where=str(path), fix="leave --resume out")
         sweep(path)
         sweep(path / "checkpoints")
+        sweep(path / "completions")
         if not any((path / "checkpoints").glob("step-*")):
             raise UserError(
                 "nothing to resume: no checkpoint in it",

@@ -126,10 +126,10 @@ def _audit_arguments(parser: Parser) -> None:
 
 
 def _audit(options: argparse.Namespace, console: Console) -> int:
-    from attune.config import flags_given, load_config, to_dict
+    from attune.config import flags_given, load_config
     from attune.data import read_rows
     from attune.files import atomic_write, to_json
-    from attune.measure.audit import AuditConfig, audit, with_controls
+    from attune.measure.audit import AuditConfig, audit, summary, with_controls
     from attune.report.audit import write_audit
     from attune.report.tables import audit_tables
     from attune.reward.reward import Reward
@@ -146,15 +146,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     rewards = with_controls(own, policy)
     with console.progress(len(rows), "auditing") as progress:
         verdicts = audit(policy, rows, rewards, config, progress.update)
-    first = verdicts[options.reward[0]]
-    found = {
-        "model": options.model,
-        "prompts": len(rows),
-        "gameable": bool(first.gameable(config.max_hack_rate)),
-        "verdict": first.explain(config.max_hack_rate),
-        "config": to_dict(config),
-        "rewards": {name: verdict.to_json() for name, verdict in verdicts.items()},
-    }
+    found = summary(options.model, len(rows), verdicts, config)
     atomic_write(options.output / "audit.json", to_json(found, indent=2))
     page = write_audit(options.output)
     for table in audit_tables(verdicts):

@@ -35,12 +35,17 @@ def _train_arguments(parser: Parser) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
+    from accelerate import PartialState
+
     from attune.config import flags_given, load_config
     from attune.data import read_rows
     from attune.files import new_run_dir
+    from attune.integrations import hub
     from attune.learn.settings import TrainConfig
+    from attune.learn.trackers import check_login
     from attune.learn.train import train
     from attune.model.policy import Policy
+    from attune.report.card import AUDIT, write_card
     from attune.report.page import write_report
     from attune.reward.named import config_of
 
@@ -49,6 +54,9 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if options.resume and file is None and "output" in flags:
         file = new_run_dir(flags["output"], resume=True) / "config.yaml"
     config = load_config(TrainConfig, file, flags)
+    check_login(config.trackers)
+    if config.push_to_hub is not None:
+        hub.check(config.push_to_hub)
     reward = config_of(config.reward)
     rows = read_rows(config.prompts, config.columns, need=("answers",) if "exact" in reward.weights else ())
     policy = Policy.load(
@@ -59,13 +67,17 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
     )
+    main = PartialState(cpu=policy.device.type == "cpu").is_main_process
+    if not main:  # of a distributed run one process speaks, asks and writes
+        console = Console(quiet=True)
     if not policy.shares_prefixes:
         family = policy.network.config.model_type
         console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
     run = new_run_dir(config.output, options.resume)
     try:
-        if not options.resume and not options.skip_audit:
-            _audit_briefly(config, policy, rows, console)
+        repo = hub.create(config.push_to_hub, public=config.hub_public) if config.push_to_hub and main else None
+        if main and not options.resume and not options.skip_audit:
+            _audit_briefly(config, policy, rows, run, console)
         with console.progress(config.steps, f"training on {reward_name(config.reward)}") as progress:
 
             def on_step(metrics: Mapping[str, float]) -> None:
@@ -73,35 +85,49 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
             trained = train(config, policy, rows, run, resume=options.resume, on_step=on_step)
     except UserError:
-        with suppress(OSError):
-            run.rmdir()  # only a folder that nothing was written to
+        if not (run / "config.yaml").exists():  # training has not begun: leave no trace, but what was there before
+            (run / AUDIT).unlink(missing_ok=True)
+            with suppress(OSError):
+                run.rmdir()
         raise
+    if not main:
+        return INTERRUPTED if trained.interrupted else 0
     page = write_report(run)
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
     if trained.interrupted:
         console.note(f"interrupted at step {trained.steps}; go on with: attune train --resume --output {run}")
         return INTERRUPTED
+    write_card(run, repo)
     console.note(f"{trained.steps} steps; model in {run / 'model'}, report in {page}")
-    console.result({"steps": trained.steps, "stopped": trained.stopped, "model": run / "model", "report": page})
+    found = {"steps": trained.steps, "stopped": trained.stopped, "model": run / "model", "report": page}
+    if repo:
+        found["hub"] = hub.push(run / "model", repo, f"{trained.steps} steps of attune train")
+        console.note(f"pushed to {found['hub']}")
+    console.result(found)
     return 0
 
 
-def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], console: Console) -> None:
-    """Warn, before training, of a reward that degenerate responses beat."""
-    from attune.measure.audit import AuditConfig, audit
+def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, console: Console) -> None:
+    """Warn, before training, of a reward that degenerate responses beat; what was found stays in the run."""
+    from attune.files import atomic_write, to_json
+    from attune.measure.audit import AuditConfig, audit, summary
+    from attune.report.card import AUDIT
     from attune.reward.named import config_of
     from attune.reward.reward import Reward
 
-    settings = AuditConfig(max_new_tokens=config.sampling.max_new_tokens, seed=config.seed)
+    limit = TRAIN_HACK_RATE
+    settings = AuditConfig(max_new_tokens=config.sampling.max_new_tokens, max_hack_rate=limit, seed=config.seed)
     some = rows[:: max(1, len(rows) // AUDITED)][:AUDITED]
     if len(some) < 2 or config.num_samples < 2:
         return
     reward = Reward(config_of(config.reward), policy, reference=policy)
-    verdict = audit(policy, some, {"": reward}, settings)[""]
-    if verdict.gameable(TRAIN_HACK_RATE):
+    name = reward_name(config.reward)
+    found = summary(config.model, len(some), audit(policy, some, {name: reward}, settings), settings)
+    atomic_write(run / AUDIT, to_json(found, indent=2))
+    if found["gameable"]:
         console.warn(
-            f"audit of {reward_name(config.reward)} on {len(some)} prompts: {verdict.explain(TRAIN_HACK_RATE)} "
+            f"audit of {name} on {len(some)} prompts: {found['verdict']} "
             "Training may find this; `attune audit` shows the table"
         )
 

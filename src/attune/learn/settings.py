@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from attune.data import Columns
-from attune.errors import UserError, unknown_name
+from attune.errors import UserError
+from attune.learn import trackers
 from attune.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from attune.learn.stopping import Stopping
 from attune.model.policy import Lora
@@ -62,6 +62,8 @@ class TrainConfig:
     """Newest checkpoints to keep."""
     log_samples: int = 4
     """Responses written to samples.jsonl at each step."""
+    completions_every: int = 1
+    """Steps between Parquet tables of all completions with their scores; 0 writes none."""
     stopping: Stopping = field(default_factory=Stopping)
     """When to stop early."""
     lora: Lora | None = None
@@ -75,7 +77,11 @@ class TrainConfig:
     attention: str = "auto"
     """auto, or eager for families that bypass transformers' attention interface."""
     trackers: tuple[str, ...] = ()
-    """Where metrics go besides the run folder: tensorboard, wandb, trackio."""
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
+    push_to_hub: str | None = None
+    """Repository of the hub, NAME or OWNER/NAME, that the finished model goes to; private where it has to be made."""
+    hub_public: bool = False
+    """Make that repository public, where it has to be made."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you know whose code it is."""
 
@@ -92,14 +98,12 @@ class TrainConfig:
                 ("warmup_steps", self.warmup_steps, 0),
                 ("kl_coef", self.kl_coef, 0),
                 ("weight_decay", self.weight_decay, 0),
+                ("log_samples", self.log_samples, 0),
+                ("completions_every", self.completions_every, 0),
             )
             if not value >= least
         ]
-        for tracker in self.trackers:
-            if tracker not in TRACKERS:
-                faults.append(unknown_name("tracker", tracker, TRACKERS))
-            elif find_spec(tracker) is None:
-                faults.append(UserError(f"{tracker} is not installed", fix=f"pip install {tracker}"))
+        faults += [fault for tracker in self.trackers if (fault := trackers.fault(tracker)) is not None]
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             faults.append(UserError(f"learning_rate is {self.learning_rate}", fix="set it above 0"))
         if self.schedule not in SCHEDULES:
@@ -125,8 +129,6 @@ class TrainConfig:
         share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * SCHEDULES[self.schedule](share)
 
-
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1.0 - share,

@@ -67,17 +67,20 @@ def train(
     Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
     """
     trainer = Trainer(config, policy, rows, run, resume=resume)
-    stopped = None
-    with _ctrl_c() as pressed:
-        while trainer.progress.step < config.steps and not stopped and not pressed:
-            on_step(trainer.step())
-            stopped = reason_to_stop(trainer.record.history, config.stopping)
-            if trainer.progress.step % config.save_every == 0:
-                trainer.save()
-        trainer.save()
-    if not pressed:
-        trainer.save_model()
-    trainer.record.close()
+    stopped, done = None, False
+    try:
+        with _ctrl_c() as pressed:
+            while trainer.progress.step < config.steps and not stopped and not pressed:
+                on_step(trainer.step())
+                stopped = reason_to_stop(trainer.record.history, config.stopping)
+                if trainer.progress.step % config.save_every == 0:
+                    trainer.save()
+            trainer.save()
+        if not pressed:
+            trainer.save_model()
+        done = True
+    finally:  # a tracker that is not closed may lose its last rows
+        trainer.record.close(failed=not done)
     return Trained(trainer.progress.step, stopped, bool(pressed))
 
 
@@ -88,9 +91,7 @@ class Trainer:
         self, config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, *, resume: bool = False
     ) -> None:
         self.config, self.policy, self.run = config, policy, run
-        self.accelerator = Accelerator(
-            cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=str(run)
-        )
+        self.accelerator = Accelerator(cpu=policy.device.type == "cpu")
         self.prompts = policy.encode(
             [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
         )
@@ -104,11 +105,12 @@ class Trainer:
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         _same_everywhere(self.accelerator, self.parameters)
-        self.record = Record(run, config, self.accelerator)
         self.progress = checkpoint.Progress(kl_coef=config.kl_coef)
-        if resume and (folder := checkpoint.latest(run)) is not None:
-            self.progress = checkpoint.restore(folder, self.parameters, self.optimizer)
-            self.record.rewind(self.progress.step)
+        begun = checkpoint.latest(run) if resume else None
+        if begun is not None:
+            self.progress = checkpoint.restore(begun, self.parameters, self.optimizer)
+        self.record = Record(run, config, self.accelerator, self.progress.step if begun else None)
+        if begun is not None:
             self.reward.copy_weights = self.record.load_heads(policy.device)
 
     def step(self) -> Metrics:
@@ -126,7 +128,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate(step)
             given = Update(rollout, scores.reward, reference, self.progress.kl_coef, self.progress.baseline)
-            metrics = update(self.accelerator, self.learner, self.optimizer, config, given)
+            metrics, advantages = update(self.accelerator, self.learner, self.optimizer, config, given)
         metrics |= self._metrics(rollout, scores, reference, clock)
         if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
             raise RunFailed(
@@ -135,7 +137,7 @@ class Trainer:
             )
         self._advance(metrics, rollout)
         self.record.metrics(metrics)
-        self.record.samples(step + 1, rollout, scores, config.log_samples)
+        self.record.responses(step + 1, rollout, scores, advantages)
         if step == 0 and self.reward.copy_weights is not None:
             self.record.save_heads(self.reward.copy_weights)
         return metrics
@@ -188,12 +190,14 @@ class Trainer:
         lengths, rewards = rollout.lengths.float(), scores.reward
         mean = torch.zeros(len(sizes), device=rewards.device).index_add(0, rollout.prompt_index, rewards) / sizes
         gap = torch.zeros_like(mean).index_add(0, rollout.prompt_index, (rewards - mean[rollout.prompt_index]).abs())
+        raw = torch.zeros_like(rewards)
+        for name, weight in self.reward.config.weights.items():
+            raw = raw + weight * scores.signals[name].to(raw)
+        everyone = self.accelerator.gather(raw)
         own = {
-            "reward": sum(
-                weight * float(scores.signals[name].mean()) for name, weight in self.reward.config.weights.items()
-            ),
+            "reward": float(raw.mean()),
             "reward/normalised": float(rewards.mean()),
-            "reward_std": float(rewards.std(unbiased=False)),
+            "reward_std": float(everyone.std()) if len(everyone) > 1 else 0.0,
             "frac_reward_zero_std": float((gap < 1e-6).float().mean()),
             "completions/mean_length": float(lengths.mean()),
             "completions/clipped_ratio": float((~rollout.ended).float().mean()),

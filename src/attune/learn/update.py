@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from attune.learn.algorithms import Batch, Targets
+from attune.learn.algorithms import DPO, Batch, Targets
 from attune.learn.learner import Outputs
 from attune.learn.losses import LossInputs
 from attune.learn.settings import TrainConfig
-from attune.types import Rollout
+from attune.types import Rollout, masked_mean
 
 Metrics = dict[str, float]
 
@@ -32,9 +32,11 @@ class Update:
 
 def update(
     accelerator: Accelerator, learner: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, given: Update
-) -> Metrics:
-    """Change the policy once (or `epochs` times) towards the rewards; loss, entropy, gradient norm and the loss's own
-    metrics, of the last pass."""
+) -> tuple[Metrics, Tensor | None]:
+    """Change the policy once (or `epochs` times) towards the rewards.
+
+    Gives loss, entropy, gradient norm and the loss's own metrics, of the last pass; and the advantage of each response,
+    [B], the mean over its tokens: the same at each, but in PPO. None where the algorithm has none."""
     rollout, algorithm = given.rollout, config.algorithm
     assert rollout.logprobs is not None, "training needs sampled responses"
     values = _values(learner, config, rollout) if algorithm.needs_value_head else None
@@ -62,7 +64,8 @@ def update(
         optimizer.zero_grad()
         metrics = {name: accelerator.reduce(value, "sum") for name, value in metrics.items()}
         metrics["grad_norm"] = torch.as_tensor(norm)
-    return {name: float(value) for name, value in metrics.items()}
+    advantages = None if isinstance(algorithm, DPO) else masked_mean(targets.advantages, rollout.response_mask)
+    return {name: float(value) for name, value in metrics.items()}, advantages
 
 
 def _sum_gradients(accelerator: Accelerator, learner: nn.Module) -> None:

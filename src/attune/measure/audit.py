@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,19 @@ class Verdict:
             "length_correlation": figure(self.length),
             "flat_groups": figure(self.flat),
         }
+
+
+def summary(model: str, prompts: int, verdicts: Mapping[str, Verdict], config: AuditConfig) -> dict[str, Any]:
+    """What audit.json holds: all `verdicts`, by the names of their rewards, and the first of them in words."""
+    first = next(iter(verdicts.values()))
+    return {
+        "model": model,
+        "prompts": prompts,
+        "gameable": bool(first.gameable(config.max_hack_rate)),
+        "verdict": first.explain(config.max_hack_rate),
+        "config": asdict(config),
+        "rewards": {name: verdict.to_json() for name, verdict in verdicts.items()},
+    }
 
 
 def audit(
