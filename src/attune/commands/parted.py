@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from attune.commands.common import Parser
+from attune.commands.common import Parser, load_policy
 from attune.commands.train import INTERRUPTED
 from attune.console import Console
 from attune.errors import UserError
 from attune.integrations.ray import Work
 from attune.parts import PartedRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attune.data import Row
+    from attune.model.policy import Policy
+    from attune.reward.named import RewardConfig
 
 
 def engine_arguments(parser: Parser) -> None:
@@ -43,13 +51,32 @@ def by_ray(options: argparse.Namespace) -> bool:
     return True
 
 
-def release(device: str) -> None:
-    """Give back the GPU memory of a model that nobody holds any more: a worker may be given this GPU."""
-    if device == "cuda":
+def copy_heads(
+    options: argparse.Namespace,
+    spec: RewardConfig,
+    rows: Callable[[], Iterable[Row]],
+    check: Callable[[Policy], None] = lambda policy: None,
+) -> Tensor | None:
+    """The copy heads that `spec` reads, measured here, once: every worker scores by the same.
+
+    With the model at hand, `check` sees whether the rows fit it, and `options.device` gets the device it was put on.
+    """
+    from attune.rank import measure_heads
+    from attune.reward.reward import Reward
+
+    policy = load_policy(options)
+    options.device = policy.device.type
+    check(policy)
+    reward = Reward(spec, policy, reference=policy)
+    measure_heads(reward, rows())
+    weights = None if reward.copy_weights is None else reward.copy_weights.cpu()
+    if options.device == "cuda":  # a worker may be given this very GPU
         import torch
 
+        del policy, reward
         gc.collect()
         torch.cuda.empty_cache()
+    return weights
 
 
 def do_all(
@@ -81,5 +108,8 @@ def do_all(
         if output.done:
             console.note(f"{output.rows_done()} of {total} rows are kept; the same command with --resume goes on")
         raise
+    again = sum(written["attempts"] > 1 for written in output.done.values())
+    if again:
+        console.note(f"{again} of {len(output.done)} parts were begun again: a worker had died or failed")
     output.finish(total)
     return 0

@@ -21,7 +21,7 @@ from attune.commands.common import (
     reward_config,
     row_arguments,
 )
-from attune.commands.parted import by_ray, do_all, engine_arguments, release
+from attune.commands.parted import by_ray, copy_heads, do_all, engine_arguments
 from attune.commands.train import INTERRUPTED
 from attune.console import Console
 from attune.errors import UserError
@@ -125,36 +125,23 @@ def _in_parts(
 ) -> int:
     """Part by part, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
     from attune.parts import PartedRows, part_rows
+    from attune.rank import check
 
     size = part_rows(total, config.batch_size)
     settings = {"engine": "ray rank", **settings, "part_rows": size}
     output = PartedRows(options.output, settings, resume=options.resume)
-    heads = _prepare(options, config, spec, rows, brought)
+
+    def fits(policy: Policy) -> None:
+        check(policy, rows(), config)
+        _draw(options, policy, config, brought)
+
+    heads = copy_heads(options, spec, rows, fits)
     make = partial(ranker, options, config, spec, heads, brought, output.rows_file(options.prompts), output.folder)
     starts = range(0, total, size)
     if ended := do_all(options, console, output, make, options.prompts, starts, total, "ranking"):
         return ended
     _tell(console, config, options.output, total, output.tally())
     return 0
-
-
-def _prepare(
-    options: argparse.Namespace, config: RankConfig, spec: RewardConfig, rows: Rows, brought: bool
-) -> Tensor | None:
-    """Every row checked, the device chosen, and the copy heads measured: once, for all workers."""
-    from attune.rank import check, measure_heads
-    from attune.reward.reward import Reward
-
-    policy = load_policy(options)
-    options.device = policy.device.type
-    check(policy, rows(), config)
-    _draw(options, policy, config, brought)
-    reward = Reward(spec, policy, reference=policy)
-    measure_heads(reward, rows())
-    heads = None if reward.copy_weights is None else reward.copy_weights.cpu()
-    del policy, reward
-    release(options.device)
-    return heads
 
 
 def ranker(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
@@ -21,7 +21,7 @@ from attune.commands.common import (
     reward_config,
     row_arguments,
 )
-from attune.commands.parted import by_ray, do_all, engine_arguments, release
+from attune.commands.parted import by_ray, copy_heads, do_all, engine_arguments
 from attune.console import Console
 from attune.errors import UserError
 
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 
     from attune.data import Row
     from attune.integrations.ray import Work
+    from attune.model.policy import Policy
     from attune.parts import Part
     from attune.reward.named import RewardConfig
 
 Rows = Callable[[], "Iterator[Row]"]
+
+CHECKED = 64
+"""Prompts tokenised at a time, to see that they fit the model."""
 
 
 def _arguments(parser: Parser) -> None:
@@ -106,7 +110,7 @@ def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig)
         "part_rows": size,
     }
     output = PartedRows(options.output, settings, resume=options.resume)
-    heads = _prepare(options, spec, rows)
+    heads = copy_heads(options, spec, rows, lambda policy: _check(policy, rows()))
     starts, groups = group_starts(rows(), options.batch_size, size)
     make = partial(scorer, options, spec, heads, output.rows_file(options.input), output.folder)
     if ended := do_all(options, console, output, make, options.input, starts, total, "scoring"):
@@ -116,21 +120,12 @@ def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig)
     return 0
 
 
-def _prepare(options: argparse.Namespace, spec: RewardConfig, rows: Rows) -> Tensor | None:
-    """Every prompt checked, the device chosen, and the copy heads measured: once, for all workers."""
-    from attune.rank import HEAD_PROMPTS, batched, measure_heads
-    from attune.reward.reward import Reward
+def _check(policy: Policy, rows: Iterable[Row]) -> None:
+    """Raise `UserError` unless every prompt can be read."""
+    from attune.rank import batched
 
-    policy = load_policy(options)
-    options.device = policy.device.type
-    for batch in batched(rows(), HEAD_PROMPTS):
+    for batch in batched(rows, CHECKED):
         policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
-    reward = Reward(spec, policy, reference=policy)
-    measure_heads(reward, rows())
-    heads = None if reward.copy_weights is None else reward.copy_weights.cpu()
-    del policy, reward
-    release(options.device)
-    return heads
 
 
 def scorer(options: argparse.Namespace, spec: RewardConfig, heads: Tensor | None, file: Path, folder: Path) -> Work:

@@ -37,10 +37,15 @@ def require_ray() -> None:
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
-    """Ray as it runs already, the cluster that RAY_ADDRESS names, or one on this machine for as long as it is used."""
+def cluster(cores: int | None = None) -> Iterator[None]:
+    """Ray as it runs already, the cluster that RAY_ADDRESS names, or one on this machine for as long as it is used.
+
+    `cores`: how many of this machine's Ray may use (default: all).
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Standard output and standard error are the command's own; what Ray has to say stands in its logs.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # What keeps Ray on the loopback interface elsewhere does so on Linux too: without it, it listens to everyone.
@@ -51,7 +56,8 @@ def cluster() -> Iterator[None]:
     if ours:
         given: dict[str, Any] = {}
         if not address:
-            given = {"num_cpus": os.cpu_count() or 1, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+            given = {"num_cpus": cores or os.cpu_count() or 1, "object_store_memory": OBJECT_STORE}
+            given["include_dashboard"] = False
         try:
             with _stderr_aside():
                 ray.init(
@@ -135,7 +141,8 @@ class _Worker:
     def __init__(self, make: Callable[[], Work], folder: Path, starts: int, directory: str) -> None:
         self._folder = folder
         self._failed: UserError | None = None
-        _quieten_worker(directory)
+        with suppress(OSError):  # relative paths, and a user's reward, are looked for where the command was given
+            os.chdir(directory)
         starting = folder / WORK / "starting.attempts"
         try:
             # Ray starts a dead actor again without end. The marks of those that died while they loaded remain.
@@ -163,9 +170,9 @@ class _Worker:
         """Do a part, again where it fails. Raises `RunFailed` where it failed too often, in this process or others."""
         name = f"part {part.number} (rows {part.first + 1} to {part.first + part.rows})"
         reason = "its worker died"
-        while part.attempt(self._folder) <= TRIES:
+        while (attempt := part.attempt(self._folder)) <= TRIES:
             try:
-                return self._work(part)
+                return {**self._work(part), "attempts": attempt}
             except UserError:
                 raise
             except Exception as error:
@@ -190,16 +197,6 @@ def _quieten() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
             handler.setLevel(logging.CRITICAL)
-
-
-def _quieten_worker(directory: str) -> None:
-    """A worker looks for relative paths and a user's reward where the command was given."""
-    from transformers.utils import logging as transformers
-
-    transformers.set_verbosity_error()
-    transformers.disable_progress_bar()
-    with suppress(OSError):
-        os.chdir(directory)
 
 
 @contextmanager
