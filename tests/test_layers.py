@@ -13,7 +13,7 @@ SRC = Path(attune.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "files", "options", "records", "data", "config", "markup", "inspection"},
+    {"types", "errors", "files", "options", "records", "parts", "data", "config", "markup", "inspection"},
     {"model"},
     {"reward"},
     {"learn"},

@@ -16,7 +16,7 @@ from typing import Any
 
 from attune.errors import UserError, unknown_name
 from attune.files import atomic_write, to_json
-from attune.records import Fault, kind, records, short
+from attune.records import Fault, Place, kind, records, short
 
 SHOWN = 20
 """Bad rows that are told one by one; the rest are counted."""
@@ -98,9 +98,16 @@ def read_rows(
 
 
 def iter_rows(
-    source: str | Path, columns: Columns = PLAIN, *, need: Sequence[str] = (), limit: int | None = None
+    source: str | Path,
+    columns: Columns = PLAIN,
+    *,
+    need: Sequence[str] = (),
+    limit: int | None = None,
+    begin: Place | None = None,
 ) -> Iterator[Row]:
     """The rows that `read_rows` reads, one at a time, for files that do not fit the memory.
+
+    `begin`: of a JSON Lines file, the rows from there on (see `attune.records.places`).
 
     Bad rows are left out and told together after the last row: who must not act on the good rows of a bad file goes
     through them once before.
@@ -111,7 +118,7 @@ def iter_rows(
         raise UserError(f"a limit of {limit} rows leaves none", fix="give 1 or more")
     faults: list[str] = []
     good = bad = 0
-    for where, raw in records(str(source), limit):
+    for where, raw in records(str(source), limit, begin):
         try:
             if isinstance(raw, Fault):
                 raise raw

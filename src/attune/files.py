@@ -218,12 +218,17 @@ class GrowingRows:
             whole = False
         if not whole:
             raise UserError("cannot be resumed: damaged", where=str(self.folder), fix="remove the folder, begin anew")
-        names = sorted({*begun, *self.settings})
-        changed = [name for name in names if begun.get(name) != self.settings.get(name)]
-        if changed:
-            told = "; ".join(f"{name} was {begun.get(name)}, is {self.settings.get(name)}" for name in changed)
-            fix = f"give the options it began with, or remove {self.folder}"
-            raise UserError(f"cannot be resumed with other options: {told}", where=where, fix=fix)
+        require_same(begun, self.settings, where, self.folder)
+
+
+def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], where: str, folder: Path) -> None:
+    """Raise `UserError` where the settings that the unfinished work in `folder` began with are not those of now."""
+    names = sorted({*begun, *now})
+    changed = [name for name in names if begun.get(name) != now.get(name)]
+    if changed:
+        told = "; ".join(f"{name} was {begun.get(name)}, is {now.get(name)}" for name in changed)
+        fix = f"give the options it began with, or remove {folder}"
+        raise UserError(f"cannot be resumed with other options: {told}", where=where, fix=fix)
 
 
 def new_run_dir(path: str | Path, resume: bool = False) -> Path:

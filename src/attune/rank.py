@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import math
 import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from hashlib import blake2b
+from itertools import groupby, islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from attune.data import Row
@@ -26,6 +29,8 @@ from attune.types import Prompts, Rollout, Scores
 
 # Prompts that copy heads are measured on: more change the weights by less than their rounding.
 HEAD_PROMPTS = 64
+NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0}
+"""What `lines_of` adds to."""
 
 Draw = Callable[[Sequence[Row], Prompts, int], Rollout]
 """Rows, their encoded prompts and a seed → the candidates of each."""
@@ -157,7 +162,7 @@ def _rollout(
 
 def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
     """Raise `UserError` unless every prompt, with its candidates or new tokens, fits the model."""
-    for batch in _batched(rows, config.batch_size):
+    for batch in batched(rows, config.batch_size):
         names = _names(batch)
         prompts = policy.encode([row.prompt for row in batch], names=names)
         if batch[0].candidates:
@@ -167,13 +172,13 @@ def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
 
 
 def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, first: int = 0) -> Iterator[list[Ranked]]:
-    """The rows after the `first` ones (whole batches, or all rows), ranked, a batch at a time.
+    """The rows, ranked, a batch at a time. Before them stand `first` others (whole batches, or all), ranked elsewhere.
 
     A reward that reads copy heads measures them on the first batch, unless `measure_heads` was called before, as one
     must be who resumes: later batches would measure other weights.
     """
     start = -(-first // config.batch_size)  # rounded up: after the last row, which need not fill its batch
-    for number, batch in enumerate(_batched(islice(rows, first, None), config.batch_size), start):
+    for number, batch in enumerate(batched(rows, config.batch_size), start):
         prompts = reward.policy.encode(
             [row.prompt for row in batch], [row.answers for row in batch], [row.where for row in batch]
         )
@@ -187,6 +192,24 @@ def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, fi
             Ranked(row, tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)))
             for row, found in zip(batch, candidates, strict=True)
         ]
+
+
+def lines_of(
+    batch: Sequence[Ranked], config: RankConfig, blank: Callable[[str, str], str], tally: dict[str, float]
+) -> list[dict[str, Any]]:
+    """What is written of a ranked batch. To `tally` go the sums of the best rewards and of the means of all candidates,
+    and how many prompts were left out."""
+    lines: list[dict[str, Any]] = []
+    for ranked in batch:
+        tally["best"] += ranked.candidates[0]["reward"]
+        tally["all"] += sum(one["reward"] for one in ranked.candidates) / len(ranked.candidates)
+        if config.keep == "pairs":
+            pair = ranked.pair(config.margin, blank)
+            tally["left_out"] += pair is None
+            lines += [pair] if pair else []
+        else:
+            lines.append(ranked.best() if config.keep == "best" else ranked.all())
+    return lines
 
 
 def blank_between(policy: Policy) -> Callable[[str, str], str]:
@@ -251,6 +274,45 @@ def score_rows(
     return scored
 
 
+def group_starts(rows: Iterable[Row], batch_size: int, part_rows: int) -> tuple[list[int], int]:
+    """Where a file of rows can be cut into parts of `part_rows` or more that `score_rows` scores as it does the whole:
+    the places of their first rows, and how many groups there are.
+
+    No group or batch is cut, so that needs the rows of a prompt to be neighbours: `scattered` tells where they are not.
+    """
+    starts, batch, groups, before = [0], 0, 0, ""
+    for place, row in enumerate(rows):
+        if (key := _key(row)) == before:
+            continue
+        groups, before = groups + 1, key
+        if place - batch >= batch_size:
+            batch = place
+            if place - starts[-1] >= part_rows:
+                starts.append(place)
+    return starts, groups
+
+
+def scattered(rows: Callable[[], Iterable[Row]]) -> tuple[Row, Row] | None:
+    """A row whose prompt was there before, but for another prompt in between, and the row that had it first.
+
+    Holds eight bytes a group, and goes through the rows a second time only where two groups are alike in these.
+    """
+    marks = array("Q", (int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) for key, _ in _runs(rows())))
+    sorted_marks = np.sort(np.frombuffer(marks, dtype=np.uint64))
+    alike = set(sorted_marks[1:][sorted_marks[1:] == sorted_marks[:-1]].tolist())
+    first: dict[str, Row] = {}
+    for (key, row), found in zip(_runs(rows()) if alike else (), marks, strict=False):
+        if found in alike and first.setdefault(key, row) is not row:
+            return row, first[key]
+    return None
+
+
+def _runs(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """The prompt and the first row of each stretch of rows with the same prompt."""
+    for key, run in groupby(rows, _key):
+        yield key, next(run)
+
+
 def read_groups(policy: Policy, groups: Sequence[Group]) -> Rollout:
     """Groups as a rollout, in their order. Raises `UserError` for a prompt that cannot be read, `TooLong` for one that
     does not fit the model's context with each of its responses."""
@@ -274,7 +336,8 @@ def _figures(scores: Scores) -> list[dict[str, Any]]:
     ]
 
 
-def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows, `size` at a time; the last are fewer."""
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch

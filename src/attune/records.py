@@ -11,7 +11,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +22,7 @@ from attune.errors import UserError, unknown_name
 MAX_LINE = 10_000_000
 """Bytes of one line: a file without line ends must not fill the memory."""
 DEFAULT_SPLIT = "train"
+_BOM = b"\xef\xbb\xbf"
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".txt", ".tsv", ".gz", ".zip", ".yaml", ".yml")
 
 
@@ -27,14 +30,22 @@ class Fault(Exception):
     """What is wrong with one row, and what to write instead."""
 
 
-def records(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
-    """(`file:line`, row or what is wrong with it) of each of the first `limit` rows."""
+@dataclass(frozen=True)
+class Place:
+    """Where in a JSON Lines file reading begins: how many bytes and lines stand before."""
+
+    byte: int = 0
+    line: int = 0
+
+
+def records(source: str, limit: int | None, begin: Place | None = None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+    """(`file:line`, row or what is wrong with it) of each of the first `limit` rows; of JSON Lines, from `begin` on."""
     path = Path(source)
     try:
         if not source.strip() or path.is_dir() or not path.exists():
             yield from _dataset(source, limit)
             return
-        reader = {".csv": _csv, ".parquet": _parquet}.get(path.suffix.lower(), _jsonl)
+        reader = _READERS.get(path.suffix.lower()) or partial(_jsonl, begin=begin or Place())
         for count, record in enumerate(reader(path), 1):
             yield record
             if count == limit:
@@ -43,9 +54,34 @@ def records(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any
         raise UserError("cannot be read (no permission)", where=source, fix="check its permissions") from error
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+def is_jsonl(source: str) -> bool:
+    """Whether `records` reads `source` as JSON Lines, which can be read from any `Place` on."""
+    path = Path(source)
+    return path.is_file() and path.suffix.lower() not in _READERS
+
+
+def places(path: str | Path, rows: Iterable[int]) -> Iterator[Place]:
+    """Where the given rows of a JSON Lines file begin; their numbers count from 0 and ascend. No line is parsed."""
+    wanted = iter(rows)
+    target = next(wanted, None)
+    byte = row = 0
+    with Path(path).open("rb") as file:
+        for line, text in enumerate(file):
+            if target is None:
+                return
+            if (text.removeprefix(_BOM) if line == 0 else text).strip():
+                if row == target:
+                    yield Place(byte, line)
+                    target = next(wanted, None)
+                row += 1
+            byte += len(text)
+    assert target is None, f"{path} has {row} rows, and row {target} was asked for"
+
+
+def _jsonl(path: Path, begin: Place) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     with path.open("rb") as file:
-        number = 0
+        file.seek(begin.byte)
+        number = begin.line
         while line := file.readline(MAX_LINE + 1):
             number += 1
             where = f"{path}:{number}"
@@ -55,7 +91,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
                 yield where, Fault(f"the line is longer than {MAX_LINE // 1_000_000} MB; write one row a line")
                 continue
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
+                line = line.removeprefix(_BOM)
             if line.strip():
                 yield where, _parsed(line)
 
@@ -140,6 +176,12 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
                     yield f"{path}:row {number}", record
     except arrow.ArrowInvalid as error:
         raise UserError("is not a Parquet file", where=str(path), fix="check the file, or give JSON Lines") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any] | Fault]]]] = {
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 
 def _dataset(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:

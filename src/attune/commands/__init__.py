@@ -9,9 +9,10 @@ from attune.commands.calibrate import CALIBRATE
 from attune.commands.common import Command
 from attune.commands.compare import COMPARE
 from attune.commands.inspect import INSPECT
-from attune.commands.judge import AUDIT, EVAL, SCORE
+from attune.commands.judge import AUDIT, EVAL
 from attune.commands.preferences import PREFERENCES
 from attune.commands.rank import RANK
+from attune.commands.score import SCORE
 from attune.commands.serve import SERVE
 from attune.commands.train import DEMO, TRAIN
 

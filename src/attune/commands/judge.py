@@ -1,4 +1,4 @@
-"""`attune score`, `attune eval` and `attune audit`: what measures and changes nothing."""
+"""`attune eval` and `attune audit`: what measures and changes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from attune.commands.common import (
     Parser,
     columns_of,
     load_policy,
-    mean,
     model_arguments,
     reward_config,
     row_arguments,
@@ -19,41 +18,6 @@ from attune.console import Console
 from attune.errors import UserError
 
 GAMEABLE = 3
-
-
-def _score_arguments(parser: Parser) -> None:
-    model_arguments(parser)
-    parser.add_argument("--input", required=True, metavar="FILE", help="rows with a prompt and a `response`")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="each row plus reward and signals")
-    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
-    row_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows scored at a time (default: 64)")
-
-
-def _score(options: argparse.Namespace, console: Console) -> int:
-    from attune.data import read_rows, write_jsonl
-    from attune.rank import score_rows
-    from attune.reward.reward import Reward
-
-    spec = reward_config(options.reward)
-    need = ("response", "answers") if "exact" in spec.weights else ("response",)
-    rows = read_rows(options.input, columns_of(options), need=need)
-    policy = load_policy(options)
-    reward = Reward(spec, policy, reference=policy)
-    with console.progress(len(rows), "scoring") as progress:
-        scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
-    write_jsonl(options.output, scored)
-    alone = len({str(row.prompt) for row in rows}) == len(rows)
-    if alone and spec.normalise == "group" and len(rows) > 0:
-        console.warn(
-            f"{options.reward} compares responses to the same prompt, and every prompt here has one: each reward is 0; "
-            "read the signals, or give several responses to each prompt"
-        )
-    names = ["reward", *scored[0]["signals"]]
-    means = {name: mean([{"reward": row["reward"], **row["signals"]}[name] for row in scored]) for name in names}
-    console.table(f"{len(scored)} responses scored", ["signal", "mean"], [[name, mean] for name, mean in means.items()])
-    console.result({"rows": len(scored), "output": options.output, "means": means})
-    return 0
 
 
 def _eval_arguments(parser: Parser) -> None:
@@ -157,9 +121,6 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     return GAMEABLE if found["gameable"] else 0
 
 
-SCORE = Command(
-    "reward and signals of given responses", "--model MODEL --input FILE --output FILE ", _score_arguments, _score
-)
 EVAL = Command(
     "measure a model, or compare two, with intervals",
     "--model MODEL --prompts FILE --output FOLDER ",

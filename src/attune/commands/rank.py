@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,20 @@ from attune.commands.common import (
     reward_config,
     row_arguments,
 )
+from attune.commands.parted import by_ray, copy_heads, do_all, engine_arguments
 from attune.commands.train import INTERRUPTED
 from attune.console import Console
 from attune.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from attune.data import Row
+    from attune.integrations.ray import Work
     from attune.model.policy import Policy
+    from attune.parts import Part
     from attune.rank import Draw, RankConfig
+    from attune.reward.named import RewardConfig
 
 Rows = Callable[[], "Iterator[Row]"]
 
@@ -45,6 +52,7 @@ def _arguments(parser: Parser) -> None:
     row_arguments(parser)
     parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
     parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
+    engine_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
     add_arguments(parser, RankConfig)
 
@@ -53,13 +61,13 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     from attune.config import flags_given, load_config, to_dict
     from attune.data import iter_rows
     from attune.files import GrowingRows
-    from attune.rank import RankConfig, blank_between, check, measure_heads, rank
+    from attune.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, measure_heads, rank
     from attune.reward.reward import Reward
 
+    ray = by_ray(options)
     config = load_config(RankConfig, None, flags_given(options, RankConfig))
     spec = reward_config(options.reward)
-    need = ("answers",) if "exact" in spec.weights else ()
-    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=need)
+    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=_need(spec))
     total, brought, digest = _survey(rows)
     if options.server_model and not options.server:
         raise UserError("--server-model without --server", fix="give --server URL too")
@@ -73,6 +81,8 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
         "server_model": options.server_model,
         **to_dict(config),
     }
+    if ray:
+        return _in_parts(options, console, config, spec, rows, total, brought, settings)
     output = GrowingRows(options.output, settings, resume=options.resume)
     policy = load_policy(options)
     check(policy, rows(), config)
@@ -80,20 +90,11 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     reward = Reward(spec, policy, reference=policy)
     measure_heads(reward, rows())
     blank = blank_between(policy)
-    first, tally = output.done, {"best": 0.0, "all": 0.0, "left_out": 0.0, **output.tally}
+    first, tally = output.done, {**NO_TALLY, **output.tally}
     try:
         with console.progress(total - first, "ranking") as progress:
-            for batch in rank(reward, rows(), config, draw, first):
-                lines: list[Mapping[str, Any]] = []
-                for ranked in batch:
-                    tally["best"] += ranked.candidates[0]["reward"]
-                    tally["all"] += sum(c["reward"] for c in ranked.candidates) / len(ranked.candidates)
-                    if config.keep == "pairs":
-                        pair = ranked.pair(config.margin, blank)
-                        tally["left_out"] += pair is None
-                        lines += [pair] if pair else []
-                    else:
-                        lines.append(ranked.best() if config.keep == "best" else ranked.all())
+            for batch in rank(reward, islice(rows(), first, None), config, draw, first):
+                lines = lines_of(batch, config, blank, tally)
                 output.add(lines, output.done + len(batch), tally)
                 progress.update(output.done - first, reward=tally["best"] / output.done)
     except KeyboardInterrupt:
@@ -106,6 +107,72 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     output.finish()
     _tell(console, config, options.output, total, tally)
     return 0
+
+
+def _need(spec: RewardConfig) -> tuple[str, ...]:
+    return ("answers",) if "exact" in spec.weights else ()
+
+
+def _in_parts(
+    options: argparse.Namespace,
+    console: Console,
+    config: RankConfig,
+    spec: RewardConfig,
+    rows: Rows,
+    total: int,
+    brought: bool,
+    settings: Mapping[str, Any],
+) -> int:
+    """Part by part, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
+    from attune.parts import PartedRows, part_rows
+    from attune.rank import check
+
+    size = part_rows(total, config.batch_size)
+    settings = {"engine": "ray rank", **settings, "part_rows": size}
+    output = PartedRows(options.output, settings, resume=options.resume)
+
+    def fits(policy: Policy) -> None:
+        check(policy, rows(), config)
+        _draw(options, policy, config, brought)
+
+    heads = copy_heads(options, spec, rows, fits)
+    make = partial(ranker, options, config, spec, heads, brought, output.rows_file(options.prompts), output.folder)
+    starts = range(0, total, size)
+    if ended := do_all(options, console, output, make, options.prompts, starts, total, "ranking"):
+        return ended
+    _tell(console, config, options.output, total, output.tally())
+    return 0
+
+
+def ranker(
+    options: argparse.Namespace,
+    config: RankConfig,
+    spec: RewardConfig,
+    heads: Tensor | None,
+    brought: bool,
+    file: Path,
+    folder: Path,
+) -> Work:
+    """What a worker does: load the model once, then rank the rows of part after part."""
+    from attune.data import iter_rows
+    from attune.rank import NO_TALLY, blank_between, lines_of, rank
+    from attune.reward.reward import Reward
+
+    policy = load_policy(options)
+    reward = Reward(spec, policy, heads, reference=policy)
+    draw, blank, columns = _draw(options, policy, config, brought), blank_between(policy), columns_of(options)
+
+    def work(part: Part) -> dict[str, Any]:
+        rows = iter_rows(file, columns, need=_need(spec), limit=part.rows, begin=part.place)
+        tally = dict(NO_TALLY)
+        lines = [
+            line
+            for batch in rank(reward, rows, config, draw, part.first)
+            for line in lines_of(batch, config, blank, tally)
+        ]
+        return part.write(folder, lines, tally)
+
+    return work
 
 
 def _survey(rows: Rows) -> tuple[int, bool, str]:
