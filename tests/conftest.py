@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Ray reads it when it is imported, which another library may do before `integrations.ray` sets it.
+os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One process a core already: threads of each would only wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
