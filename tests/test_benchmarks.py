@@ -14,7 +14,7 @@ from attune.data import Row
 ROOT = Path(__file__).parents[1]
 STUDY = ("reward_study/rank.py", "reward_study/train.py", "reward_study/analyse.py")
 REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py")
-SCRIPTS = ("capture.py", "rank.py", "step.py", *REAL, *STUDY)
+SCRIPTS = ("capture.py", "rank.py", "ray_data.py", "step.py", *REAL, *STUDY)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
