@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,26 +60,9 @@ def test_scored_by_two_workers_the_lines_are_those_of_one_process(ray, tmp_path,
     assert len(json.loads((tmp_path / "out" / SUCCESS).read_text())["parts"]) == 12
 
 
-def workers_of(process):
-    """Ids of Ray's actors below a process."""
-    parents, found = {}, []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if (folder / "cmdline").read_bytes().startswith(b"ray::MapWorker"):
-                found.append(int(folder.name))
-        except OSError:  # gone meanwhile
-            continue
-
-    def below(number):
-        return number == process or (number in parents and below(parents[number]))
-
-    return [number for number in found if below(number)]
-
-
 def kill_one_at_work(output):
-    """Kill one of two workers in the middle of a part; none if they are not both found at work just now."""
-    found = workers_of(os.getpid())
+    """Kill one of two workers in the middle of a part; none if they are not both known, and at work just now."""
+    found = sorted({written["pid"] for written in output.done.values()})
     for worker in found:
         os.kill(worker, signal.SIGSTOP)
     begun = {path.name.removesuffix(".attempts") for path in output.work.glob("part-*.attempts")}
@@ -91,7 +75,6 @@ def kill_one_at_work(output):
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the worker in /proc")
 def test_a_killed_worker_loses_no_row(ray, tmp_path, monkeypatch, capfd):
     source = jsonl(tmp_path / "stories.jsonl", make_rows("conflict", "test", 120))
     options = ["--max-new-tokens", "6", "--batch-size", "4", "--keep", "all"]
@@ -227,6 +210,19 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, rows, fl
     assert main([*given("score", source, tmp_path / "out"), "--engine", "ray", *flags]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@needs_ray
+def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path, capfd, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    source = jsonl(tmp_path / "rows.jsonl", RESPONSES)
+    assert run("score", source, tmp_path / "out", "--reward", "overlap") == 2
+    assert f"RAY_ADDRESS={address}: no Ray cluster there" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 

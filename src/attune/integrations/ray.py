@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -59,6 +60,7 @@ def cluster(cores: int | None = None) -> Iterator[None]:
             given = {"num_cpus": cores or os.cpu_count() or 1, "object_store_memory": OBJECT_STORE}
             given["include_dashboard"] = False
         try:
+            _reach(address or "")
             with _stderr_aside():
                 ray.init(
                     address or "local",
@@ -67,8 +69,10 @@ def cluster(cores: int | None = None) -> Iterator[None]:
                     **given,
                 )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            where = f"RAY_ADDRESS={address}" if address else "Ray"
-            raise UserError(f"cannot be started ({_reason(error)})", where=where, fix="check that address") from error
+            if address:
+                what, fix = f"no Ray cluster there ({_reason(error)})", "check it, and RAY_AUTH_MODE=token where it asks for a token"
+                raise UserError(what, where=f"RAY_ADDRESS={address}", fix=fix) from error
+            raise RunFailed(f"Ray cannot be started ({_reason(error)})") from error
     try:
         yield
     finally:
@@ -172,7 +176,7 @@ class _Worker:
         reason = "its worker died"
         while (attempt := part.attempt(self._folder)) <= TRIES:
             try:
-                return {**self._work(part), "attempts": attempt}
+                return {**self._work(part), "attempts": attempt, "pid": os.getpid()}
             except UserError:
                 raise
             except Exception as error:
@@ -197,6 +201,14 @@ def _quieten() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if handler.name == "console":
             handler.setLevel(logging.CRITICAL)
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` where nobody listens at `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
 
 
 @contextmanager
