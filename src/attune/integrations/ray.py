@@ -70,7 +70,8 @@ def cluster(cores: int | None = None) -> Iterator[None]:
                 )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if address:
-                what, fix = f"no Ray cluster there ({_reason(error)})", "check it, and RAY_AUTH_MODE=token where it asks for a token"
+                what = f"no Ray cluster there ({_reason(error)})"
+                fix = "check it, and RAY_AUTH_MODE=token where it asks for a token"
                 raise UserError(what, where=f"RAY_ADDRESS={address}", fix=fix) from error
             raise RunFailed(f"Ray cannot be started ({_reason(error)})") from error
     try:
