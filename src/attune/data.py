@@ -138,6 +138,19 @@ def iter_rows(
         raise UserError("holds no rows", where=str(source), fix='write one object a line, e.g. {"prompt": "…"}')
 
 
+def writable(row: Row) -> str:
+    """All that a row holds, as JSON, which it is to be written as beside its scores.
+
+    Raises `UserError` where a field (of a Parquet file, of a data set) has no such form."""
+    for name, value in row.fields.items():
+        try:
+            to_json(value)
+        except TypeError as error:
+            fix = "leave that column out, or make it text"
+            raise UserError(f"`{short(name)}` cannot be written as JSON ({error})", where=row.where, fix=fix) from error
+    return to_json([row.prompt, row.answers, row.fields])
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON Lines, all or none."""
     text = "".join(to_json(row) + "\n" for row in rows)

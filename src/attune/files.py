@@ -15,6 +15,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
+from datetime import date
+from datetime import time as clock_time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +111,7 @@ def disk_errors(path: str | Path, size: int | None = None) -> Iterator[None]:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """`value` as strict JSON: figures that are not finite become null; tensors, paths and dataclasses are read."""
+    """`value` as strict JSON: what is not finite becomes null; tensors, dataclasses, paths and dates are read."""
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
@@ -335,8 +338,10 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in value]
-    if isinstance(value, Path):
+    if isinstance(value, Path | Decimal | uuid.UUID):
         return str(value)
+    if isinstance(value, date | clock_time):
+        return value.isoformat()
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if hasattr(value, "tolist"):  # torch tensors, numpy arrays and scalars

@@ -95,14 +95,16 @@ def do_all(
     gpu = options.device == "cuda"
     try:
         with cluster():
-            share(options.workers, gpu)  # refused before anything is written
+            each = share(options.workers, gpu)  # refused before anything is written
+            console.note(f"workers: {options.workers}, each with {'1 GPU' if gpu else str(each['num_cpus']) + ' CPU'}")
             parts = output.begin(source, starts, total)
             before = output.rows_done()
             with console.progress(total - before, title) as progress:
                 for done in do_parts(make, parts, output, options.workers, gpu) if parts else ():
                     progress.update(done - before)
     except KeyboardInterrupt:
-        console.note(f"interrupted at row {output.rows_done()} of {total}; the same command with --resume goes on")
+        on = "the same command with --resume goes on" if output.folder.exists() else "nothing is written yet"
+        console.note(f"interrupted at row {output.rows_done()} of {total}; {on}")
         return INTERRUPTED
     except UserError:
         if output.done:

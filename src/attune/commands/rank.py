@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -75,6 +74,8 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
         raise UserError("the rows bring candidates", where=options.prompts, fix="leave --server out")
     settings = {
         "model": options.model,
+        "dtype": options.dtype,
+        "attention": options.attention,
         "prompts": digest,
         "reward": asdict(spec),
         "server": options.server,
@@ -98,7 +99,8 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
                 output.add(lines, output.done + len(batch), tally)
                 progress.update(output.done - first, reward=tally["best"] / output.done)
     except KeyboardInterrupt:
-        console.note(f"interrupted at prompt {output.done} of {total}; the same command with --resume goes on")
+        on = "the same command with --resume goes on" if output.done else "nothing is written yet"
+        console.note(f"interrupted at prompt {output.done} of {total}; {on}")
         return INTERRUPTED
     except UserError:
         if output.done:
@@ -177,6 +179,8 @@ def ranker(
 
 def _survey(rows: Rows) -> tuple[int, bool, str]:
     """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
+    from attune.data import writable
+
     total = brought = 0
     without = ""
     digest = blake2b(digest_size=16)
@@ -184,7 +188,7 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
         total += 1
         brought += bool(row.candidates)
         without = without or ("" if row.candidates else row.where)
-        digest.update(json.dumps([row.prompt, row.fields], default=str).encode())
+        digest.update(writable(row).encode("utf-8", "backslashreplace"))
     if 0 < brought < total:
         raise UserError(
             f"no `candidates`, which {brought} of {total} rows bring",

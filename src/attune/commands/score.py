@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -67,11 +66,13 @@ def _need(spec: RewardConfig) -> tuple[str, ...]:
 
 def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """The whole file, held in memory."""
-    from attune.data import read_rows, write_jsonl
+    from attune.data import read_rows, writable, write_jsonl
     from attune.rank import score_rows
     from attune.reward.reward import Reward
 
     rows = read_rows(options.input, columns_of(options), need=_need(spec))
+    for row in rows:
+        writable(row)
     policy = load_policy(options)
     reward = Reward(spec, policy, reference=policy)
     with console.progress(len(rows), "scoring") as progress:
@@ -85,7 +86,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
 
 def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """Part by part, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
-    from attune.data import iter_rows
+    from attune.data import iter_rows, writable
     from attune.parts import PartedRows, part_rows
     from attune.rank import group_starts, scattered
 
@@ -93,7 +94,7 @@ def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig)
     total, digest = 0, blake2b(digest_size=16)
     for row in rows():
         total += 1
-        digest.update(json.dumps([row.prompt, row.fields], default=str).encode())
+        digest.update(writable(row).encode("utf-8", "backslashreplace"))
     if again := scattered(rows):
         raise UserError(
             f"the prompt of {again[1].where} again, with others in between: responses to a prompt are compared",
@@ -104,6 +105,8 @@ def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig)
     settings = {
         "engine": "ray score",
         "model": options.model,
+        "dtype": options.dtype,
+        "attention": options.attention,
         "input": digest.hexdigest(),
         "reward": asdict(spec),
         "batch_size": options.batch_size,

@@ -74,8 +74,14 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         family = policy.network.config.model_type
         console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
     run = new_run_dir(config.output, options.resume)
+    repo: str | None = None
+
+    def on_start() -> None:
+        nonlocal repo
+        if config.push_to_hub and main:
+            repo = hub.create(config.push_to_hub, public=config.hub_public)
+
     try:
-        repo = hub.create(config.push_to_hub, public=config.hub_public) if config.push_to_hub and main else None
         if main and not options.resume and not options.skip_audit:
             _audit_briefly(config, policy, rows, run, console)
         with console.progress(config.steps, f"training on {reward_name(config.reward)}") as progress:
@@ -83,7 +89,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
             def on_step(metrics: Mapping[str, float]) -> None:
                 progress.update(int(metrics["step"]), **shown(metrics))
 
-            trained = train(config, policy, rows, run, resume=options.resume, on_step=on_step)
+            trained = train(config, policy, rows, run, resume=options.resume, on_start=on_start, on_step=on_step)
     except UserError:
         if not (run / "config.yaml").exists():  # training has not begun: leave no trace, but what was there before
             (run / AUDIT).unlink(missing_ok=True)
@@ -98,7 +104,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if trained.interrupted:
         console.note(f"interrupted at step {trained.steps}; go on with: attune train --resume --output {run}")
         return INTERRUPTED
-    write_card(run, repo)
+    write_card(run, repo, chat=any(not isinstance(row.prompt, str) for row in rows))
     console.note(f"{trained.steps} steps; model in {run / 'model'}, report in {page}")
     found = {"steps": trained.steps, "stopped": trained.stopped, "model": run / "model", "report": page}
     if repo:

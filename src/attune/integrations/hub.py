@@ -34,11 +34,13 @@ def check(repo: str) -> None:
 
 
 def create(repo: str, *, public: bool = False) -> str:
-    """Make the repository unless it is there, and give its full name.
+    """Make the repository unless it is there, see that it can be written to, and give its full name.
 
     Raises `UserError`: the hub cannot be reached, does not know the token, or does not let it write there."""
     try:
-        return str(HfApi().create_repo(repo, private=not public, exist_ok=True).repo_id)
+        made = str(HfApi().create_repo(repo, private=not public, exist_ok=True).repo_id)
+        HfApi().auth_check(made, write=True)  # one that is there is found by who may only read it, too
+        return made
     except Exception as error:  # of the hub, of the network, of a proxy: training has not begun, and must not
         raise UserError(
             f"the hub does not take it: {_line(error)}",

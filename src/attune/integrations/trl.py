@@ -133,12 +133,15 @@ class AttentionReward:
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_completion_length)
         runs = [len(list(run)) for _, run in groupby(map(json.dumps, prompts))]
         count = gcd(*runs)  # samples of a group stand side by side
+        self._measure_heads(prompts)
         with self._still():
             asking = policy.encode(prompts[::count])
             policy.check_room(asking, sampling.max_new_tokens, [""] * len(asking))
             # TRL seeds torch anew for each process, so its generator is the one to draw from.
             seed = int(torch.randint(2**62, ()))
-            rollout, self._read = self.reward.sample(policy, asking, count, sampling, seed)
+            rollout, read = self.reward.sample(policy, asking, count, sampling, seed)
+        # Of runs of several lengths some group was sampled in pieces, which a reward must not take for groups.
+        self._read = read if set(runs) == {count} else None
         assert rollout.logprobs is not None
         ids = [row[mask].tolist() for row, mask in zip(asking.ids, asking.mask, strict=True) for _ in range(count)]
         drawn = zip(rollout.logprobs, rollout.response_mask, strict=True)

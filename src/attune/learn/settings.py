@@ -110,6 +110,8 @@ class TrainConfig:
             faults.append(UserError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(SCHEDULES)}"))
         if self.kl_target is not None and self.kl_target <= 0:
             faults.append(UserError(f"kl_target is {self.kl_target}", fix="set it above 0, or leave it out"))
+        if self.kl_target is not None and self.kl_coef == 0:
+            faults.append(UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too"))
         if self.num_samples < 2 and not isinstance(self.algorithm, PPO | Reinforce):
             faults.append(
                 UserError(

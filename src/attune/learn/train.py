@@ -60,13 +60,15 @@ def train(
     run: Path,
     *,
     resume: bool = False,
+    on_start: Callable[[], None] = lambda: None,
     on_step: OnStep = lambda metrics: None,
 ) -> Trained:
     """Train `policy` in place on the prompts of `rows`, writing the run to the folder `run`.
 
+    `on_start` is called when all is checked and nothing is written yet, `on_step` with the metrics of each step.
     Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
     """
-    trainer = Trainer(config, policy, rows, run, resume=resume)
+    trainer = Trainer(config, policy, rows, run, resume=resume, on_start=on_start)
     stopped, done = None, False
     try:
         with _ctrl_c() as pressed:
@@ -88,7 +90,14 @@ class Trainer:
     """The state of a run, and the step that changes it."""
 
     def __init__(
-        self, config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, *, resume: bool = False
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        rows: Sequence[Row],
+        run: Path,
+        *,
+        resume: bool = False,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.policy, self.run = config, policy, run
         self.accelerator = Accelerator(cpu=policy.device.type == "cpu")
@@ -109,6 +118,9 @@ class Trainer:
         begun = checkpoint.latest(run) if resume else None
         if begun is not None:
             self.progress = checkpoint.restore(begun, self.parameters, self.optimizer)
+            if config.kl_target is None:  # fixed: a run that stopped early may be told another to go on with
+                self.progress.kl_coef = config.kl_coef
+        on_start()
         self.record = Record(run, config, self.accelerator, self.progress.step if begun else None)
         if begun is not None:
             self.reward.copy_weights = self.record.load_heads(policy.device)
@@ -118,8 +130,10 @@ class Trainer:
         config, clock, step = self.config, _Clock(), self.progress.step
         seed = _seed(config.seed, step, self.accelerator.process_index)
         torch.manual_seed(seed)
+        places = self._places(step)
+        self._measure_heads(places)
         with clock("sample"):
-            prompts = self.prompts.select(self._batch(step))
+            prompts = self.prompts.select(places[self.accelerator.process_index :: self.accelerator.num_processes])
             rollout, replay = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
         with clock("score"):
             scores = self.reward(rollout, self.policy, replay)
@@ -138,8 +152,6 @@ class Trainer:
         self._advance(metrics, rollout)
         self.record.metrics(metrics)
         self.record.responses(step + 1, rollout, scores, advantages)
-        if step == 0 and self.reward.copy_weights is not None:
-            self.record.save_heads(self.reward.copy_weights)
         return metrics
 
     def save(self) -> None:
@@ -159,15 +171,21 @@ class Trainer:
                 self.policy.save(building)
         self.accelerator.wait_for_everyone()
 
-    def _batch(self, step: int) -> Tensor:
-        """Indices of this process's prompts at `step`: each epoch is a fresh permutation, walked without gaps."""
-        config, ranks = self.config, self.accelerator.num_processes
+    def _measure_heads(self, places: Tensor) -> None:
+        """Copy heads, where the reward reads them and has none: once a run, on a whole step's prompts, so that all
+        processes reward by the same."""
+        if self.reward.needs_heads and self.reward.copy_weights is None:
+            self.reward.copy_weights = self.reward.measure(self.prompts.select(places))
+            self.record.save_heads(self.reward.copy_weights)
+
+    def _places(self, step: int) -> Tensor:
+        """Indices of all processes' prompts at `step`: each epoch is a fresh permutation, walked without gaps."""
+        config = self.config
         total = len(self.prompts)
         first = step * config.prompts_per_step
         wanted = [divmod(place, total) for place in range(first, first + config.prompts_per_step)]
         orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(range(total), total) for epoch, _ in wanted}
-        index = [orders[epoch][place] for epoch, place in wanted]
-        return torch.tensor(index[self.accelerator.process_index :: ranks], device=self.prompts.ids.device)
+        return torch.tensor([orders[epoch][place] for epoch, place in wanted], device=self.prompts.ids.device)
 
     def _check_lengths(self, rows: Sequence[Row]) -> None:
         if self.config.prompts_per_step % self.accelerator.num_processes:

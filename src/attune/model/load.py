@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -31,9 +32,13 @@ def pick_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one, then Apple's MPS, then the CPU."""
     if device != "auto":
         try:
-            return torch.device(device)
+            found = torch.device(device)
         except RuntimeError as error:
             raise UserError(f"unknown device {device!r}", fix="use cpu, cuda, cuda:0, mps or auto") from error
+        there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        if (found.index or 0) >= there.get(found.type, math.inf):
+            raise UserError(f"no device {device!r} on this machine", fix="use cpu or auto")
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -42,25 +42,27 @@ worse. Measure this model on prompts of your own before you rely on it. What the
 holds for this model too."""
 
 
-def write_card(run_dir: Path, repo: str | None = None) -> Path:
-    """Write the card of the model in `run_dir/model` and return where it is. `repo`: its name on the hub, if any.
+def write_card(run_dir: Path, repo: str | None = None, *, chat: bool = False) -> Path:
+    """Write the card of the model in `run_dir/model` and return where it is.
+
+    `repo`: its name on the hub, if any. `chat`: whether it was trained on messages, and is to be asked so.
 
     Raises `UserError` as `read_run` does.
     """
     run = read_run(run_dir)
     config = load_config(TrainConfig, run_dir / "config.yaml")
     path = run_dir / "model" / "README.md"
-    atomic_write(path, _card(run, config, run_dir, repo))
+    atomic_write(path, _card(run, config, run_dir, repo, chat))
     return path
 
 
-def _card(run: Run, config: TrainConfig, folder: Path, repo: str | None) -> str:
+def _card(run: Run, config: TrainConfig, folder: Path, repo: str | None, chat: bool) -> str:
     network = json.loads((folder / "model" / "config.json").read_text("utf-8"))
     sections = [
         f"---\n{_front_matter(config)}\n---",
         f"# {markdown(repo or run.name)}",
         _summary(config),
-        "## Use\n\n" + _use(config, folder / "model", bool(network.get("is_encoder_decoder")), repo),
+        "## Use\n\n" + _use(config, bool(network.get("is_encoder_decoder")), repo, chat),
         "## Training\n\n" + _training(run, config),
         _progress(run.steps),
         _evaluation(run),
@@ -100,11 +102,9 @@ def _labels(reward: RewardConfig) -> str:
     return "" if any(":" in name for name in names) else "No labels: the reward reads prompt and response alone."
 
 
-def _use(config: TrainConfig, model: Path, encoder_decoder: bool, repo: str | None) -> str:
+def _use(config: TrainConfig, encoder_decoder: bool, repo: str | None, chat: bool) -> str:
     auto = "AutoModelForSeq2SeqLM" if encoder_decoder else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if config.trust_remote_code else ""
-    settings = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
-    chat = (model / "chat_template.jinja").exists() or "chat_template" in settings
     asked = (
         'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "…"}], add_generation_prompt=True, '
         'return_tensors="pt", return_dict=True\n)'
