@@ -72,6 +72,12 @@ def test_the_card_says_how_to_load_the_model_and_the_code_runs(family, lora, aut
     assert str(tmp_path) not in card.content and "adapter" not in os.listdir(run / "model")
 
 
+def test_a_model_trained_on_messages_is_asked_with_messages(model, tmp_path):
+    trained(model, tmp_path / "run")
+    told = [write_card(tmp_path / "run", chat=chat).read_text("utf-8") for chat in (False, True)]
+    assert ["apply_chat_template" in text for text in told] == [False, True]
+
+
 def test_settings_and_the_way_from_first_to_last_step(model, tmp_path):
     run = tmp_path / "run"
     settings = trained(model, run, steps=8, reward={"weights": {"length": -1.5, "random": 0.0}, "gates": ["ended"]})

@@ -49,6 +49,8 @@ class Hub:
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return 200, {"url": f"{self.url}/me/story", "id": "me/story", "name": "me/story"}
+        if path == "/api/models/me/story/auth-check/write":
+            return 200, {}
         if path == "/api/validate-yaml":  # of a card, which the client asks for before it commits
             return 200, {"errors": [], "warnings": []}
         if path == "/api/models/me/story/preupload/main":
@@ -183,6 +185,22 @@ def test_what_the_hub_refuses_is_told_before_training(model, tmp_path, capsys, o
         "check token and name, or leave --push-to-hub out"
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_repository_that_one_may_only_read_is_told_before_training(model, tmp_path, capsys, online):
+    with a_hub(**{"auth-check": (403, "No right to write")}) as hub:
+        online(hub)
+        assert main(arguments(model, tmp_path)) == 2
+    assert "the hub does not take it: No right to write" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_made_on_the_hub_for_prompts_that_cannot_be_used(model, tmp_path, capsys, online):
+    with a_hub() as hub:
+        online(hub)
+        assert main(arguments(model, tmp_path, "--max-new-tokens", "1000")) == 2
+    assert "new tokens" in capsys.readouterr().err
+    assert not hub.created and not (tmp_path / "run").exists()
 
 
 def test_an_upload_that_fails_leaves_the_model_and_the_command_that_pushes_it(model, tmp_path, capsys, online):

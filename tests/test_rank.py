@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from attune.cli import main
-from attune.data import Row, iter_rows
+from attune.data import Row, iter_rows, writable
 from attune.files import GrowingRows
 from attune.integrations import http
 from attune.model.policy import Policy
@@ -320,3 +323,20 @@ def test_other_prompts_cannot_go_on_with_a_ranking(stories, tmp_path, capsys, mo
     jsonl(stories, make_rows("agree", "test", 10))
     assert run(stories, tmp_path / "out", "--resume") == 2
     assert "prompts was" in capsys.readouterr().err
+
+
+def test_other_answers_or_weights_of_another_type_cannot_go_on(stories, tmp_path, capsys, monkeypatch):
+    assert interrupted(stories, tmp_path / "out", monkeypatch) == 130
+    for flags, named in ((["--answers-field", "kind"], "prompts was"), (["--dtype", "bfloat16"], "dtype was")):
+        assert run(stories, tmp_path / "out", "--resume", *flags) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_what_json_cannot_hold_is_told_before_anything_is_ranked(tmp_path, capsys):
+    file, table = tmp_path / "rows.parquet", {"prompt": ["a", "b"], "when": [date(2020, 1, 2)] * 2}
+    parquet.write_table(arrow.table(table), file)
+    assert writable(next(iter_rows(file))) == '["a", [], {"prompt": "a", "when": "2020-01-02"}]'
+    parquet.write_table(arrow.table({**table, "picture": [b"1", b"2"]}), file)
+    assert run(file, tmp_path / "out") == 2
+    told = "rows.parquet:row 1: `picture` cannot be written as JSON (bytes has no JSON form); leave that column out"
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()

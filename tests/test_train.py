@@ -27,6 +27,7 @@ from attune.learn.train import Trainer, _agreement, train
 from attune.model.policy import Lora, Policy
 from attune.model.sampling import Sampling
 from attune.types import Prompts, Rollout
+from attune.world import model_path
 from tests.families import save
 
 PROMPTS = [f"w{i} is in the w{i + 1} . where is w{i} ?" for i in range(12)]
@@ -132,10 +133,20 @@ def test_data_order_walks_every_prompt_once_an_epoch(tmp_path):
     trainer = Trainer(
         config(model, tmp_path, prompts_per_step=5), Policy.load(model, device="cpu"), rows(), tmp_path / "run"
     )
-    walked = [i for step in range(12) for i in trainer._batch(step).tolist()]
+    walked = [i for step in range(12) for i in trainer._places(step).tolist()]
     for epoch in range(5):
         assert sorted(walked[12 * epoch : 12 * epoch + 12]) == list(range(12))
     assert walked[:12] != walked[12:24]
+
+
+def test_a_resumed_run_takes_the_kl_coef_it_is_given(tmp_path):
+    model, run = save("llama", tmp_path / "model"), tmp_path / "run"
+    settings = config(model, run, steps=2, kl_coef=0.0)
+    train(settings, Policy.load(model, device="cpu"), rows(), run)
+    seen = []
+    longer = replace(settings, steps=3, kl_coef=0.2)
+    train(longer, Policy.load(model, device="cpu"), rows(), run, resume=True, on_step=seen.append)
+    assert [(m["step"], m["kl_coef"]) for m in seen] == [(3, 0.2)] and seen[0]["kl"] > 0
 
 
 def test_kl_is_zero_at_the_start_and_grows(tmp_path):
@@ -321,6 +332,7 @@ def test_an_early_stop_ends_the_run_with_a_model(tmp_path):
         ({"num_samples": 1}, "num_samples is 1"),
         ({"schedule": "cosin"}, "unknown schedule"),
         ({"kl_target": -1.0}, "kl_target is -1.0"),
+        ({"kl_target": 5.0, "kl_coef": 0.0}, "kl_target adapts kl_coef, which is 0"),
         ({"sampling": Sampling(temperature=0)}, "greedily"),
     ],
 )
@@ -346,9 +358,11 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
+from attune.data import Row
 from attune.learn.algorithms import {algorithm}
 from attune.learn.train import Trainer
 from attune.model.policy import Lora, Policy
+from attune.world import make_rows
 from tests.test_train import config, rows
 torch.set_num_threads(1)
 model, run = sys.argv[1], Path(sys.argv[2])
@@ -356,28 +370,37 @@ state = PartialState(cpu=True)
 torch.manual_seed(state.process_index)  # so that fresh adapters differ until they are made equal
 policy = Policy.load(model, device="cpu", lora=Lora(rank=2, alpha=4))
 # A budget of one group a micro-batch, and groups of unequal cost on the two processes.
-settings = config(model, run, algorithm={algorithm}(), max_tokens=40, lora=Lora(rank=2, alpha=4))
-trainer = Trainer(settings, policy, rows(), run)
+changes = dict(max_tokens={tokens}, lora=Lora(rank=2, alpha=4), reward="{reward}")
+settings = config(model, run, algorithm={algorithm}(), **changes)
+stories = [Row(row["prompt"]) for row in make_rows("conflict", "train", 12)]
+trainer = Trainer(settings, policy, stories if settings.reward == "attention" else rows(), run)
 for _ in range(3):
     metrics = trainer.step()
 weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
-torch.save((weights, metrics["loss"], metrics["reward"]), run / f"rank-{{state.process_index}}.pt")
+heads = None if trainer.reward.copy_weights is None else trainer.reward.copy_weights.tolist()
+torch.save((weights, metrics["loss"], metrics["reward"], heads), run / f"rank-{{state.process_index}}.pt")
 """
 
 
-@pytest.mark.parametrize("algorithm", ["GRPO", "PPO"])
-def test_two_processes_stay_in_step(algorithm, tmp_path):
-    """`torchrun` on two CPU processes: the same weights, loss and reward on both after three steps, one log."""
-    model, run = save("llama", tmp_path / "model"), tmp_path / "run"
+@pytest.mark.parametrize(
+    ("algorithm", "reward", "tokens"),
+    [("GRPO", "attention", 512), ("PPO", "tests.test_train:says_garden", 40)],
+    ids=["GRPO", "PPO"],
+)
+def test_two_processes_stay_in_step(algorithm, reward, tokens, tmp_path):
+    """`torchrun` on two CPU processes: the same weights, loss, reward and copy heads on both after three steps; one
+    log."""
+    own = reward == "attention"  # an untrained model has no copy heads
+    model, run = model_path("causal") if own else save("llama", tmp_path / "model"), tmp_path / "run"
     run.mkdir()
     script = tmp_path / "pair.py"
-    script.write_text(PAIR.format(algorithm=algorithm))
+    script.write_text(PAIR.format(algorithm=algorithm, reward=reward, tokens=tokens))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launch, str(script), str(model), str(run)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (one, *figures), (other, *same) = (torch.load(run / f"rank-{rank}.pt") for rank in (0, 1))
     assert torch.equal(one, other)
-    assert figures == same
+    assert figures == same and (figures[-1] is not None) == own
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     assert pandas.read_parquet(run / "completions").groupby(["step", "prompt"]).size().tolist() == [4] * 12  # of both

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,6 +318,24 @@ def test_attune_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_p
     expected = theirs.score(given["prompts"], given["completion_ids"], given["answers"]).reward
     torch.testing.assert_close(torch.tensor(rewards), expected, atol=1e-5, rtol=1e-5)
     assert any((p != q).any() for p, q in zip(policy.model.parameters(), start.model.parameters(), strict=True))
+
+
+def test_prompts_that_come_unequally_often_are_grouped_as_they_stand(policy):
+    """A process may hold a whole group and a part of another: neither is taken apart."""
+    reward = AttentionReward(policy, {**READS_ITSELF, "normalise": "group"})
+    trainer = SimpleNamespace(
+        args=GRPOConfig(**options("unused", max_completion_length=5)),
+        model=policy.model,
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+    )
+    first, second = prompts(2)
+    rows, answers = [first] * 4 + [second] * 2, [["garden"]] * 6
+    torch.manual_seed(0)
+    said = reward.rollout(rows, trainer)["completion_ids"]
+    texts = [policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in said]
+    rewards = torch.tensor(reward(rows, texts, said, answers))
+    torch.testing.assert_close(rewards, reward.reward.score(rows, said, answers).reward)
+    assert len(set(rewards[:4].tolist())) > 1
 
 
 def test_a_rollout_that_trl_would_not_have_is_refused(policy, tmp_path):
