@@ -1,4 +1,5 @@
-"""Dynamic batching: what waits while the model works is scored together next, and the queue has an end.
+"""Dynamic batching: of what waits while the model works, up to half of all that is under way is scored together next,
+and the queue has an end.
 
 A unit is one prompt with its responses. It is never split and never joined with another of the same prompt, so what
 one client is told does not depend on what others ask.
@@ -39,6 +40,8 @@ class Full(Exception):
 class _Unit:
     group: Group
     answer: asyncio.Future[list[Figures]]
+    request: object
+    """The same for all that was submitted together."""
 
 
 class Batcher:
@@ -54,6 +57,7 @@ class Batcher:
         self._units: deque[_Unit] = deque()
         self._more = asyncio.Event()
         self._seconds_each = 0.0
+        self._last = 0  # responses of the batch before
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="attune-score")
         self._worker: asyncio.Task[None] | None = None
 
@@ -77,7 +81,8 @@ class Batcher:
         if self.waiting + count > self.queue_size:
             raise Full(min(60, max(1, math.ceil(self.waiting * self._seconds_each))))
         loop = asyncio.get_running_loop()
-        units = [_Unit(group, loop.create_future()) for group in groups]
+        request = object()
+        units = [_Unit(group, loop.create_future(), request) for group in groups]
         self._units += units
         self.waiting += count
         self._more.set()
@@ -99,7 +104,7 @@ class Batcher:
                 for unit in units:
                     unit.answer.cancel()
                 raise
-            count = sum(len(unit.group.responses) for unit in units)
+            self._last = count = sum(len(unit.group.responses) for unit in units)
             each = (time.monotonic() - began) / count
             self._seconds_each = _MEMORY * self._seconds_each + (1 - _MEMORY) * each if self._seconds_each else each
             self._scored(count)
@@ -115,7 +120,12 @@ class Batcher:
         """The units of the next batch, out of the queue; those that nobody waits for any more are dropped."""
         units: list[_Unit] = []
         count = 0
-        while self._units and (not units or count + len(self._units[0].group.responses) <= self.batch_size):
+        # Half of what is under way: were all clients served at once, the model would idle while they ask again.
+        half = min(self.batch_size, (self.waiting + self._last + 1) // 2)
+        while self._units:
+            together = units and self._units[0].request is units[-1].request
+            if units and count + len(self._units[0].group.responses) > (self.batch_size if together else half):
+                break
             unit = self._units.popleft()
             self.waiting -= len(unit.group.responses)
             if not unit.answer.done():
