@@ -255,6 +255,16 @@ def test_an_interrupted_run_says_how_to_go_on(stories, tmp_path, capsys, monkeyp
     assert "is there already" in capsys.readouterr().err
 
 
+def test_interrupted_before_the_first_batch_there_is_nothing_to_go_on_with(stories, tmp_path, capsys, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GrowingRows, "add", pressed)
+    assert run(stories, tmp_path / "out") == 130
+    assert "interrupted at prompt 0 of 10; nothing is written yet" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [stories]
+
+
 ROW = {"prompt": "where is mary ?"}
 
 

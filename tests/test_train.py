@@ -26,8 +26,9 @@ from attune.learn.stopping import Stopping, reason_to_stop
 from attune.learn.train import Trainer, _agreement, train
 from attune.model.policy import Lora, Policy
 from attune.model.sampling import Sampling
+from attune.reward.heads import FILE_NAME, load_heads
 from attune.types import Prompts, Rollout
-from attune.world import model_path
+from attune.world import make_rows, model_path
 from tests.families import save
 
 PROMPTS = [f"w{i} is in the w{i + 1} . where is w{i} ?" for i in range(12)]
@@ -147,6 +148,20 @@ def test_a_resumed_run_takes_the_kl_coef_it_is_given(tmp_path):
     longer = replace(settings, steps=3, kl_coef=0.2)
     train(longer, Policy.load(model, device="cpu"), rows(), run, resume=True, on_step=seen.append)
     assert [(m["step"], m["kl_coef"]) for m in seen] == [(3, 0.2)] and seen[0]["kl"] > 0
+
+
+def test_heads_first_measured_after_a_resume_stay_with_the_run(tmp_path):
+    model, run = model_path("causal"), tmp_path / "run"
+    stories = [Row(row["prompt"]) for row in make_rows("conflict", "train", 8)]
+    settings = config(model, run, steps=1, reward="certainty")
+    train(settings, Policy.load(model, device="cpu"), stories, run)
+    assert not (run / FILE_NAME).exists()
+    kept = []
+    for steps in (2, 3):
+        later = replace(settings, steps=steps, reward="attention")
+        train(later, Policy.load(model, device="cpu"), stories, run, resume=True)
+        kept.append(load_heads(run))
+    assert torch.equal(*kept)
 
 
 def test_kl_is_zero_at_the_start_and_grows(tmp_path):
