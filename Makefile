@@ -7,7 +7,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.attune-installed
+STAMP := $(VENV)/.adhere-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -19,14 +19,14 @@ help:
 # torch comes first and alone, at the pinned version: left to the resolver, the newest one would be fetched, with all of
 # its CUDA libraries, only to be replaced.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "attune needs Python 3.11 or newer, and $(PYTHON) is %d.%d; try: make PYTHON=python3.11 $(MAKECMDGOALS)" % v[:2])'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "adhere needs Python 3.11 or newer, and $(PYTHON) is %d.%d; try: make PYTHON=python3.11 $(MAKECMDGOALS)" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## train the embedded model, evaluate it before and after, write runs/demo/report.html
-	$(BIN)/attune demo --output runs/demo
+	$(BIN)/adhere demo --output runs/demo
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -44,8 +44,8 @@ format: $(STAMP)  ## rewrite the code as `lint` wants it
 	$(BIN)/ruff format .
 
 models: $(STAMP)  ## train the two embedded base models anew
-	$(BIN)/python -m attune.world.models --kind causal --output src/attune/world/causal
-	$(BIN)/python -m attune.world.models --kind encdec --output src/attune/world/encdec
+	$(BIN)/python -m adhere.world.models --kind causal --output src/adhere/world/causal
+	$(BIN)/python -m adhere.world.models --kind encdec --output src/adhere/world/encdec
 
 bench: $(STAMP)  ## time and memory of a step and of a capture
 	$(BIN)/python benchmarks/step.py

@@ -19,8 +19,8 @@ import torch
 from memory import peak_mb
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attune.model.accumulate import WeightedMap
-from attune.model.capture import capture
+from adhere.model.accumulate import WeightedMap
+from adhere.model.capture import capture
 
 SHAPES = ((512, 64), (512, 256))
 MEMORY_SHAPE = (2048, 256)

@@ -4,7 +4,7 @@
     python benchmarks/human_preferences.py --model runs/real/base [--sets hh_harmless pandalm] [--pairs 400]
 
 For each set of pairs: the share in which a signal is higher for the chosen response, ties half, 0.5 = chance; of the
-reward `attention`; and of the weights that `attune calibrate` fits, cross-validated by prompt.
+reward `attention`; and of the weights that `adhere calibrate` fits, cross-validated by prompt.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from attune.data import Row, read_rows
-from attune.measure.calibrate import SIGNALS, features_of, fit
-from attune.measure.stats import Figure, bootstrap
-from attune.model.policy import Policy
+from adhere.data import Row, read_rows
+from adhere.measure.calibrate import SIGNALS, features_of, fit
+from adhere.measure.stats import Figure, bootstrap
+from adhere.model.policy import Policy
 
 LONGEST = 1500
 """Characters of a prompt and its longer response."""

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 
-from attune.data import Row
-from attune.measure.stats import bootstrap, paired_bootstrap
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.rank import RankConfig, Ranked, measure_heads, rank, sampled
-from attune.reward.named import RewardConfig, config_of
-from attune.reward.reward import Reward
-from attune.reward.rivals import normalise_answer
-from attune.world import make_rows, model_path
+from adhere.data import Row
+from adhere.measure.stats import bootstrap, paired_bootstrap
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.rank import RankConfig, Ranked, measure_heads, rank, sampled
+from adhere.reward.named import RewardConfig, config_of
+from adhere.reward.reward import Reward
+from adhere.reward.rivals import normalise_answer
+from adhere.world import make_rows, model_path
 
 CONFIDENCE = RewardConfig({"coherence": 1.0}, normalise="none", gates=("ended",))
 ARMS = {

@@ -1,4 +1,4 @@
-"""Throughput of `attune score --engine ray`: two workers against one, and what a killed worker costs.
+"""Throughput of `adhere score --engine ray`: two workers against one, and what a killed worker costs.
 
     python benchmarks/ray_data.py [--rows 1024] [--rounds 3]
 
@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from step import prompts, save_model
 
-from attune.cli import main as attune
-from attune.integrations.ray import cluster
-from attune.parts import SUCCESS, PartedRows
+from adhere.cli import main as adhere
+from adhere.integrations.ray import cluster
+from adhere.parts import SUCCESS, PartedRows
 
 BATCH = 16
 
@@ -71,10 +71,10 @@ def score(folder: Path, name: str, workers: int, kill_after: int | None = None) 
     PartedRows.add = add_and_watch  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            code = attune([*given, "--quiet"])
+            code = adhere([*given, "--quiet"])
     finally:
         PartedRows.add = add  # type: ignore[method-assign]
-    assert code == 0, f"attune score ended with {code}"
+    assert code == 0, f"adhere score ended with {code}"
     run.seconds = time.perf_counter() - began
     return run
 

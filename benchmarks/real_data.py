@@ -1,4 +1,4 @@
-"""attune on real data: `eval`, `train`, `eval` on bAbI; `score` on three sets of right and wrong responses.
+"""adhere on real data: `eval`, `train`, `eval` on bAbI; `score` on three sets of right and wrong responses.
 
     python benchmarks/real_model.py --data ../shared/data --output runs/real/base
     python benchmarks/real_data.py --data ../shared/data --base runs/real/base --output runs/real/study
@@ -21,8 +21,8 @@ from typing import Any
 
 from real_model import response_of
 
-from attune.data import read_rows, write_jsonl
-from attune.measure.stats import bootstrap
+from adhere.data import read_rows, write_jsonl
+from adhere.measure.stats import bootstrap
 
 PAIRED = {"fairytaleqa": "validation", "squad_xquad": "validation", "self_instruct": "train"}
 """Data set → the part whose responses are scored."""
@@ -31,10 +31,10 @@ LONGEST = 1800
 METRICS = ("exact_match", "f1", "consistency", "repetition", "length", "kl")
 
 
-def attune(*arguments: str | Path | int | float) -> dict[str, Any]:
-    """Run an attune command; its JSON document."""
-    command = [sys.executable, "-m", "attune.cli", *map(str, arguments), "--json"]
-    print("$ attune", *map(str, arguments), file=sys.stderr, flush=True)
+def adhere(*arguments: str | Path | int | float) -> dict[str, Any]:
+    """Run an adhere command; its JSON document."""
+    command = [sys.executable, "-m", "adhere.cli", *map(str, arguments), "--json"]
+    print("$ adhere", *map(str, arguments), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -43,13 +43,13 @@ def attune(*arguments: str | Path | int | float) -> dict[str, Any]:
 def train_on_babi(options: argparse.Namespace, reward: str) -> dict[str, Any]:
     """Train with `reward`, and compare with the base model on validation rows."""
     run = options.output / reward
-    trained = attune(
+    trained = adhere(
         "train", "--model", options.base, "--prompts", options.prompts or options.data / "babi/train.jsonl",
         "--output", run,
         "--reward", reward, "--steps", options.steps, "--learning-rate", options.learning_rate,
         "--prompts-per-step", 16, "--max-new-tokens", 8, "--seed", options.seed,
     )  # fmt: skip
-    found = attune(
+    found = adhere(
         "eval", "--model", run / "model", "--baseline", options.base,
         "--prompts", options.data / f"babi/{options.part}.jsonl", "--output", run / "eval",
         "--max-new-tokens", 8, "--batch-size", 64,
@@ -70,7 +70,7 @@ def score_pairs(options: argparse.Namespace, name: str, part: str) -> dict[str, 
         pairs += [{"prompt": row.prompt, "response": response_of(which)} for which in (row, other)]
     given, scored = options.output / f"{name}.jsonl", options.output / f"{name}.scored.jsonl"
     write_jsonl(given, pairs)
-    attune("score", "--model", options.base, "--input", given, "--output", scored)
+    adhere("score", "--model", options.base, "--input", given, "--output", scored)
     lines = [json.loads(line) for line in scored.read_text().splitlines()]
     values = [{"reward": line["reward"], **line["signals"]} for line in lines]
     wins = {

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from attune.data import Row, read_rows, write_jsonl
+from adhere.data import Row, read_rows, write_jsonl
 
 SETS = {"babi": 6, "fairytaleqa": 1, "self_instruct": 1}
 """Data set → how often its training rows are seen, relative to their number."""

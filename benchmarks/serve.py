@@ -1,4 +1,4 @@
-"""Throughput and latency of `attune serve` under 1, 8 and 32 clients, against the same pairs scored offline.
+"""Throughput and latency of `adhere serve` under 1, 8 and 32 clients, against the same pairs scored offline.
 
     python benchmarks/serve.py [--pairs 256] [--rounds 3]
 
@@ -30,13 +30,13 @@ from urllib.parse import urlsplit
 import torch
 from step import prompts, save_model
 
-from attune.model.policy import Policy
-from attune.rank import Group, score_groups
-from attune.reward.heads import load_heads, save_heads
-from attune.reward.named import config_of
-from attune.reward.reward import Reward
-from attune.serve.config import ServeConfig
-from attune.world import make_rows, model_path
+from adhere.model.policy import Policy
+from adhere.rank import Group, score_groups
+from adhere.reward.heads import load_heads, save_heads
+from adhere.reward.named import config_of
+from adhere.reward.reward import Reward
+from adhere.serve.config import ServeConfig
+from adhere.world import make_rows, model_path
 
 CLIENTS = (1, 8, 32)
 Pairs = list[tuple[str, str]]
@@ -72,7 +72,7 @@ def offline(model: Path, heads: Path, pairs: Pairs, line: Any) -> None:
 def server(model: Path, heads: Path) -> Iterator[str]:
     given = ["--model", str(model), "--heads", str(heads), "--port", "0", "--device", "cpu", "--json"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "attune.cli", "serve", *given],
+        [sys.executable, "-m", "adhere.cli", "serve", *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

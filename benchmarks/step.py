@@ -1,10 +1,10 @@
-"""Seconds a training step and peak memory: attune against TRL's GRPOTrainer with the attention reward users write.
+"""Seconds a training step and peak memory: adhere against TRL's GRPOTrainer with the attention reward users write.
 
     python benchmarks/step.py [--threads 2] [--steps 3]
 
 Same model (Llama, 384 wide, 6 layers, 6/3 heads, vocabulary 4096, random weights), same prompts, K = 8, float32, KL to
 the frozen start, and the same reward: mean attention of response tokens to the prompt in the frozen start. TRL's reward
-function runs that model with `output_attentions=True`; attune replays it once. The two take turns, a step each, and
+function runs that model with `output_attentions=True`; adhere replays it once. The two take turns, a step each, and
 the ratio is the median of neighbouring steps. Peak memory (Linux) is of a process of its own for each.
 """
 
@@ -57,13 +57,13 @@ def prompts(length: int, count: int) -> list[str]:
 Step = Callable[[], None]
 
 
-def attune_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
-    """A function that takes the next training step of attune."""
-    from attune.data import Row
-    from attune.learn.settings import TrainConfig
-    from attune.learn.train import Trainer
-    from attune.model.policy import Policy
-    from attune.model.sampling import Sampling
+def adhere_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
+    """A function that takes the next training step of adhere."""
+    from adhere.data import Row
+    from adhere.learn.settings import TrainConfig
+    from adhere.learn.train import Trainer
+    from adhere.model.policy import Policy
+    from adhere.model.sampling import Sampling
 
     length, response, count = shape
     config = TrainConfig(
@@ -118,7 +118,7 @@ def trl_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
 
 
 def grpo_config(run: Path, shape: tuple[int, int, int]) -> Any:
-    """TRL's options for what attune's run does."""
+    """TRL's options for what adhere's run does."""
     from trl import GRPOConfig
 
     _, response, count = shape
@@ -154,7 +154,7 @@ def stepper(trainer: Any) -> Step:
     return step
 
 
-SIDES = {"attune": attune_step, "trl": trl_step}
+SIDES = {"adhere": adhere_step, "trl": trl_step}
 
 
 def seconds(shape: tuple[int, int, int], steps: int) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def seconds(shape: tuple[int, int, int], steps: int) -> dict[str, Any]:
         taken = in_turns({name: side(model, Path(folder, name), shape) for name, side in SIDES.items()}, steps)
     return {
         **{f"{name}_seconds": round(statistics.median(values), 2) for name, values in taken.items()},
-        "trl_over_attune": ratio(taken["trl"], taken["attune"]),
+        "trl_over_adhere": ratio(taken["trl"], taken["adhere"]),
     }
 
 

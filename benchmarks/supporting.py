@@ -23,13 +23,13 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from attune.data import Row, read_rows
-from attune.measure.stats import Figure, bootstrap, paired_bootstrap
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.reward import heads
-from attune.reward.rivals import normalise_answer
-from attune.reward.salience import token_classes
+from adhere.data import Row, read_rows
+from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward import heads
+from adhere.reward.rivals import normalise_answer
+from adhere.reward.salience import token_classes
 
 BATCH = 50
 HEADS = ("all heads", "copy heads")

@@ -1,9 +1,9 @@
-"""Seconds a step of TRL's GRPOTrainer with attune's reward: TRL samples, or attune does through `rollout_func`.
+"""Seconds a step of TRL's GRPOTrainer with adhere's reward: TRL samples, or adhere does through `rollout_func`.
 
     python benchmarks/trl_rollout.py [--threads 2] [--steps 3]
 
 Model, prompts and shapes of benchmarks/step.py, K = 8. Two rewards of the same signal, mean attention to the prompt: of
-the frozen start, and of the policy in training, which attune reads while it samples, so that scoring takes no forward.
+the frozen start, and of the policy in training, which adhere reads while it samples, so that scoring takes no forward.
 The ways take turns, a step each; ratios are medians of neighbouring steps.
 """
 
@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from step import SHAPES, Step, grpo_config, in_turns, prompts, ratio, save_model, stepper
 
-WAYS = {f"{scorer}, {who} samples": (scorer, who) for scorer in ("reference", "policy") for who in ("trl", "attune")}
+WAYS = {f"{scorer}, {who} samples": (scorer, who) for scorer in ("reference", "policy") for who in ("trl", "adhere")}
 
 
 def step_of(model: Path, run: Path, shape: tuple[int, int, int], scorer: str, who: str) -> Step:
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    from attune import Policy
-    from attune.integrations.trl import AttentionReward
+    from adhere import Policy
+    from adhere.integrations.trl import AttentionReward
 
     policy = Policy.load(model, device="cpu")
     reward = AttentionReward(policy, {"weights": {"lookback": 1.0}, "normalise": "none", "scorer": scorer}, name=scorer)
@@ -36,7 +36,7 @@ def step_of(model: Path, run: Path, shape: tuple[int, int, int], scorer: str, wh
         reward_funcs=reward,
         args=grpo_config(run, shape),
         train_dataset=Dataset.from_dict({"prompt": prompts(shape[0], 64)}),
-        rollout_func=reward.rollout if who == "attune" else None,
+        rollout_func=reward.rollout if who == "adhere" else None,
     )
     return stepper(trainer)
 
@@ -49,7 +49,7 @@ def seconds(shape: tuple[int, int, int], steps: int) -> dict[str, float]:
         taken = in_turns(ways, steps)
     found = {name: round(statistics.median(values), 2) for name, values in taken.items()}
     for scorer in ("reference", "policy"):
-        found[f"{scorer}: trl / attune"] = ratio(taken[f"{scorer}, trl samples"], taken[f"{scorer}, attune samples"])
+        found[f"{scorer}: trl / adhere"] = ratio(taken[f"{scorer}, trl samples"], taken[f"{scorer}, adhere samples"])
     return found
 
 

@@ -7,8 +7,8 @@ Without --model the embedded model answers, offline. A folder that holds a model
 
 import argparse
 
-from attune import Policy, Reward
-from attune.world import model_path
+from adhere import Policy, Reward
+from adhere.world import model_path
 
 STORY = "mary went to the garden . john is in the office . where is mary ? answer :"
 

@@ -7,10 +7,10 @@ import argparse
 
 from peft import PeftModel
 
-from attune import Lora, Policy, Sampling, TrainConfig, train
-from attune.data import Row, write_jsonl
-from attune.files import new_run_dir
-from attune.world import make_rows, model_path
+from adhere import Lora, Policy, Sampling, TrainConfig, train
+from adhere.data import Row, write_jsonl
+from adhere.files import new_run_dir
+from adhere.world import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")

@@ -1,17 +1,17 @@
-"""A signal of your own: a function of what the model looked at, weighed with attune's signals, trained on.
+"""A signal of your own: a function of what the model looked at, weighed with adhere's signals, trained on.
 
 python examples/own_signal.py [--model PATH_OR_HUB_ID] [--steps 20] [--output runs/own-signal]
 
-The command line takes the same, from the folder that holds this file: attune train --config run.yaml, with
+The command line takes the same, from the folder that holds this file: adhere train --config run.yaml, with
 `reward: {weights: {coherence: 1.0, "own_signal:peak": 0.5}}`.
 """
 
 import argparse
 
-from attune import Policy, Reward, Sampling, TrainConfig, train
-from attune.data import Row, write_jsonl
-from attune.files import new_run_dir
-from attune.world import make_rows, model_path
+from adhere import Policy, Reward, Sampling, TrainConfig, train
+from adhere.data import Row, write_jsonl
+from adhere.files import new_run_dir
+from adhere.world import make_rows, model_path
 
 
 def peak(evidence):
@@ -46,5 +46,5 @@ def main():
     )  # fmt: skip
 
 
-if __name__ == "__main__":  # attune imports this file to find `peak`
+if __name__ == "__main__":  # adhere imports this file to find `peak`
     main()

@@ -5,10 +5,10 @@ python examples/rerank.py [--model PATH_OR_HUB_ID] [--prompts 4] [--samples 8]
 
 import argparse
 
-from attune import Policy, Reward, Sampling
-from attune.data import Row
-from attune.rank import RankConfig, blank_between, measure_heads, rank, sampled
-from attune.world import make_rows, model_path
+from adhere import Policy, Reward, Sampling
+from adhere.data import Row
+from adhere.rank import RankConfig, blank_between, measure_heads, rank, sampled
+from adhere.world import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")

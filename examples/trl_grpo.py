@@ -1,6 +1,6 @@
-"""TRL's GRPOTrainer on attune's attention reward: no labels, no reward model.
+"""TRL's GRPOTrainer on adhere's attention reward: no labels, no reward model.
 
-python examples/trl_grpo.py [--model PATH] [--steps 20] [--output runs/trl]      (needs attune[trl])
+python examples/trl_grpo.py [--model PATH] [--steps 20] [--output runs/trl]      (needs adhere[trl])
 """
 
 import argparse
@@ -8,9 +8,9 @@ import argparse
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from attune import Policy
-from attune.integrations.trl import AttentionReward
-from attune.world import make_rows, model_path
+from adhere import Policy
+from adhere.integrations.trl import AttentionReward
+from adhere.world import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")

@@ -15,5 +15,5 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from hypothesis import settings
 
-settings.register_profile("attune", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("attune")
+settings.register_profile("adhere", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("adhere")

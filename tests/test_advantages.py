@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.errors import UserError
-from attune.learn.advantages import (
+from adhere.errors import UserError
+from adhere.learn.advantages import (
     SCALES,
     baseline,
     gae,

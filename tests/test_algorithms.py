@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.errors import UserError
-from attune.learn import advantages
-from attune.learn.algorithms import (
+from adhere.errors import UserError
+from adhere.learn import advantages
+from adhere.learn.algorithms import (
     ALGORITHMS,
     DPO,
     GRPO,
@@ -25,8 +25,8 @@ from attune.learn.algorithms import (
     next_baseline,
     next_kl_coef,
 )
-from attune.learn.losses import LossInputs
-from attune.options import docs_of
+from adhere.learn.losses import LossInputs
+from adhere.options import docs_of
 from tests.families import save
 
 INF, NAN = float("inf"), float("nan")

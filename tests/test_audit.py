@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from attune.data import Row
-from attune.errors import UserError
-from attune.measure.audit import AuditConfig, audit, with_controls
-from attune.measure.degenerate import FAMILIES
-from attune.model.policy import Policy
-from attune.reward.named import RewardConfig
-from attune.reward.reward import Reward
-from attune.reward.signals import Evidence
-from attune.world import make_rows, model_path
+from adhere.data import Row
+from adhere.errors import UserError
+from adhere.measure.audit import AuditConfig, audit, with_controls
+from adhere.measure.degenerate import FAMILIES
+from adhere.model.policy import Policy
+from adhere.reward.named import RewardConfig
+from adhere.reward.reward import Reward
+from adhere.reward.signals import Evidence
+from adhere.world import make_rows, model_path
 
 CONFIG = AuditConfig(num_samples=6, max_new_tokens=8, batch_size=5)
 ROWS = [
@@ -106,8 +106,8 @@ def test_what_cannot_be_audited_is_said(policy: Policy) -> None:
 
 
 def test_the_page_escapes_what_it_shows(tmp_path: Path) -> None:
-    from attune.files import to_json
-    from attune.report.audit import write_audit
+    from adhere.files import to_json
+    from adhere.report.audit import write_audit
 
     entry = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     reward = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attune.data import Row
+from adhere.data import Row
 
 ROOT = Path(__file__).parents[1]
 STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "limits", "rank", "train"))

@@ -15,15 +15,15 @@ import pytest
 import torch
 import yaml
 
-from attune.cli import main
-from attune.data import Row, read_rows
-from attune.errors import UserError
-from attune.measure.calibrate import HEADS_FROM, SIGNALS, Features, calibrate, features_of, fit
-from attune.measure.suggest import SuggestConfig, suggest
-from attune.model.policy import Policy
-from attune.report.answer import BODY_LIMIT, Session, serve
-from attune.reward.reward import Reward
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.data import Row, read_rows
+from adhere.errors import UserError
+from adhere.measure.calibrate import HEADS_FROM, SIGNALS, Features, calibrate, features_of, fit
+from adhere.measure.suggest import SuggestConfig, suggest
+from adhere.model.policy import Policy
+from adhere.report.answer import BODY_LIMIT, Session, serve
+from adhere.reward.reward import Reward
+from adhere.world import make_rows, model_path
 from tests.families import build, save, tokenizer
 
 NAMES = (*SIGNALS, "0.0", "0.1")
@@ -195,8 +195,8 @@ def test_the_kind_of_a_model_tells_its_decoder_and_its_heads(family):
 
 
 def test_without_scikit_learn_the_way_to_get_it_is_told(policy, rows, monkeypatch):
-    monkeypatch.setattr("attune.measure.calibrate.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"attune\[calibrate\]"):
+    monkeypatch.setattr("adhere.measure.calibrate.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"adhere\[calibrate\]"):
         calibrate(policy, rows)
     assert util.find_spec("sklearn") is not None
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from attune.errors import UnsupportedModel, UserError
-from attune.model.accumulate import CopyHits, WeightedMap
-from attune.model.capture import IMPLEMENTATION, capture, verify
-from attune.model.families import attention_layers
+from adhere.errors import UnsupportedModel, UserError
+from adhere.model.accumulate import CopyHits, WeightedMap
+from adhere.model.capture import IMPLEMENTATION, capture, verify
+from adhere.model.families import attention_layers
 from tests.families import CAUSAL, SEQ2SEQ, VOCAB, build
 
 PROMPT, RESPONSE = 13, 6
@@ -106,7 +106,7 @@ def test_tiles_of_any_size_give_the_same_map(monkeypatch):
     inputs, rows, columns = batch(model, "left")
     found = []
     for elements in (1, 10_000_000):
-        monkeypatch.setattr("attune.model.capture.TILE_ELEMENTS", elements)
+        monkeypatch.setattr("adhere.model.capture.TILE_ELEMENTS", elements)
         keep = WeightedMap((3, RESPONSE, PROMPT), model.device)
         with capture(model, rows, columns, [keep]):
             model(**inputs)
@@ -157,7 +157,7 @@ def test_a_forward_that_skips_layers_is_refused():
 
 def test_the_self_check_sees_attention_that_eager_does_not_have(monkeypatch):
     model = build("llama")
-    from attune.model import capture as module
+    from adhere.model import capture as module
 
     honest = module._Scores.probabilities
     monkeypatch.setattr(module._Scores, "probabilities", lambda self, b, r: honest(self, b, r).roll(1, -1))

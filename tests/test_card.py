@@ -12,15 +12,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from attune.cli import main
-from attune.config import dump_yaml
-from attune.learn.algorithms import DPO
-from attune.learn.stopping import Stopping
-from attune.learn.train import train
-from attune.markup import markdown
-from attune.model.policy import Lora, Policy
-from attune.model.sampling import Sampling
-from attune.report.card import write_card
+from adhere.cli import main
+from adhere.config import dump_yaml
+from adhere.learn.algorithms import DPO
+from adhere.learn.stopping import Stopping
+from adhere.learn.train import train
+from adhere.markup import markdown
+from adhere.model.policy import Lora, Policy
+from adhere.model.sampling import Sampling
+from adhere.report.card import write_card
 from tests.families import save
 from tests.test_train import config, rows
 
@@ -63,9 +63,9 @@ def test_the_card_says_how_to_load_the_model_and_the_code_runs(family, lora, aut
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["attune", "reinforcement-learning", "grpo", *(["lora"] if lora else [])],
+        "tags": ["adhere", "reinforcement-learning", "grpo", *(["lora"] if lora else [])],
     }
-    assert auto in card.text and card.text.lstrip().startswith("# story\n\n**base**, post-trained with attune")
+    assert auto in card.text and card.text.lstrip().startswith("# story\n\n**base**, post-trained with adhere")
     assert ("| weights | LoRA of rank 2, alpha 4, merged |" in card.text) == bool(lora)
     printed = run_its_code(card, run / "model", monkeypatch, capsys)
     assert printed.endswith("\n") and "is in the" not in printed  # the answer without its prompt

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from attune.cli import main
+from adhere.cli import main
 from tests.families import save, tokenizer
 
 ROWS = [
@@ -46,7 +46,7 @@ def test_help_lists_the_commands(capsys):
     for command in ("demo", "train", "audit", "score", "rank", "inspect", "eval"):
         assert command in text
         assert main([command, "--help"]) == 0
-        assert "usage: attune " + command in capsys.readouterr().out
+        assert "usage: adhere " + command in capsys.readouterr().out
     assert main([]) == 2
 
 
@@ -246,7 +246,7 @@ def test_options_that_make_no_sense(model, prompts, tmp_path, capsys, flags, mes
 
 
 def test_a_tracker_that_is_not_installed(model, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("attune.learn.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("adhere.learn.trackers.find_spec", lambda name: None)
     assert train(model, prompts, tmp_path / "run", "--trackers", "wandb") == 2
     refused(capsys, tmp_path / "run", "wandb is not installed; pip install wandb")
 
@@ -279,7 +279,7 @@ def test_nothing_to_resume(model, prompts, tmp_path, capsys):
 
 
 def test_a_full_disk_fails_while_running(model, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("attune.files._free", lambda path: 1000)
+    monkeypatch.setattr("adhere.files._free", lambda path: 1000)
     assert train(model, prompts, tmp_path / "run", "--reward", "certainty") == 1
     assert "no room on disk" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoints/step-*"))

@@ -13,10 +13,10 @@ import datasets
 import pyarrow as arrow
 import pytest
 
-from attune.cli import main
-from attune.commands import COMMANDS
-from attune.data import Columns, iter_rows, read_rows
-from attune.errors import UserError
+from adhere.cli import main
+from adhere.commands import COMMANDS
+from adhere.data import Columns, iter_rows, read_rows
+from adhere.errors import UserError
 from tests.families import save
 
 OWN = Columns(prompt_field="text", answers_field="gold")

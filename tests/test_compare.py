@@ -1,4 +1,4 @@
-"""`attune compare` on tiny models: every arm end to end, finished runs left alone, figures against a hand-made case."""
+"""`adhere compare` on tiny models: every arm end to end, finished runs left alone, figures against a hand-made case."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from attune.cli import main
-from attune.compare.figures import standings
-from attune.compare.plan import CompareConfig, arm_of, folder_name, jobs_of
-from attune.errors import UserError
-from attune.report.compare import write_compare
+from adhere.cli import main
+from adhere.compare.figures import standings
+from adhere.compare.plan import CompareConfig, arm_of, folder_name, jobs_of
+from adhere.errors import UserError
+from adhere.report.compare import write_compare
 from tests.families import save
 
 ROWS = [

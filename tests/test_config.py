@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from attune.config import add_arguments, dump_yaml, flags_given, load_config, to_dict
-from attune.errors import UnsupportedModel, UserError
-from attune.options import options
+from adhere.config import add_arguments, dump_yaml, flags_given, load_config, to_dict
+from adhere.errors import UnsupportedModel, UserError
+from adhere.options import options
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from attune import console as module
-from attune.console import Console, escaped, shown
+from adhere import console as module
+from adhere.console import Console, escaped, shown
 
 Captured = pytest.CaptureFixture[str]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from attune import records
-from attune.data import Columns, Row, iter_rows, read_rows, write_jsonl
-from attune.errors import UserError
+from adhere import records
+from adhere.data import Columns, Row, iter_rows, read_rows, write_jsonl
+from adhere.errors import UserError
 
 
 def saved(folder: Path, *rows: Any, name: str = "prompts.jsonl") -> Path:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.measure.degenerate import FAMILIES, TRUNCATIONS, Case, Vocabulary
-from attune.reward.salience import token_classes
+from adhere.measure.degenerate import FAMILIES, TRUNCATIONS, Case, Vocabulary
+from adhere.reward.salience import token_classes
 from tests.families import tokenizer
 
 WORDS = Vocabulary(

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from attune.data import Row
-from attune.errors import UserError
-from attune.measure.evaluate import EvalConfig, Evaluation, evaluate
-from attune.measure.kept import Kept
-from attune.measure.metrics import METRICS, token_f1, words
-from attune.measure.readers import Embedder, follow_up
-from attune.measure.stats import bootstrap, paired_bootstrap, permutation_test
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.report.page import write_report
+from adhere.data import Row
+from adhere.errors import UserError
+from adhere.measure.evaluate import EvalConfig, Evaluation, evaluate
+from adhere.measure.kept import Kept
+from adhere.measure.metrics import METRICS, token_f1, words
+from adhere.measure.readers import Embedder, follow_up
+from adhere.measure.stats import bootstrap, paired_bootstrap, permutation_test
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.report.page import write_report
 from tests.families import save
 
 CONFIG = EvalConfig(num_samples=3, max_new_tokens=6, batch_size=4, seed=3)

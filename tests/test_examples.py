@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from safetensors import safe_open
 
-from attune import Policy
+from adhere import Policy
 from tests.families import save
 
 ROOT = Path(__file__).parents[1]

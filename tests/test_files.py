@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from attune import files
-from attune.errors import RunFailed, UserError
-from attune.files import (
+from adhere import files
+from adhere.errors import RunFailed, UserError
+from adhere.files import (
     append_jsonl,
     atomic_dir,
     atomic_write,
@@ -132,7 +132,7 @@ def test_a_full_disk_reported_in_words_by_a_library_is_understood(tmp_path: Path
 
 def test_a_kill_leaves_only_a_partial_that_the_sweep_removes(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from attune.files import atomic_dir\n"
+        "import os, sys; from adhere.files import atomic_dir\n"
         "with atomic_dir(sys.argv[1]) as b:\n    (b / 'a').write_text('x'); os.kill(os.getpid(), 9)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}

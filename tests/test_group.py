@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from attune.reward.group import GATE_MARGIN, gate, group_normalise
-from attune.reward.named import NAMED, RewardConfig
-from attune.reward.reward import combine
+from adhere.reward.group import GATE_MARGIN, gate, group_normalise
+from adhere.reward.named import NAMED, RewardConfig
+from adhere.reward.reward import combine
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2])
 

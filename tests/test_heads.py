@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attune.errors import RunFailed, UserError
-from attune.model.policy import Policy
-from attune.reward.heads import FILE_NAME, copy_weights, load_heads, measure, save_heads
-from attune.reward.salience import token_classes
+from adhere.errors import RunFailed, UserError
+from adhere.model.policy import Policy
+from adhere.reward.heads import FILE_NAME, copy_weights, load_heads, measure, save_heads
+from adhere.reward.salience import token_classes
 from tests.families import save
 
 

@@ -1,4 +1,4 @@
-"""`attune train --push-to-hub` against a server on this machine that speaks what the client needs of the hub: what
+"""`adhere train --push-to-hub` against a server on this machine that speaks what the client needs of the hub: what
 arrives there, and what is said where something is refused, before training or after it."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from attune.cli import main
+from adhere.cli import main
 from tests.families import save
 
 PROMPTS = [{"prompt": f"w{i} is in the w{i + 1} . where is w{i} ?"} for i in range(6)]
@@ -108,7 +108,7 @@ def a_hub(**refuse: tuple[int, str]) -> Iterator[Hub]:
 
 
 def arguments(model: Path, folder: Path, *more: str) -> list[str]:
-    """`attune train --push-to-hub story`; its run is `folder/run`."""
+    """`adhere train --push-to-hub story`; its run is `folder/run`."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
     given = ["train", "--model", model, "--prompts", prompts, "--output", folder / "run", "--reward", "certainty"]
@@ -136,7 +136,7 @@ def test_the_finished_model_is_pushed_with_its_card(model, tmp_path, capsys, onl
     assert json.loads(shown.out)["hub"] == f"{hub.url}/me/story"
     assert shown.err.splitlines()[-1] == f"pushed to {hub.url}/me/story"
     assert [(made["name"], made["visibility"]) for made in hub.created] == [("story", "private")]
-    assert hub.messages == ["2 steps of attune train"]
+    assert hub.messages == ["2 steps of adhere train"]
     folder = tmp_path / "run" / "model"
     assert hub.files == {file.name: file.read_bytes() for file in folder.iterdir()}
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
@@ -147,7 +147,7 @@ def test_the_finished_model_is_pushed_with_its_card(model, tmp_path, capsys, onl
 def test_of_two_processes_one_writes_and_pushes(model, tmp_path):
     """`torchrun` with the hub in the environment: one log, one table with the responses of both, one commit."""
     script = tmp_path / "train.py"
-    script.write_text("import sys\nfrom attune.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    script.write_text("import sys\nfrom adhere.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     given = arguments(model, tmp_path, "--trackers", "tensorboard", "--num-samples", "3")
     settings = {
         "HF_TOKEN": TOKEN,

@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from attune import Policy, Reward, UserError
-from attune.cli import main
-from attune.inspection.html import PROMPT_DRAWN, RESPONSE_DRAWN, cells
-from attune.inspection.record import ALL, COPY, Inspection
-from attune.inspection.tokens import token_texts
-from attune.world import make_rows, model_path
+from adhere import Policy, Reward, UserError
+from adhere.cli import main
+from adhere.inspection.html import PROMPT_DRAWN, RESPONSE_DRAWN, cells
+from adhere.inspection.record import ALL, COPY, Inspection
+from adhere.inspection.tokens import token_texts
+from adhere.world import make_rows, model_path
 
 PROMPT = make_rows("conflict", "test", 1)[0]["prompt"]
 NASTY = [
@@ -258,7 +258,7 @@ def test_the_command_writes_a_page_that_runs_its_own_scripts_alone(tmp_path, cap
     page = (tmp_path / "page.html").read_text("utf-8")
     nonce = re.search(r"default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-([\w-]+)'", page)[1]
     assert re.findall(r"<script[^>]*>", page) == [f'<script nonce="{nonce}">'] * 2
-    assert len(set(re.findall(r'id="(attune-\w+)"', page))) == 2
+    assert len(set(re.findall(r'id="(adhere-\w+)"', page))) == 2
 
 
 @pytest.mark.parametrize(

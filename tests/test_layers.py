@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import attune
+import adhere
 
-SRC = Path(attune.__file__).parent
+SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
@@ -27,8 +27,8 @@ LAYERS = [
 """From the bottom up: a module imports from its own layer and from those before it."""
 
 PURE = [
-    {"attune.reward.signals", "attune.reward.salience", "attune.reward.rivals"},
-    {"attune.learn.advantages", "attune.learn.losses"},
+    {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.rivals"},
+    {"adhere.learn.advantages", "adhere.learn.losses"},
 ]
 """Functions of tensors: beside each other, they import the records and the errors alone."""
 
@@ -51,29 +51,29 @@ def level(module: str) -> int:
 
 
 def imported(tree: ast.AST, modules: set[str]) -> set[str]:
-    """The modules of attune that a file imports, at its top or inside a function."""
+    """The modules of adhere that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import hides its layer: write attune.…"
+            assert node.level == 0, "a relative import hides its layer: write adhere.…"
             base = node.module or ""
             whole = {f"{base}.{alias.name}" for alias in node.names}
             found |= {name if name in modules else base for name in whole}
-    return {name for name in found if name.split(".")[0] == "attune"}
+    return {name for name in found if name.split(".")[0] == "adhere"}
 
 
 def wrong_import(module: str, other: str) -> str | None:
     """Why `module` may not import `other`, or None."""
-    if module == "attune":
+    if module == "adhere":
         return None
-    if other == "attune" and level(module) == len(LAYERS) - 1:
+    if other == "adhere" and level(module) == len(LAYERS) - 1:
         return None  # the command line tells the version
-    if other == "attune":
+    if other == "adhere":
         return f"{module} imports the public surface; import the module that defines the name"
     pure = next((group for group in PURE if module in group), None)
-    if pure is not None and other not in pure | {"attune.types", "attune.errors"}:
+    if pure is not None and other not in pure | {"adhere.types", "adhere.errors"}:
         return f"{module} is pure: it may not import {other}"
     if level(other) > level(module):
         return f"{module} imports {other}, which stands above it"
@@ -114,7 +114,7 @@ def test_imports_go_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_console_prints_and_nothing_is_unpickled(module: str) -> None:
-    assert faults(ast.parse(MODULES[module].read_text("utf-8")), prints=module == "attune.console") == []
+    assert faults(ast.parse(MODULES[module].read_text("utf-8")), prints=module == "adhere.console") == []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -135,7 +135,7 @@ def test_no_two_modules_import_each_other() -> None:
         seen: set[str] = set()
         waiting = [start]
         while waiting:
-            for other in edges.get(waiting.pop(), set()) - seen - {"attune"}:
+            for other in edges.get(waiting.pop(), set()) - seen - {"adhere"}:
                 seen.add(other)
                 waiting.append(other)
         return seen
@@ -146,22 +146,22 @@ def test_no_two_modules_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("module", "other", "allowed"),
     [
-        ("attune.cli", "attune.learn.train", True),
-        ("attune.learn.train", "attune.cli", False),
-        ("attune.model.capture", "attune.model.families", True),
-        ("attune.model.capture", "attune.reward.signals", False),
-        ("attune.reward.named", "attune.learn.preference", False),
-        ("attune.learn.train", "attune.console", False),
-        ("attune.learn.train", "attune.world.models", False),
-        ("attune.measure.audit", "attune.report.page", False),
-        ("attune.demo", "attune.world.models", True),
-        ("attune.reward.signals", "attune.types", True),
-        ("attune.reward.signals", "attune.reward.salience", True),
-        ("attune.reward.signals", "attune.model.policy", False),
-        ("attune.reward.signals", "attune.reward.named", False),
-        ("attune.learn.losses", "attune.files", False),
-        ("attune.cli", "attune", True),
-        ("attune.data", "attune", False),
+        ("adhere.cli", "adhere.learn.train", True),
+        ("adhere.learn.train", "adhere.cli", False),
+        ("adhere.model.capture", "adhere.model.families", True),
+        ("adhere.model.capture", "adhere.reward.signals", False),
+        ("adhere.reward.named", "adhere.learn.preference", False),
+        ("adhere.learn.train", "adhere.console", False),
+        ("adhere.learn.train", "adhere.world.models", False),
+        ("adhere.measure.audit", "adhere.report.page", False),
+        ("adhere.demo", "adhere.world.models", True),
+        ("adhere.reward.signals", "adhere.types", True),
+        ("adhere.reward.signals", "adhere.reward.salience", True),
+        ("adhere.reward.signals", "adhere.model.policy", False),
+        ("adhere.reward.signals", "adhere.reward.named", False),
+        ("adhere.learn.losses", "adhere.files", False),
+        ("adhere.cli", "adhere", True),
+        ("adhere.data", "adhere", False),
     ],
 )
 def test_the_rule_itself_tells_right_from_wrong(module: str, other: str, allowed: bool) -> None:
@@ -184,12 +184,12 @@ def test_each_forbidden_thing_is_found(line: str) -> None:
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
-    lines = ["def f():", "    from attune.reward import signals", "import attune.cli", "import torch"]
-    text = "\n".join([*lines, "from attune.types import Replay"])
-    found = imported(ast.parse(text), {"attune.reward", "attune.reward.signals", "attune.types"})
-    assert found == {"attune.reward.signals", "attune.cli", "attune.types"}
+    lines = ["def f():", "    from adhere.reward import signals", "import adhere.cli", "import torch"]
+    text = "\n".join([*lines, "from adhere.types import Replay"])
+    found = imported(ast.parse(text), {"adhere.reward", "adhere.reward.signals", "adhere.types"})
+    assert found == {"adhere.reward.signals", "adhere.cli", "adhere.types"}
 
 
 def test_a_module_without_a_layer_is_told() -> None:
-    with pytest.raises(AssertionError, match=r"attune\.helpers has no layer"):
-        level("attune.helpers")
+    with pytest.raises(AssertionError, match=r"adhere\.helpers has no layer"):
+        level("adhere.helpers")

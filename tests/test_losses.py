@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from attune.learn.losses import (
+from adhere.learn.losses import (
     LossInputs,
     aggregate,
     clipped_loss,

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attune.errors import UserError
-from attune.measure import metrics
-from attune.measure.metrics import METRICS
+from adhere.errors import UserError
+from adhere.measure import metrics
+from adhere.measure.metrics import METRICS
 
 phrase = st.lists(st.sampled_from(["red", "blue", "car", "bus", "moon", "2"]), max_size=8).map(" ".join)
 

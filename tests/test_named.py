@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attune.errors import RunFailed, UserError
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.reward import signals
-from attune.reward.group import GATE_MARGIN
-from attune.reward.named import NAMED, SIGNALS, RewardConfig, config_of
-from attune.reward.reward import Reward, user_function
+from adhere.errors import RunFailed, UserError
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward import signals
+from adhere.reward.group import GATE_MARGIN
+from adhere.reward.named import NAMED, SIGNALS, RewardConfig, config_of
+from adhere.reward.reward import Reward, user_function
 from tests.families import save
 from tests.test_signals import evidence_of, padded, replays
 
@@ -76,12 +76,12 @@ number = 3
 
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
-    (tmp_path / "my_attune_reward.py").write_text(USER)
+    (tmp_path / "my_adhere_reward.py").write_text(USER)
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
-    yield "my_attune_reward"
+    yield "my_adhere_reward"
     assert sys.path == path
-    sys.modules.pop("my_attune_reward", None)
+    sys.modules.pop("my_adhere_reward", None)
 
 
 def test_a_users_function_from_the_working_directory_reads_the_replay(user_module, causal):

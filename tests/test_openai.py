@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from attune.errors import RunFailed, UserError
-from attune.integrations import http, openai
-from attune.integrations.http import ATTEMPTS
-from attune.integrations.openai import Server
-from attune.model.sampling import Sampling
+from adhere.errors import RunFailed, UserError
+from adhere.integrations import http, openai
+from adhere.integrations.http import ATTEMPTS
+from adhere.integrations.openai import Server
+from adhere.model.sampling import Sampling
 
 CHAT = [{"role": "user", "content": "where ?"}]
 Reply = Callable[["Desk"], None]

@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from attune.cli import main
-from attune.commands import rank as rank_command
-from attune.commands import score as score_command
-from attune.commands.common import reward_config
-from attune.commands.parted import copy_heads
-from attune.data import Row, iter_rows
-from attune.errors import RunFailed, UserError
-from attune.model.policy import Policy
-from attune.parts import AIM, MOST, SUCCESS, PartedRows, part_rows
-from attune.rank import RankConfig, _groups, group_starts, scattered
-from attune.records import places
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.commands import rank as rank_command
+from adhere.commands import score as score_command
+from adhere.commands.common import reward_config
+from adhere.commands.parted import copy_heads
+from adhere.data import Row, iter_rows
+from adhere.errors import RunFailed, UserError
+from adhere.model.policy import Policy
+from adhere.parts import AIM, MOST, SUCCESS, PartedRows, part_rows
+from adhere.rank import RankConfig, _groups, group_starts, scattered
+from adhere.records import places
+from adhere.world import make_rows, model_path
 
 MODEL = str(model_path("causal"))
 STORIES = make_rows("conflict", "test", 12)
@@ -238,7 +238,7 @@ def test_nothing_to_resume_and_damage_are_told(tmp_path):
 
 def test_a_policy_is_loaded_by_each_worker_alone(tmp_path, monkeypatch):
     """Copy heads come from outside: a worker that measured its own would score its rows by other weights."""
-    from attune.reward.reward import Reward
+    from adhere.reward.reward import Reward
 
     source = jsonl(tmp_path / "rows.jsonl", RESPONSES)
     given = options(score_command.SCORE, "--input", source, "--output", tmp_path / "out")

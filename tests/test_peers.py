@@ -12,17 +12,17 @@ import urllib.request
 import pytest
 import uvicorn
 
-from attune.errors import RunFailed, UserError
-from attune.integrations import http, verl
-from attune.integrations.http import Line
-from attune.integrations.verl import compute_score
-from attune.model.policy import Policy
-from attune.rank import Group, score_groups
-from attune.reward.named import config_of
-from attune.reward.reward import Reward
-from attune.serve.app import create_app
-from attune.serve.config import ServeConfig
-from attune.world import make_rows, model_path
+from adhere.errors import RunFailed, UserError
+from adhere.integrations import http, verl
+from adhere.integrations.http import Line
+from adhere.integrations.verl import compute_score
+from adhere.model.policy import Policy
+from adhere.rank import Group, score_groups
+from adhere.reward.named import config_of
+from adhere.reward.reward import Reward
+from adhere.serve.app import create_app
+from adhere.serve.config import ServeConfig
+from adhere.world import make_rows, model_path
 
 CHAT = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
 ROWS = make_rows("conflict", "test", 4)
@@ -88,14 +88,14 @@ def test_verl_a_reply_that_is_none_of_ours_is_no_reward(monkeypatch):
     monkeypatch.setattr(http.time, "sleep", lambda _seconds: None)
     for reply in ({"results": []}, {"results": [{"reward": "much", "signals": {}}]}, [], None):
         monkeypatch.setattr(Line, "ask", lambda *_, reply=reply: reply)
-        with pytest.raises(RunFailed, match="is this `attune serve`"):
+        with pytest.raises(RunFailed, match="is this `adhere serve`"):
             compute_score("stories", "a", None, {"prompt": "where ?"}, url="http://127.0.0.1:1")
 
 
 def verl_config(url, **manager):
     from omegaconf import OmegaConf
 
-    function = {"path": "pkg://attune.integrations.verl", "name": "compute_score", "reward_kwargs": {"url": url}}
+    function = {"path": "pkg://adhere.integrations.verl", "name": "compute_score", "reward_kwargs": {"url": url}}
     return OmegaConf.create({"reward": {"custom_reward_function": function, "reward_manager": manager}})
 
 
@@ -134,7 +134,7 @@ def verl_data(policy, row, ended):
     "manager",
     [
         {"source": "register", "name": "naive"},
-        {"source": "importlib", "name": "AttentionRewardManager", "module": {"path": "pkg://attune.integrations.verl"}},
+        {"source": "importlib", "name": "AttentionRewardManager", "module": {"path": "pkg://adhere.integrations.verl"}},
     ],
 )
 def test_verl_itself_takes_the_function_and_the_manager(url, reward, manager):

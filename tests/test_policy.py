@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from attune.errors import UnsupportedModel, UserError
-from attune.model.policy import Lora, Policy
-from attune.model.sampling import Sampling
+from adhere.errors import UnsupportedModel, UserError
+from adhere.model.policy import Lora, Policy
+from adhere.model.sampling import Sampling
 from tests.families import VOCAB, build, save, tokenizer
 
 PROMPTS = ["mary is in the garden . where is mary ?", "w3 w4 ?", "the w7 is in the w9 w10 w11 . where is w7 ?"]
@@ -94,7 +94,7 @@ def test_replay_in_small_chunks_changes_nothing(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=7), seed=5)
     weights = torch.rand(3, 4)
     whole = policy.replay(rollout, copy_weights=weights)
-    monkeypatch.setattr("attune.model.policy.REPLAY_TOKENS", 1)
+    monkeypatch.setattr("adhere.model.policy.REPLAY_TOKENS", 1)
     pieces = policy.replay(rollout, copy_weights=weights)
     for name in ("logprobs", "entropy", "certainty", "attention", "copy_attention"):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-5), name
@@ -173,7 +173,7 @@ def test_lora_needs_no_second_copy_and_saves_a_plain_model(family, tmp_path):
 def test_copy_hits_of_a_policy_do_not_depend_on_chunks(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=6), seed=9)
     whole = policy.copy_hits(rollout, rollout.response_mask)
-    monkeypatch.setattr("attune.model.policy.REPLAY_TOKENS", 1)
+    monkeypatch.setattr("adhere.model.policy.REPLAY_TOKENS", 1)
     assert torch.equal(policy.copy_hits(rollout, rollout.response_mask), whole)
     assert whole.shape == (3, 4)
 
@@ -266,7 +266,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
     assert torch.allclose(short.logprobs[0], long.logprobs[1, :2], atol=1e-5)
 
 
-def test_the_saved_model_loads_without_attune(policy, tmp_path):
+def test_the_saved_model_loads_without_adhere(policy, tmp_path):
     policy.save(tmp_path)
     if not policy.is_encoder_decoder:
         plain = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -8,15 +8,15 @@ import math
 import pytest
 import torch
 
-from attune.cli import main
-from attune.data import Row, read_rows
-from attune.errors import UserError
-from attune.learn.preference import PreferenceConfig, bradley_terry_loss, fit, judge, split
-from attune.measure.preferences import CORRUPTIONS, PairConfig, make_pairs
-from attune.model.policy import Policy
-from attune.reward.preference import PreferenceModel, pair_ids
-from attune.reward.reward import Reward
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.data import Row, read_rows
+from adhere.errors import UserError
+from adhere.learn.preference import PreferenceConfig, bradley_terry_loss, fit, judge, split
+from adhere.measure.preferences import CORRUPTIONS, PairConfig, make_pairs
+from adhere.model.policy import Policy
+from adhere.reward.preference import PreferenceModel, pair_ids
+from adhere.reward.reward import Reward
+from adhere.world import make_rows, model_path
 from tests.families import save
 
 EASY = [

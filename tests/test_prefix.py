@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from attune.model.families import shareable
-from attune.model.logits import token_logprobs
-from attune.model.prefix import plain_parts, shared_parts
-from attune.types import Prompts, Rollout
+from adhere.model.families import shareable
+from adhere.model.logits import token_logprobs
+from adhere.model.prefix import plain_parts, shared_parts
+from adhere.types import Prompts, Rollout
 from tests.families import CAUSAL, SEQ2SEQ, VOCAB, build
 
 

@@ -18,14 +18,14 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from attune.cli import main
-from attune.data import Row, iter_rows, writable
-from attune.files import GrowingRows
-from attune.integrations import http
-from attune.model.policy import Policy
-from attune.rank import RankConfig, Ranked, blank_between, rank, sampled
-from attune.reward.reward import Reward
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.data import Row, iter_rows, writable
+from adhere.files import GrowingRows
+from adhere.integrations import http
+from adhere.model.policy import Policy
+from adhere.rank import RankConfig, Ranked, blank_between, rank, sampled
+from adhere.reward.reward import Reward
+from adhere.world import make_rows, model_path
 from tests.families import save, tokenizer
 from tests.test_openai import choices, failing, serving, url
 
@@ -208,7 +208,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     options = ["--keep", "pairs", "--margin", "0.5", "--batch-size", "4"]
     assert run(prompts, whole, *options, "--quiet") == 0
     given = ["--model", str(model_path("causal")), "--prompts", str(prompts), "--output", str(killed)]
-    command = [sys.executable, "-m", "attune.cli", "rank", *given, "--device", "cpu", "--max-new-tokens", "6", *options]
+    command = [sys.executable, "-m", "adhere.cli", "rank", *given, "--device", "cpu", "--max-new-tokens", "6", *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     state = tmp_path / "killed.jsonl.partial" / "state.json"
     try:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from attune.cli import main
-from attune.errors import RunFailed
-from attune.integrations import ray as integration
-from attune.parts import SUCCESS, PartedRows
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.errors import RunFailed
+from adhere.integrations import ray as integration
+from adhere.parts import SUCCESS, PartedRows
+from adhere.world import make_rows, model_path
 from tests.test_parts import RESPONSES, joined, jsonl
 
 ROOT = Path(__file__).parents[1]
@@ -231,5 +231,5 @@ def test_without_ray_the_line_that_installs_it_is_told(tmp_path, capsys, monkeyp
     monkeypatch.setattr(integration, "find_spec", lambda name: None)
     source = jsonl(tmp_path / "rows.jsonl", [ROW])
     assert run(command, source, tmp_path / "out") == 2
-    assert "Ray is not installed, and --engine ray needs it; pip install 'attune[ray]'" in capsys.readouterr().err
+    assert "Ray is not installed, and --engine ray needs it; pip install 'adhere[ray]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

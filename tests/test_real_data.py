@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attune.data import read_rows
+from adhere.data import read_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SETS = {"babi": "answers", "fairytaleqa": "answers", "squad_xquad": "answers", "self_instruct": "response"}

@@ -21,12 +21,12 @@ import pandas
 import pytest
 import torch
 
-from attune.cli import main
-from attune.errors import UserError
-from attune.learn.algorithms import DPO, PPO
-from attune.learn.trackers import check_login
-from attune.learn.train import Trainer, train
-from attune.model.policy import Policy
+from adhere.cli import main
+from adhere.errors import UserError
+from adhere.learn.algorithms import DPO, PPO
+from adhere.learn.trackers import check_login
+from adhere.learn.train import Trainer, train
+from adhere.model.policy import Policy
 from tests.families import save
 from tests.test_train import config, rows
 
@@ -35,9 +35,9 @@ DOCS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text("utf-8")
 CHILD = """
 import sys
 import torch
-from attune.files import new_run_dir
-from attune.learn.train import train
-from attune.model.policy import Policy
+from adhere.files import new_run_dir
+from adhere.learn.train import train
+from adhere.model.policy import Policy
 from tests.test_train import config, rows
 torch.set_num_threads(1)
 model, run, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
@@ -114,7 +114,7 @@ def test_wandb_goes_on_in_the_same_run(tracked, logged):
             {h.step.num: {i.key or i.nested_key[0]: json.loads(i.value_json) for i in h.item} for h in of_file}
         )
     identity = (tracked / "tracker-id").read_text().strip()
-    assert {(run.run_id, run.project, run.display_name) for run in runs} == {(identity, "attune", "run")}
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {(identity, "adhere", "run")}
     assert [list(history) for history in histories] == [[1, 2, 3], [3, 4]]
     for step, row in {**histories[0], **histories[1]}.items():
         ours = {name: value for name, value in row.items() if not name.startswith("_")}
@@ -140,7 +140,7 @@ def leveldb_records(file):
 
 
 def test_trackio_keeps_every_step_once(tracked, logged):
-    base = sqlite3.connect(tracked / "trackio" / "attune.db")
+    base = sqlite3.connect(tracked / "trackio" / "adhere.db")
     found = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
     assert {name for name, _, _ in found} == {"run-" + (tracked / "tracker-id").read_text().strip()}
     assert [step for _, step, _ in found] == [1, 2, 3, 4]

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attune.errors import UserError
-from attune.report.curves import MAX_POINTS, curve, interval, number, smooth, thin, ticks
-from attune.report.markup import clip, escape
-from attune.report.page import write_report
+from adhere.errors import UserError
+from adhere.report.curves import MAX_POINTS, curve, interval, number, smooth, thin, ticks
+from adhere.report.markup import clip, escape
+from adhere.report.page import write_report
 
 NASTY = [
     "<script>alert(1)</script>",

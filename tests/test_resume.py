@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attune.cli import main
+from adhere.cli import main
 from tests.families import save
 
 ROWS = [
@@ -56,7 +56,7 @@ def test_a_killed_evaluation_goes_on_to_the_very_same_bytes(
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     kept = broken / "unfinished.jsonl"
     threads = f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
-    code = threads + "import sys; from attune.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = threads + "import sys; from adhere.cli import main; sys.exit(main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *given(model, other, prompts, broken)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attune.errors import UserError
-from attune.reward import rivals, signals
-from attune.reward.rivals import normalise_answer
+from adhere.errors import UserError
+from adhere.reward import rivals, signals
+from adhere.reward.rivals import normalise_answer
 from tests.test_signals import evidence_of, padded, replays
 
 

@@ -15,9 +15,9 @@ from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from attune.errors import UserError
-from attune.reward import salience as module
-from attune.reward.salience import (
+from adhere.errors import UserError
+from adhere.reward import salience as module
+from adhere.reward.salience import (
     SALIENCE,
     TokenClass,
     attended,
@@ -27,7 +27,7 @@ from attune.reward.salience import (
     salience,
     token_classes,
 )
-from attune.types import Prompts, Replay, Rollout
+from adhere.types import Prompts, Replay, Rollout
 
 C, S, P, F, STOP, COLON = (TokenClass[n] for n in ("CONTENT", "SPECIAL", "PUNCTUATION", "FUNCTION", "STOP", "COLON"))
 

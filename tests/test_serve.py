@@ -23,17 +23,17 @@ from schemathesis import GenerationMode
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from attune.cli import main
-from attune.errors import UserError
-from attune.model.policy import Policy
-from attune.rank import Group, score_groups
-from attune.reward.heads import save_heads
-from attune.reward.named import config_of
-from attune.reward.reward import Reward
-from attune.serve.app import create_app
-from attune.serve.batcher import Batcher, Full
-from attune.serve.config import ServeConfig
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.errors import UserError
+from adhere.model.policy import Policy
+from adhere.rank import Group, score_groups
+from adhere.reward.heads import save_heads
+from adhere.reward.named import config_of
+from adhere.reward.reward import Reward
+from adhere.serve.app import create_app
+from adhere.serve.batcher import Batcher, Full
+from adhere.serve.config import ServeConfig
+from adhere.world import make_rows, model_path
 
 ROWS = make_rows("conflict", "test", 12)
 CHAT = "{% for turn in messages %}{{ turn.role }} : {{ turn.content }} {% endfor %}"
@@ -230,11 +230,11 @@ def test_metrics_count_requests_and_responses(reward):
         http.post("/v1/score", content=b"{")
         http.get("/anything/at/all")
         text = http.get("/metrics").text
-    assert 'attune_requests_total{path="/v1/score",status="200"} 1.0' in text
-    assert 'attune_requests_total{path="/v1/score",status="422"} 1.0' in text
-    assert 'attune_requests_total{path="other",status="404"} 1.0' in text
-    assert f"attune_responses_scored_total {len(ROWS)}.0" in text
-    assert "attune_responses_waiting 0.0" in text
+    assert 'adhere_requests_total{path="/v1/score",status="200"} 1.0' in text
+    assert 'adhere_requests_total{path="/v1/score",status="422"} 1.0' in text
+    assert 'adhere_requests_total{path="other",status="404"} 1.0' in text
+    assert f"adhere_responses_scored_total {len(ROWS)}.0" in text
+    assert "adhere_responses_waiting 0.0" in text
 
 
 def group(number=0, size=1):
@@ -331,7 +331,7 @@ def served(tmp_path, reward):
 def process(heads, *more):
     given = ["--model", str(model_path("causal")), "--heads", str(heads), "--port", "0", "--device", "cpu", "--json"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "attune.cli", "serve", *given, *more],
+        [sys.executable, "-m", "adhere.cli", "serve", *given, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attune.reward import rivals, signals
-from attune.reward.signals import Evidence, renormalise
-from attune.types import Prompts, Replay, Rollout
+from adhere.reward import rivals, signals
+from adhere.reward.signals import Evidence, renormalise
+from adhere.types import Prompts, Replay, Rollout
 
 READING = [
     signals.coverage,

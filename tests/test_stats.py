@@ -10,9 +10,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attune.errors import UserError
-from attune.measure import stats
-from attune.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
+from adhere.errors import UserError
+from adhere.measure import stats
+from adhere.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
 
 numbers = st.floats(-100, 100, allow_subnormal=False)
 

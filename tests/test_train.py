@@ -18,17 +18,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from attune.data import Row
-from attune.errors import RunFailed, UserError
-from attune.learn.algorithms import DPO, GRPO, PPO, RLOO, Reinforce
-from attune.learn.settings import TrainConfig
-from attune.learn.stopping import Stopping, reason_to_stop
-from attune.learn.train import Trainer, _agreement, train
-from attune.model.policy import Lora, Policy
-from attune.model.sampling import Sampling
-from attune.reward.heads import FILE_NAME, load_heads
-from attune.types import Prompts, Rollout
-from attune.world import make_rows, model_path
+from adhere.data import Row
+from adhere.errors import RunFailed, UserError
+from adhere.learn.algorithms import DPO, GRPO, PPO, RLOO, Reinforce
+from adhere.learn.settings import TrainConfig
+from adhere.learn.stopping import Stopping, reason_to_stop
+from adhere.learn.train import Trainer, _agreement, train
+from adhere.model.policy import Lora, Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.heads import FILE_NAME, load_heads
+from adhere.types import Prompts, Rollout
+from adhere.world import make_rows, model_path
 from tests.families import save
 
 PROMPTS = [f"w{i} is in the w{i + 1} . where is w{i} ?" for i in range(12)]
@@ -196,10 +196,10 @@ def test_lora_trains_the_adapter_and_leaves_the_base(tmp_path):
 
 CHILD = """
 import sys
-from attune.model.policy import Policy
-from attune.learn.train import train
-from attune.learn.algorithms import {algorithm}
-from attune.files import new_run_dir
+from adhere.model.policy import Policy
+from adhere.learn.train import train
+from adhere.learn.algorithms import {algorithm}
+from adhere.files import new_run_dir
 from tests.test_train import config, rows
 import torch
 torch.set_num_threads(1)
@@ -373,11 +373,11 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from attune.data import Row
-from attune.learn.algorithms import {algorithm}
-from attune.learn.train import Trainer
-from attune.model.policy import Lora, Policy
-from attune.world import make_rows
+from adhere.data import Row
+from adhere.learn.algorithms import {algorithm}
+from adhere.learn.train import Trainer
+from adhere.model.policy import Lora, Policy
+from adhere.world import make_rows
 from tests.test_train import config, rows
 torch.set_num_threads(1)
 model, run = sys.argv[1], Path(sys.argv[2])

@@ -1,4 +1,4 @@
-"""The reward in TRL's trainers: real GRPO, RLOO and DPO runs on the embedded model, against attune's own scores."""
+"""The reward in TRL's trainers: real GRPO, RLOO and DPO runs on the embedded model, against adhere's own scores."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from datasets import Dataset, load_dataset
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from attune.cli import main
-from attune.errors import UnsupportedModel, UserError
-from attune.integrations.trl import AttentionReward
-from attune.model.policy import Lora, Policy
-from attune.reward.reward import Reward
-from attune.world import make_rows, model_path
+from adhere.cli import main
+from adhere.errors import UnsupportedModel, UserError
+from adhere.integrations.trl import AttentionReward
+from adhere.model.policy import Lora, Policy
+from adhere.reward.reward import Reward
+from adhere.world import make_rows, model_path
 from tests.families import save
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_a_run_learns_from_the_frozen_start_and_logs_every_signal(kind, adapter,
     signals = ("coherence", "comprehensiveness", "overlap", "repetition", "grounding", "coverage")
     assert all(math.isfinite(log[f"attention/{name}"]) for name in signals)
     assert log["rewards/attention/mean"] == pytest.approx(log["reward"])
-    # The last rewards are what attune says of the same texts with the model as it was before training. Texts say
+    # The last rewards are what adhere says of the same texts with the model as it was before training. Texts say
     # nothing of whether a response ended, so only those that did are compared.
     given, rewards = heard.calls[-1]
     own = Reward.resolve("attention", start, heard.reward.reward.copy_weights)
@@ -220,7 +220,7 @@ def test_what_cannot_be_a_reward_in_trl_is_one_clear_line(monkeypatch):
     with pytest.raises(UserError, match="did you mean attention"):
         AttentionReward(CAUSAL, "attentoin")
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match=r"pip install 'attune\[trl\]'"):
+    with pytest.raises(UserError, match=r"pip install 'adhere\[trl\]'"):
         AttentionReward(CAUSAL)
 
 
@@ -277,8 +277,8 @@ def test_two_processes_agree_on_the_heads(tmp_path):
     script.write_text(
         "import sys, json, os\n"
         "from pathlib import Path\n"
-        "from attune.integrations.trl import AttentionReward\n"
-        "from attune.model.policy import Policy\n"
+        "from adhere.integrations.trl import AttentionReward\n"
+        "from adhere.model.policy import Policy\n"
         "from tests.test_trl import CAUSAL, trained\n"
         "policy = Policy.load(CAUSAL, device='cpu')\n"
         "reward = AttentionReward(policy)\n"
@@ -301,7 +301,7 @@ READS_ITSELF = {"weights": {"coverage": 1.0, "grounding": 1.0, "certainty": 0.1,
 
 
 @pytest.mark.parametrize("spec", ["attention", READS_ITSELF], ids=["frozen scorer", "policy as scorer"])
-def test_attune_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_path, monkeypatch):
+def test_adhere_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_path, monkeypatch):
     start, forwards = Policy.load(CAUSAL, device="cpu"), []
     reward = AttentionReward(policy, spec, name="ours")
     replay = Policy.replay

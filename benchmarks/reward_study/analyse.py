@@ -16,12 +16,12 @@ from candidates import changed
 from rank import SPLITS, stories
 from torch import Tensor
 
-from attune.data import Row
-from attune.measure.audit import AuditConfig, Verdict, audit
-from attune.model.policy import Policy
-from attune.reward.named import NAMED, SIGNALS, RewardConfig
-from attune.reward.reward import Reward
-from attune.world import model_path
+from adhere.data import Row
+from adhere.measure.audit import AuditConfig, Verdict, audit
+from adhere.model.policy import Policy
+from adhere.reward.named import NAMED, SIGNALS, RewardConfig
+from adhere.reward.reward import Reward
+from adhere.world import model_path
 
 LEFT_OUT = ("exact", "random")
 

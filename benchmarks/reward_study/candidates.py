@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from attune.reward.named import NAMED
+from adhere.reward.named import NAMED
 
 DEFAULT = asdict(NAMED["attention"])
 

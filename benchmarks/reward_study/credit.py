@@ -21,8 +21,8 @@ from candidates import CANDIDATES, changed
 from torch import Tensor
 from train import Run, perform, table
 
-from attune.learn.algorithms import ALGORITHMS, GRPO, Batch, Targets
-from attune.reward.signals import Evidence
+from adhere.learn.algorithms import ALGORITHMS, GRPO, Batch, Targets
+from adhere.reward.signals import Evidence
 
 _LATEST: dict[str, Tensor] = {}
 NAMES = {"grpo": 0.0, "half on tokens": 0.5, "all on tokens": 1.0}

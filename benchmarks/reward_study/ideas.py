@@ -22,18 +22,18 @@ import torch
 from rank import SAMPLES, SPLITS, fitted, stories
 from torch import Tensor
 
-from attune.data import Row
-from attune.measure.stats import Figure, bootstrap, paired_bootstrap
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.reward.group import gate
-from attune.reward.named import NAMED
-from attune.reward.reward import Reward
-from attune.reward.rivals import normalise_answer
-from attune.reward.salience import attended, context_tokens, only, question_only
-from attune.reward.signals import LOWEST_LOGPROB, Evidence, renormalise
-from attune.types import Replay, Rollout, masked_mean
-from attune.world import model_path
+from adhere.data import Row
+from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.group import gate
+from adhere.reward.named import NAMED
+from adhere.reward.reward import Reward
+from adhere.reward.rivals import normalise_answer
+from adhere.reward.salience import attended, context_tokens, only, question_only
+from adhere.reward.signals import LOWEST_LOGPROB, Evidence, renormalise
+from adhere.types import Replay, Rollout, masked_mean
+from adhere.world import model_path
 
 Weigh = Callable[[Evidence, Tensor], Tensor]
 """[B, R] nats a token → [B]."""

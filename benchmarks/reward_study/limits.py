@@ -22,14 +22,14 @@ import torch
 from candidates import changed
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from attune.data import Columns, Row, read_rows
-from attune.errors import UserError
-from attune.measure.audit import AuditConfig, audit
-from attune.measure.stats import Figure, bootstrap
-from attune.model.policy import Policy
-from attune.reward.reward import Reward
-from attune.reward.salience import TokenClass, attended, classes_of
-from attune.world import make_rows, model_path
+from adhere.data import Columns, Row, read_rows
+from adhere.errors import UserError
+from adhere.measure.audit import AuditConfig, audit
+from adhere.measure.stats import Figure, bootstrap
+from adhere.model.policy import Policy
+from adhere.reward.reward import Reward
+from adhere.reward.salience import TokenClass, attended, classes_of
+from adhere.world import make_rows, model_path
 
 REWARDS = {
     "attention": "attention",

@@ -21,15 +21,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
-from attune.data import Row
-from attune.measure.audit import AuditConfig, Verdict, audit
-from attune.measure.stats import Figure, bootstrap, paired_bootstrap
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.reward.named import RewardConfig
-from attune.reward.reward import Reward
-from attune.reward.rivals import normalise_answer
-from attune.world import make_rows, model_path
+from adhere.data import Row
+from adhere.measure.audit import AuditConfig, Verdict, audit
+from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.named import RewardConfig
+from adhere.reward.reward import Reward
+from adhere.reward.rivals import normalise_answer
+from adhere.world import make_rows, model_path
 
 SPLITS = ("agree", "conflict", "novel")
 RIVALS = ("overlap", "coherence", "contrast", "majority")

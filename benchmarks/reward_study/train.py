@@ -30,14 +30,14 @@ from typing import Any
 import torch
 from candidates import CANDIDATES
 
-from attune.data import Row
-from attune.learn.algorithms import ALGORITHMS
-from attune.learn.settings import TrainConfig
-from attune.learn.train import train
-from attune.measure.stats import Figure, paired_bootstrap
-from attune.model.policy import Policy
-from attune.model.sampling import Sampling
-from attune.world import make_rows, model_path
+from adhere.data import Row
+from adhere.learn.algorithms import ALGORITHMS
+from adhere.learn.settings import TrainConfig
+from adhere.learn.train import train
+from adhere.measure.stats import Figure, paired_bootstrap
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.world import make_rows, model_path
 
 SPLITS = ("agree", "conflict")
 SAMPLES = 8

@@ -1,0 +1,31 @@
+"""The commands: what each takes and does. Each parses nothing itself, calls, and hands the result to the console.
+
+A command returns its exit code: 0 done, 3 an audit that found the reward gameable, 130 interrupted with a checkpoint.
+"""
+
+from __future__ import annotations
+
+from adhere.commands.calibrate import CALIBRATE
+from adhere.commands.common import Command
+from adhere.commands.compare import COMPARE
+from adhere.commands.inspect import INSPECT
+from adhere.commands.judge import AUDIT, EVAL
+from adhere.commands.preferences import PREFERENCES
+from adhere.commands.rank import RANK
+from adhere.commands.score import SCORE
+from adhere.commands.serve import SERVE
+from adhere.commands.train import DEMO, TRAIN
+
+COMMANDS: dict[str, Command] = {
+    "demo": DEMO,
+    "train": TRAIN,
+    "audit": AUDIT,
+    "score": SCORE,
+    "rank": RANK,
+    "inspect": INSPECT,
+    "eval": EVAL,
+    "calibrate": CALIBRATE,
+    "preferences": PREFERENCES,
+    "compare": COMPARE,
+    "serve": SERVE,
+}

@@ -1,0 +1,46 @@
+"""`adhere compare`: the arms of a YAML file, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from adhere.commands.common import Command, Parser
+from adhere.console import Console
+
+
+def _arguments(parser: Parser) -> None:
+    parser.add_argument("config", type=Path, metavar="FILE", help="YAML: models, arms, data, train, evaluation, seeds")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FOLDER", help="gets every run, compare.json and compare.html"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a core on a CPU, else one)")
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    from adhere.compare.plan import CompareConfig
+    from adhere.compare.run import run_compare
+    from adhere.config import load_config
+    from adhere.report.compare import write_compare
+    from adhere.report.tables import compare_tables
+
+    config = load_config(CompareConfig, options.config, {} if options.jobs is None else {"jobs": options.jobs})
+    total = len(config.models) * len(config.arms) * len(config.seeds)
+    with console.progress(total, "comparing") as progress:
+
+        def on_run(done: int, name: str) -> None:
+            progress.update(done, last=name)
+
+        found: dict[str, Any] = run_compare(config, options.output, on_run)
+    page = write_compare(options.output)
+    for table in compare_tables(found):
+        console.table(*table)
+    console.note(f"report in {page}")
+    console.result(found)
+    return 0
+
+
+COMPARE = Command(
+    "ways to improve a model, side by side on the same prompts and seeds", "FILE --output FOLDER ", _arguments, _run
+)

@@ -1,0 +1,241 @@
+"""`adhere rank`: the best of many candidates, all of them scored, or preference pairs for DPO."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adhere.commands.common import (
+    Command,
+    Parser,
+    columns_of,
+    load_policy,
+    model_arguments,
+    reward_config,
+    row_arguments,
+)
+from adhere.commands.parted import by_ray, copy_heads, do_all, engine_arguments
+from adhere.commands.train import INTERRUPTED
+from adhere.console import Console
+from adhere.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adhere.data import Row
+    from adhere.integrations.ray import Work
+    from adhere.model.policy import Policy
+    from adhere.parts import Part
+    from adhere.rank import Draw, RankConfig
+    from adhere.reward.named import RewardConfig
+
+Rows = Callable[[], "Iterator[Row]"]
+
+
+def _arguments(parser: Parser) -> None:
+    from adhere.config import add_arguments
+    from adhere.rank import RankConfig
+
+    model_arguments(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="rows; `candidates` in them are ranked instead of samples"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets a line a prompt, in order")
+    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    row_arguments(parser)
+    parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
+    parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
+    engine_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
+    add_arguments(parser, RankConfig)
+
+
+def _rank(options: argparse.Namespace, console: Console) -> int:
+    from adhere.config import flags_given, load_config, to_dict
+    from adhere.data import iter_rows
+    from adhere.files import GrowingRows
+    from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, measure_heads, rank
+    from adhere.reward.reward import Reward
+
+    ray = by_ray(options)
+    config = load_config(RankConfig, None, flags_given(options, RankConfig))
+    spec = reward_config(options.reward)
+    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=_need(spec))
+    total, brought, digest = _survey(rows)
+    if options.server_model and not options.server:
+        raise UserError("--server-model without --server", fix="give --server URL too")
+    if options.server and brought:
+        raise UserError("the rows bring candidates", where=options.prompts, fix="leave --server out")
+    settings = {
+        "model": options.model,
+        "dtype": options.dtype,
+        "attention": options.attention,
+        "prompts": digest,
+        "reward": asdict(spec),
+        "server": options.server,
+        "server_model": options.server_model,
+        **to_dict(config),
+    }
+    if ray:
+        return _in_parts(options, console, config, spec, rows, total, brought, settings)
+    output = GrowingRows(options.output, settings, resume=options.resume)
+    policy = load_policy(options)
+    check(policy, rows(), config)
+    draw = _draw(options, policy, config, brought)
+    reward = Reward(spec, policy, reference=policy)
+    measure_heads(reward, rows())
+    blank = blank_between(policy)
+    first, tally = output.done, {**NO_TALLY, **output.tally}
+    try:
+        with console.progress(total - first, "ranking") as progress:
+            for batch in rank(reward, islice(rows(), first, None), config, draw, first):
+                lines = lines_of(batch, config, blank, tally)
+                output.add(lines, output.done + len(batch), tally)
+                progress.update(output.done - first, reward=tally["best"] / output.done)
+    except KeyboardInterrupt:
+        on = "the same command with --resume goes on" if output.done else "nothing is written yet"
+        console.note(f"interrupted at prompt {output.done} of {total}; {on}")
+        return INTERRUPTED
+    except UserError:
+        if output.done:
+            console.note(f"{output.done} of {total} prompts are kept; the same command with --resume goes on")
+        raise
+    output.finish()
+    _tell(console, config, options.output, total, tally)
+    return 0
+
+
+def _need(spec: RewardConfig) -> tuple[str, ...]:
+    return ("answers",) if "exact" in spec.weights else ()
+
+
+def _in_parts(
+    options: argparse.Namespace,
+    console: Console,
+    config: RankConfig,
+    spec: RewardConfig,
+    rows: Rows,
+    total: int,
+    brought: bool,
+    settings: Mapping[str, Any],
+) -> int:
+    """Part by part, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
+    from adhere.parts import PartedRows, part_rows
+    from adhere.rank import check
+
+    size = part_rows(total, config.batch_size)
+    settings = {"engine": "ray rank", **settings, "part_rows": size}
+    output = PartedRows(options.output, settings, resume=options.resume)
+
+    def fits(policy: Policy) -> None:
+        check(policy, rows(), config)
+        _draw(options, policy, config, brought)
+
+    heads = copy_heads(options, spec, rows, fits)
+    make = partial(ranker, options, config, spec, heads, brought, output.rows_file(options.prompts), output.folder)
+    starts = range(0, total, size)
+    if ended := do_all(options, console, output, make, options.prompts, starts, total, "ranking"):
+        return ended
+    _tell(console, config, options.output, total, output.tally())
+    return 0
+
+
+def ranker(
+    options: argparse.Namespace,
+    config: RankConfig,
+    spec: RewardConfig,
+    heads: Tensor | None,
+    brought: bool,
+    file: Path,
+    folder: Path,
+) -> Work:
+    """What a worker does: load the model once, then rank the rows of part after part."""
+    from adhere.data import iter_rows
+    from adhere.rank import NO_TALLY, blank_between, lines_of, rank
+    from adhere.reward.reward import Reward
+
+    policy = load_policy(options)
+    reward = Reward(spec, policy, heads, reference=policy)
+    draw, blank, columns = _draw(options, policy, config, brought), blank_between(policy), columns_of(options)
+
+    def work(part: Part) -> dict[str, Any]:
+        rows = iter_rows(file, columns, need=_need(spec), limit=part.rows, begin=part.place)
+        tally = dict(NO_TALLY)
+        lines = [
+            line
+            for batch in rank(reward, rows, config, draw, part.first)
+            for line in lines_of(batch, config, blank, tally)
+        ]
+        return part.write(folder, lines, tally)
+
+    return work
+
+
+def _survey(rows: Rows) -> tuple[int, bool, str]:
+    """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
+    from adhere.data import writable
+
+    total = brought = 0
+    without = ""
+    digest = blake2b(digest_size=16)
+    for row in rows():
+        total += 1
+        brought += bool(row.candidates)
+        without = without or ("" if row.candidates else row.where)
+        digest.update(writable(row).encode("utf-8", "backslashreplace"))
+    if 0 < brought < total:
+        raise UserError(
+            f"no `candidates`, which {brought} of {total} rows bring",
+            where=without,
+            fix="give candidates in every row or in none",
+        )
+    return total, brought > 0, digest.hexdigest()
+
+
+def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
+    """Where the candidates come from."""
+    from adhere.rank import asked, given, sampled
+
+    if brought:
+        return given(policy)
+    if config.keep == "pairs" and config.num_samples < 2:
+        raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
+    if config.num_samples > 1 and config.sampling.temperature == 0:
+        raise UserError(
+            f"at temperature 0 all {config.num_samples} candidates are the same",
+            fix="set --temperature above 0, or --num-samples 1",
+        )
+    if not options.server:
+        return sampled(policy, config)
+    from adhere.integrations.openai import Server
+
+    server = Server(options.server, options.server_model)
+    return asked(policy, lambda prompts, seed: server.complete(prompts, config.num_samples, config.sampling, seed))
+
+
+def _tell(console: Console, config: RankConfig, output: Path, total: int, tally: Mapping[str, float]) -> None:
+    """What was written, and what was left out."""
+    means = {"best": tally["best"] / total, "all candidates": tally["all"] / total}
+    left_out = int(tally["left_out"])
+    console.table(f"{total} prompts ranked", ["reward", "mean"], [[name, value] for name, value in means.items()])
+    if config.keep == "pairs":
+        say = console.warn if left_out == total else console.note
+        say(f"{total - left_out} pairs; {left_out} prompts left out: best and worst tie, read alike, or are too close")
+    console.note(f"written to {output}")
+    console.result(
+        {"prompts": total, "lines": total - left_out, "left_out": left_out, "output": output, "means": means}
+    )
+
+
+RANK = Command(
+    "best of n candidates, or preference pairs",
+    "--model MODEL --prompts FILE --output FILE ",
+    _arguments,
+    _rank,
+)

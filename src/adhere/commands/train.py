@@ -1,0 +1,184 @@
+"""`adhere train` and `adhere demo`: what changes a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adhere.commands.common import Command, Parser, reward_name, shown
+from adhere.console import Console
+from adhere.errors import UserError
+
+if TYPE_CHECKING:
+    from adhere.data import Row
+    from adhere.learn.settings import TrainConfig
+    from adhere.model.policy import Policy
+
+INTERRUPTED = 130
+AUDITED = 16
+"""Prompts of the audit before training."""
+TRAIN_HACK_RATE = 0.15
+"""What that audit lets pass: 2 of 16 prompts may be an accident."""
+
+
+def _train_arguments(parser: Parser) -> None:
+    from adhere.config import add_arguments
+    from adhere.learn.settings import TrainConfig
+
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options; flags go before it")
+    parser.add_argument("--skip-audit", action="store_true", help="do not look first whether the reward can be gamed")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output from its last checkpoint")
+    add_arguments(parser, TrainConfig)
+
+
+def _train(options: argparse.Namespace, console: Console) -> int:
+    from accelerate import PartialState
+
+    from adhere.config import flags_given, load_config
+    from adhere.data import read_rows
+    from adhere.files import new_run_dir
+    from adhere.integrations import hub
+    from adhere.learn.settings import TrainConfig
+    from adhere.learn.trackers import check_login
+    from adhere.learn.train import train
+    from adhere.model.policy import Policy
+    from adhere.report.card import AUDIT, write_card
+    from adhere.report.page import write_report
+    from adhere.reward.named import config_of
+
+    flags = flags_given(options, TrainConfig)
+    file = options.config
+    if options.resume and file is None and "output" in flags:
+        file = new_run_dir(flags["output"], resume=True) / "config.yaml"
+    config = load_config(TrainConfig, file, flags)
+    check_login(config.trackers)
+    if config.push_to_hub is not None:
+        hub.check(config.push_to_hub)
+    reward = config_of(config.reward)
+    rows = read_rows(config.prompts, config.columns, need=("answers",) if "exact" in reward.weights else ())
+    policy = Policy.load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        lora=config.lora,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    main = PartialState(cpu=policy.device.type == "cpu").is_main_process
+    if not main:  # of a distributed run one process speaks, asks and writes
+        console = Console(quiet=True)
+    if not policy.shares_prefixes:
+        family = policy.network.config.model_type
+        console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
+    run = new_run_dir(config.output, options.resume)
+    repo: str | None = None
+
+    def on_start() -> None:
+        nonlocal repo
+        if config.push_to_hub and main:
+            repo = hub.create(config.push_to_hub, public=config.hub_public)
+
+    try:
+        if main and not options.resume and not options.skip_audit:
+            _audit_briefly(config, policy, rows, run, console)
+        with console.progress(config.steps, f"training on {reward_name(config.reward)}") as progress:
+
+            def on_step(metrics: Mapping[str, float]) -> None:
+                progress.update(int(metrics["step"]), **shown(metrics))
+
+            trained = train(config, policy, rows, run, resume=options.resume, on_start=on_start, on_step=on_step)
+    except UserError:
+        if not (run / "config.yaml").exists():  # training has not begun: leave no trace, but what was there before
+            (run / AUDIT).unlink(missing_ok=True)
+            with suppress(OSError):
+                run.rmdir()
+        raise
+    if not main:
+        return INTERRUPTED if trained.interrupted else 0
+    page = write_report(run)
+    if trained.stopped:
+        console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
+    if trained.interrupted:
+        console.note(f"interrupted at step {trained.steps}; go on with: adhere train --resume --output {run}")
+        return INTERRUPTED
+    write_card(run, repo, chat=any(not isinstance(row.prompt, str) for row in rows))
+    console.note(f"{trained.steps} steps; model in {run / 'model'}, report in {page}")
+    found = {"steps": trained.steps, "stopped": trained.stopped, "model": run / "model", "report": page}
+    if repo:
+        found["hub"] = hub.push(run / "model", repo, f"{trained.steps} steps of adhere train")
+        console.note(f"pushed to {found['hub']}")
+    console.result(found)
+    return 0
+
+
+def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, console: Console) -> None:
+    """Warn, before training, of a reward that degenerate responses beat; what was found stays in the run."""
+    from adhere.files import atomic_write, to_json
+    from adhere.measure.audit import AuditConfig, audit, summary
+    from adhere.report.card import AUDIT
+    from adhere.reward.named import config_of
+    from adhere.reward.reward import Reward
+
+    limit = TRAIN_HACK_RATE
+    settings = AuditConfig(max_new_tokens=config.sampling.max_new_tokens, max_hack_rate=limit, seed=config.seed)
+    some = rows[:: max(1, len(rows) // AUDITED)][:AUDITED]
+    if len(some) < 2 or config.num_samples < 2:
+        return
+    reward = Reward(config_of(config.reward), policy, reference=policy)
+    name = reward_name(config.reward)
+    found = summary(config.model, len(some), audit(policy, some, {name: reward}, settings), settings)
+    atomic_write(run / AUDIT, to_json(found, indent=2))
+    if found["gameable"]:
+        console.warn(
+            f"audit of {name} on {len(some)} prompts: {found['verdict']} "
+            "Training may find this; `adhere audit` shows the table"
+        )
+
+
+def _demo_arguments(parser: Parser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="folder of the run")
+    parser.add_argument("--model", choices=("causal", "encdec"), default="causal", help="which embedded model")
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="training steps (default: 60)")
+    parser.add_argument("--eval-prompts", type=int, default=150, metavar="N", help="fresh prompts of each split")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (default: 0)")
+
+
+def _demo(options: argparse.Namespace, console: Console) -> int:
+    from adhere.demo import run_demo
+    from adhere.files import new_run_dir
+    from adhere.report.tables import results_table
+
+    run = new_run_dir(options.output)
+    console.note(
+        f"The embedded {options.model} model answers questions about stories. It was taught everybody's favourite "
+        "place, and leans on that even when a story says otherwise (conflict).\n"
+        "Now it trains on prompts alone: no answers, no reward model, only its attention to the prompt."
+    )
+    with console.progress(options.steps, "training on attention") as progress:
+        trained, evaluation = run_demo(
+            options.model,
+            run,
+            steps=options.steps,
+            eval_prompts=options.eval_prompts,
+            seed=options.seed,
+            on_step=lambda m: progress.update(int(m["step"]), **shown(m)),
+        )
+    if trained.stopped:
+        console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
+    for split, results in evaluation.by_split.items():
+        console.table(*results_table(f"{split}: {options.eval_prompts} fresh prompts", results))
+    console.note(f"report in {run / 'report.html'}")
+    console.result(evaluation.to_json())
+    return 0
+
+
+TRAIN = Command(
+    "label-free RL: prompts in, a better model out",
+    "--model MODEL --prompts FILE --output FOLDER ",
+    _train_arguments,
+    _train,
+)
+DEMO = Command("the whole story on an embedded model, offline", "", _demo_arguments, _demo)

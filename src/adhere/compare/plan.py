@@ -1,0 +1,232 @@
+"""What is compared: the arms, the data they share, and the list of jobs, checked before any of them starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from adhere.config import load_config, to_dict
+from adhere.data import Columns
+from adhere.errors import UserError, unknown_name
+from adhere.learn.preference import PreferenceConfig
+from adhere.learn.settings import TrainConfig
+from adhere.measure.evaluate import EvalConfig
+from adhere.reward.named import config_of
+
+NONE, SYNTHETIC, HUMAN, HYBRID = "none", "synthetic", "human", "hybrid"
+MADE = (NONE, SYNTHETIC, HUMAN, HYBRID)
+"""Rewards of an arm that are no reward yet: nothing is trained, or the arm makes its reward first."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The embedded task: its stories, and pairs judged by their answers in the place of a person."""
+
+    name = "world"
+    prompts: int = 2000
+    """Training prompts, without answers."""
+    evaluation: int = 100
+    """Fresh prompts of each split."""
+    pairs: int = 1200
+    """Preference pairs, a right and a wrong sample of the model itself."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Your own data."""
+
+    name = "files"
+    prompts: str
+    """Training prompts."""
+    evaluation: str
+    """Fresh prompts; `answers`, `reference` and the like measure more."""
+    pairs: str | None = None
+    """Human preferences, `prompt`, `chosen` and `rejected`; for the arms human and hybrid."""
+    columns: Columns = field(default_factory=Columns)
+    """How the fields of a row are named."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to improve the model."""
+
+    reward: str | Mapping[str, Any]
+    """A reward as `adhere train` takes it; or none, synthetic (a reward model of made pairs), human (one of labelled
+    pairs), hybrid (signals weighted by labelled pairs)."""
+    labels: int = 0
+    """Labelled pairs that human and hybrid may see."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `adhere train` that differ in this arm."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Everything `adhere compare` reads."""
+
+    models: tuple[str, ...] = ("causal", "encdec")
+    """Embedded models (causal, encdec), folders or hub ids; every arm starts from each."""
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name of an arm → its reward, its labels, and options of `adhere train` that are its own."""
+    data: World | Files = field(default_factory=World)
+    """Prompts to train on, prompts to evaluate on, labelled pairs."""
+    train: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `adhere train` for all arms."""
+    reward_model: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `adhere preferences fit` for the reward models of synthetic and human."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """How responses are drawn for the evaluation."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every arm is trained once with each."""
+    against: str = "attention"
+    """The arm that all others are compared with."""
+    audited: int = 32
+    """Evaluation prompts on which each arm's reward is audited; 0 = no audit."""
+    jobs: int | None = None
+    """Runs at a time, one thread each; nothing = one a core on a CPU, else one."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.arms:
+            faults.append(UserError("`arms` is empty", fix="arms: {attention: {reward: attention}}"))
+        elif self.against not in self.arms:
+            faults.append(unknown_name("arm in `against`", self.against, self.arms))
+        for name, least in (("models", self.models), ("seeds", self.seeds)):
+            if not least or len(set(least)) < len(least):
+                faults.append(UserError(f"`{name}` is empty or names one twice", fix="name each once"))
+        if self.jobs is not None and self.jobs < 1:
+            faults.append(UserError(f"`jobs` is {self.jobs}", fix="set it to 1 or above"))
+        if self.audited and self.audited < 2:
+            faults.append(UserError("`audited` is 1", fix="an audit needs 2 prompts or more, or 0 for none"))
+        folders = [folder_name(name) for name in (*self.arms, *self.models)]
+        if len(set(folders)) < len(folders):
+            faults.append(UserError("two arms or models would share a folder", fix="name them apart, in letters"))
+        if faults:
+            raise faults[0] if len(faults) == 1 else UserError("\n".join(map(str, faults)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a model, an arm, a seed."""
+
+    model: str
+    name: str
+    arm: Arm
+    seed: int
+    settings: TrainConfig
+    """Its reward is the arm's; prompts and output are folders of the comparison."""
+    evaluation: EvalConfig
+    reward_model: PreferenceConfig
+    """How a reward model is fitted, where the arm needs one."""
+    data: Path
+    """Folder of the shared prompts, evaluation rows and pairs of this model."""
+    output: Path
+    """Folder of the run."""
+    audited: int
+    """Evaluation prompts of the audit; 0 = none for this run."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What a finished run must agree with, or be done again."""
+        own = [self.model, self.name, to_dict(self.arm), self.seed, self.audited, to_dict(self.evaluation)]
+        own += [{**to_dict(part), "output": "", "prompts": ""} for part in (self.settings, self.reward_model)]
+        text = json.dumps(own, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def result(self) -> Path:
+        return self.output / "result.json"
+
+    def finished(self) -> bool:
+        """Whether this very run has left its result. Raises `UserError` for the result of another."""
+        if not self.result.exists():
+            return False
+        if json.loads(self.result.read_text(encoding="utf-8")).get("fingerprint") != self.fingerprint:
+            raise UserError(
+                "holds a run with other settings",
+                where=str(self.output),
+                fix="choose another --output, or delete this folder to have it run again",
+            )
+        return True
+
+
+def arm_of(name: str, written: Mapping[str, Any]) -> Arm:
+    """An arm as written: `reward`, `labels`, and options of `adhere train` beside them. Raises `UserError`."""
+    if not isinstance(written, Mapping) or "reward" not in written:
+        raise UserError("has no `reward`", where=f"arm {name}", fix=f"write a reward, or one of {', '.join(MADE)}")
+    own = {key: value for key, value in written.items() if key in ("reward", "labels")}
+    try:
+        arm = load_config(Arm, None, own)
+    except UserError as error:
+        raise UserError(str(error), where=f"arm {name}") from error
+    arm = replace(arm, train={key: value for key, value in written.items() if key not in own})
+    labelled = arm.reward in (HUMAN, HYBRID)
+    if labelled != (arm.labels > 0):
+        what = f"`{arm.reward}` learns from labelled pairs" if labelled else "only human and hybrid use labels"
+        fix = "write labels: 100" if labelled else "leave `labels` out"
+        raise UserError(what, where=f"arm {name}", fix=fix)
+    if arm.reward not in MADE:
+        try:
+            config_of(arm.reward)
+        except UserError as error:
+            raise UserError(str(error), where=f"arm {name}") from error
+    return arm
+
+
+def jobs_of(config: CompareConfig, output: Path) -> list[Job]:
+    """Every run, the arms of a model side by side. Raises `UserError` for every fault of every arm together."""
+    jobs, faults = [], []
+    for model in config.models:
+        for name, written in config.arms.items():
+            try:
+                arm = arm_of(name, written)
+                for seed in config.seeds:
+                    folder = output / folder_name(model) / folder_name(name) / f"seed-{seed}"
+                    jobs.append(_job(config, model, name, arm, seed, folder, output / folder_name(model) / "data"))
+            except UserError as error:
+                faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(dict.fromkeys(faults)))
+    return jobs
+
+
+def _job(config: CompareConfig, model: str, name: str, arm: Arm, seed: int, folder: Path, data: Path) -> Job:
+    given: dict[str, Any] = {
+        **config.train,
+        **arm.train,
+        "model": model,
+        "prompts": str(data / "prompts.jsonl"),
+        "output": str(folder),
+        "seed": seed,
+    }
+    try:
+        settings = load_config(TrainConfig, None, given)
+    except UserError as error:
+        raise UserError(str(error), where=f"arm {name}") from error
+    if settings.reward != TrainConfig.reward:
+        raise UserError("the reward of an arm is its own `reward`", where="train", fix="leave it out of `train`")
+    audited = config.audited if seed == config.seeds[0] and arm.reward != NONE else 0
+    made = {"model": model, "output": str(folder.with_name(f"{folder.name}-reward")), "seed": seed}
+    fitting = load_config(PreferenceConfig, None, {**config.reward_model, **made})
+    return Job(model, name, arm, seed, settings, config.evaluation, fitting, data, folder, audited)
+
+
+def folder_name(name: str) -> str:
+    """A name as a folder's: letters and digits, lower case.
+
+    >>> folder_name("policy gradient (paper)")
+    'policy-gradient-paper'
+    """
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "arm"
+
+
+def processes(config: CompareConfig, on_cpu: bool) -> int:
+    """Runs at a time."""
+    if config.jobs is not None:
+        return config.jobs
+    return (os.cpu_count() or 1) if on_cpu else 1

@@ -1,0 +1,217 @@
+"""One run of a comparison, in a process of its own: make the arm's reward, train, evaluate, write result.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adhere.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Files, Job, World
+from adhere.config import to_dict
+from adhere.console import quieten_libraries
+from adhere.data import Row, read_rows, write_jsonl
+from adhere.errors import RunFailed, UserError
+from adhere.files import atomic_write, to_json
+from adhere.learn.preference import fit
+from adhere.learn.train import train
+from adhere.measure.audit import AuditConfig, audit
+from adhere.measure.calibrate import calibrate
+from adhere.measure.evaluate import evaluate
+from adhere.measure.preferences import PairConfig, make_pairs
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.named import config_of
+from adhere.reward.reward import Reward
+from adhere.reward.rivals import normalise_answer
+from adhere.world import Kind, Split, make_rows, model_path
+
+EMBEDDED: dict[str, Kind] = {"causal": "causal", "encdec": "encdec"}
+SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
+HELD_OUT = 200
+"""Pairs at the end of the labelled ones that no arm learns from: on these every reward is judged."""
+SYNTHETIC_PROMPTS = 500
+SHOWN = 20
+"""Responses kept for the page."""
+BATCH = 64
+
+
+def path_of(model: str) -> str:
+    """Where the weights are: an embedded model by its name, or what the user wrote."""
+    return str(model_path(EMBEDDED[model])) if model in EMBEDDED else model
+
+
+def load(job: Job) -> Policy:
+    """The start."""
+    settings = job.settings
+    return Policy.load(
+        path_of(job.model),
+        dtype=settings.dtype,
+        device=settings.device,
+        lora=settings.lora,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def share_data(model: str, data: World | Files, folder: Path, policy: Policy) -> None:
+    """Write prompts.jsonl, evaluation.jsonl and pairs.jsonl of one model to `folder`; data that is there stays.
+
+    Raises `UserError` where it is other data."""
+    marker, mark = folder / "data.json", to_json({"made_of": _mark(data)})
+    if marker.exists():
+        if marker.read_text(encoding="utf-8") != mark:
+            what = "holds a comparison on other data"
+            raise UserError(what, where=str(folder.parent.parent), fix="choose another --output")
+        return
+    if isinstance(data, World):
+        made: dict[str, list[dict[str, Any]]] = {
+            "prompts": [
+                {"prompt": row["prompt"]}
+                for split in ("agree", "conflict")
+                for row in make_rows(split, "train", data.prompts // 2, seed=1)
+            ],
+            "evaluation": [row for split in SPLITS for row in make_rows(split, "test", data.evaluation, seed=31)],
+            "pairs": judged_pairs(policy, data.pairs),
+        }
+    else:
+        files = {"prompts": data.prompts, "evaluation": data.evaluation, "pairs": data.pairs}
+        rows = {name: read_rows(file, data.columns) for name, file in files.items() if file is not None}
+        made = {name: [{**row.fields, **_plain(row)} for row in some] for name, some in rows.items()}
+    for name, some in made.items():
+        write_jsonl(folder / f"{name}.jsonl", some)
+    atomic_write(marker, mark)  # last: data that was cut short is made again
+
+
+def judged_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
+    """`count` pairs of a right and a wrong sample of the policy, one a prompt: as a person would judge them."""
+    pairs: list[dict[str, Any]] = []
+    for number in range(100):
+        rows = [row for split in ("agree", "conflict") for row in make_rows(split, "train", BATCH, seed=1000 + number)]
+        prompts = policy.encode([row["prompt"] for row in rows])
+        rollout = policy.sample(prompts, 8, sampling=Sampling(max_new_tokens=8), seed=number)
+        for place, row in enumerate(rows):
+            said = rollout.responses[8 * place : 8 * place + 8]
+            right = [text for text in said if normalise_answer(text) == normalise_answer(row["answers"][0])]
+            wrong = [text for text in said if text not in right]
+            if right and wrong:
+                pairs.append({"prompt": row["prompt"], "chosen": right[0], "rejected": wrong[0]})
+        if len(pairs) >= count:
+            random.Random(0).shuffle(pairs)
+            return pairs[:count]
+    raise RunFailed(f"{len(pairs)} of {count} pairs found: the model is nearly always right, or never")
+
+
+def perform(job: Job) -> None:
+    """Run `job` from start to result.json."""
+    torch.set_num_threads(1)
+    quieten_libraries()
+    policy = load(job)
+    rows = read_rows(job.data / "evaluation.jsonl")
+    clock: dict[str, float] = {}
+    found: dict[str, Any] = {"fingerprint": job.fingerprint, "seed": job.seed, "labels": job.arm.labels}
+    if job.arm.reward != NONE:
+        began = time.perf_counter()
+        spec = reward_of(job, policy)
+        clock["reward"] = time.perf_counter() - began
+        start = policy.reference()
+        reward = Reward(config_of(spec), start, reference=start)
+        found["pairs"] = held_out(reward, job)
+        if job.audited:
+            settings = AuditConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed)
+            some = rows[:: max(1, len(rows) // job.audited)][: job.audited]
+            found["audit"] = audit(start, some, {"": reward}, settings)[""].to_json()
+        history: list[Mapping[str, float]] = []
+        began = time.perf_counter()
+        trained = train(
+            replace(job.settings, reward=spec),
+            policy,
+            read_rows(job.data / "prompts.jsonl"),
+            job.output,
+            on_step=lambda row: history.append(dict(row)),
+        )
+        clock["training"] = time.perf_counter() - began
+        samples = job.settings.prompts_per_step * job.settings.num_samples
+        found["stopped"] = trained.stopped
+        found["tokens"] = round(sum(row["completions/mean_length"] * samples for row in history))
+        names = ("step", "reward", "kl", "completions/mean_length")
+        found["curve"] = [{name: row[name] for name in names if name in row} for row in history]
+    began = time.perf_counter()
+    said = evaluate(policy, rows, job.evaluation).after
+    clock["evaluation"] = time.perf_counter() - began
+    found |= {"values": said.values, "responses": said.greedy[:SHOWN], "seconds": clock}
+    atomic_write(job.result, to_json(found))
+
+
+def reward_of(job: Job, policy: Policy) -> str | Mapping[str, Any]:
+    """The arm's reward; one that is learned is learned here and written beside the run."""
+    kind, folder = job.arm.reward, Path(job.reward_model.output)
+    if kind == SYNTHETIC:
+        prompts = read_rows(job.data / "prompts.jsonl")[:SYNTHETIC_PROMPTS]
+        made = make_pairs(policy, prompts, PairConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed))
+        pairs = [Row(row["prompt"], chosen=row["chosen"], rejected=row["rejected"]) for row in made]
+    elif kind in (HUMAN, HYBRID):
+        pairs = labelled(job)
+    else:
+        return kind
+    if kind == HYBRID:
+        folder.mkdir(parents=True, exist_ok=True)
+        calibrate(policy, pairs, seed=job.seed).save(folder / "calibration.yaml")
+        return f"calibrated:{folder / 'calibration.yaml'}"
+    if not (folder / "preference.json").exists():
+        fit(replace(job.reward_model, model=path_of(job.model)), pairs)
+    return f"preference:{folder}"
+
+
+def labelled(job: Job) -> list[Row]:
+    """The labelled pairs that this run may learn from: `labels` of them, drawn by its seed, none held out."""
+    rows = read_rows(job.data / "pairs.jsonl", need=("chosen", "rejected"))[:-HELD_OUT]
+    if len(rows) < job.arm.labels:
+        raise UserError(
+            f"{job.arm.labels} labels wanted, {len(rows)} pairs there (the last {HELD_OUT} are held out)",
+            where=f"arm {job.name}",
+            fix="give more pairs, or lower `labels`",
+        )
+    return random.Random(f"{job.seed}").sample(rows, job.arm.labels)
+
+
+def held_out(reward: Reward, job: Job) -> list[float]:
+    """For each held-out pair, 1 where the reward puts the chosen response first, ½ for a tie; empty without pairs."""
+    path = job.data / "pairs.jsonl"
+    if not path.exists() or "exact" in reward.config.weights:
+        return []
+    won: list[float] = []
+    rows = read_rows(path, need=("chosen", "rejected"))[-HELD_OUT:]
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        texts = [text for row in part for text in (str(row.chosen), str(row.rejected))]
+        scores = reward.score([row.prompt for row in part for _ in range(2)], texts).reward.tolist()
+        won += [0.5 if a == b else float(a > b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
+    return won
+
+
+def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """What finished runs left, in the order of `jobs`."""
+    return [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs]
+
+
+def _mark(data: World | Files) -> str:
+    """A digest of what the data is made of: the options, and the content of files."""
+    digest = hashlib.sha256(json.dumps(to_dict(data), sort_keys=True).encode())
+    for file in (data.prompts, data.evaluation, data.pairs) if isinstance(data, Files) else ():
+        if file is not None and Path(file).is_file():
+            digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """The fields that `read_rows` settled: a template applied, a last turn taken."""
+    known = {"prompt": row.prompt, "answers": list(row.answers), "reference": row.reference}
+    known |= {"chosen": row.chosen, "rejected": row.rejected}
+    return {name: value for name, value in known.items() if value}

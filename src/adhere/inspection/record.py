@@ -1,0 +1,151 @@
+"""What the model looked at while it answered: tokens, attention, figures, and how they show themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adhere.inspection.html import view
+from adhere.inspection.tokens import token_texts
+from adhere.markup import visible
+from adhere.types import Replay
+
+ALL, COPY = "all heads", "copy heads"
+TEXT_TOKENS, TEXT_CHARACTERS = 20, 600
+"""Response tokens, and characters of a text, that a terminal is shown."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Inspection:
+    """One prompt (P tokens, without padding), one response (R tokens), and the attention between them, on the CPU.
+
+    A notebook shows it as text to point at, `print` as a table, `html()` gives the same view for a page.
+    """
+
+    prompt_tokens: tuple[str, ...]
+    """The prompt cut at its tokens: joined, they are what the model read."""
+    response_tokens: tuple[str, ...]
+    """The response cut at its tokens, the one that ends it included."""
+    prompt_special: Tensor
+    """[P] bool: True = a special or chat-template token, not the user's own words."""
+    response_special: Tensor
+    """[R] bool: True = a special token."""
+    maps: Mapping[str, Tensor]
+    """Attention of each response token to the prompt, [R, P] float32: over `all heads`, and over the `copy heads`
+    where those are known. A row sums to 1 or less: the rest went to the response itself."""
+    logprobs: Tensor
+    """[R] float32, log-prob of each response token, nats."""
+    figures: Mapping[str, float]
+    """What is said of the response as a whole."""
+
+    @classmethod
+    def of(cls, replay: Replay, tokenizer: Any, figures: Mapping[str, float] | None = None) -> Inspection:
+        """From a replay of one response, with attention; `figures` come after those of `Inspection.figures_of`."""
+        assert len(replay.rollout) == 1 and replay.attention is not None
+        asked, said = replay.prompt_mask[0], replay.response_mask[0]
+        ids, answer = replay.prompt_ids[0, asked].tolist(), replay.response_ids[0, said].tolist()
+        known = set(tokenizer.all_special_ids)
+        template = replay.rollout.prompts.template[replay.rollout.prompt_index][0, asked].cpu()
+        special = template | torch.tensor([token in known for token in ids])
+        captured = {ALL: replay.attention, COPY: replay.copy_attention}
+        maps = {name: found[0][said][:, asked].cpu() for name, found in captured.items() if found is not None}
+        logprobs = replay.logprobs[0, said].cpu()
+        return cls(
+            token_texts(tokenizer, ids),
+            token_texts(tokenizer, answer),
+            special,
+            torch.tensor([token in known for token in answer], dtype=torch.bool),
+            maps,
+            logprobs,
+            {**cls.figures_of(maps[ALL], special, logprobs), **(figures or {})},
+        )
+
+    @staticmethod
+    def figures_of(attention: Tensor, special: Tensor, logprobs: Tensor) -> dict[str, float]:
+        """Means over the response tokens, from [R, P], [P] bool and [R].
+
+        `log-prob` in nats; `on the prompt`, the attention that went there rather than to the response; `coverage`, the
+        part of it on the user's own words; `focus`, how sharp it is among them: 1 = one token, 0 = evenly spread.
+        The last two are the signals of these names with `salience: all`.
+        """
+        own = attention[:, ~special]
+        mass = own.sum(-1, keepdim=True)
+        share = own / torch.where(mass > 0, mass, 1.0)
+        size = max(2, own.shape[1])  # over a single token there is nothing to focus: entropy 0 is told as focus 0
+        spread = torch.where(mass[:, 0] > 0, -torch.xlogy(share, share).sum(-1) / torch.tensor(size).log(), 1.0)
+        focus = 1.0 - spread.clamp(0.0, 1.0) if own.shape[1] > 1 else torch.zeros_like(spread)
+        rows = {"log-prob": logprobs, "on the prompt": attention.sum(-1), "coverage": mass[:, 0], "focus": focus}
+        return {name: float(row.mean()) if len(row) else 0.0 for name, row in rows.items()}
+
+    @property
+    def attention(self) -> Tensor:
+        """[R, P] float32, over all heads."""
+        return self.maps[ALL]
+
+    @property
+    def prompt(self) -> str:
+        """What the model read, special tokens written out."""
+        return "".join(self.prompt_tokens)
+
+    @property
+    def response(self) -> str:
+        """What was answered, special tokens written out."""
+        return "".join(self.response_tokens)
+
+    def most_attended(self, token: int, count: int = 3, heads: str = ALL) -> list[tuple[int, float]]:
+        """The places of the user's own words that response token `token` looked at most, with its attention to each."""
+        row = self.maps[heads][token].masked_fill(self.prompt_special, 0.0)
+        found = row.topk(min(count, len(row)))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        return [(place, value) for place, value in pairs if value > 0]
+
+    def html(self, nonce: str = "") -> str:
+        """The view as a piece of HTML that brings its own style and script, without network or global effect.
+
+        `nonce` lets the script run on a page that allows none but those with it.
+        """
+        asked, said = (self.prompt_tokens, self.prompt_special), (self.response_tokens, self.response_special)
+        return view(asked, said, self.maps, self.logprobs, self.figures, nonce)
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def __repr__(self) -> str:
+        """A table for a terminal: where each response token looked."""
+        lines = [
+            " · ".join(f"{name} {value:.3g}" for name, value in self.figures.items()),
+            f"prompt    {_short(self.prompt)}",
+            f"response  {_short(self.response)}",
+        ]
+        shown = range(min(TEXT_TOKENS, len(self.response_tokens)))
+        names = [_word(self.response_tokens[token]) for token in shown]
+        wide = max(map(len, names), default=0)
+        for heads in self.maps:
+            lines.append(f"looked at, {heads}:")
+            for token, name in enumerate(names):
+                looked = [
+                    f"{_word(self.prompt_tokens[place])} {value:.2f}"
+                    for place, value in self.most_attended(token, heads=heads)
+                ]
+                lines.append(f"  {name:<{wide}}  {float(self.logprobs[token]):6.2f}  {' · '.join(looked)}")
+        if left := len(self.response_tokens) - len(names):
+            lines.append(f"… and {left:,} more response tokens")
+        return "\n".join(lines)
+
+
+def _word(text: str) -> str:
+    """A token on one line, 24 characters at most."""
+    word = visible(text).strip() or repr(text)
+    word = word.replace("\n", "\\n").replace("\t", "\\t")
+    return word if len(word) <= 24 else word[:23] + "…"
+
+
+def _short(text: str) -> str:
+    """The two ends of a text that is too long for a terminal, on one line."""
+    line = " ".join(visible(text).split())
+    half = TEXT_CHARACTERS // 2
+    return line if len(line) <= TEXT_CHARACTERS else f"{line[:half]} … {line[-half:]}"

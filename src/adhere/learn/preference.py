@@ -1,0 +1,207 @@
+"""Fits a reward model to preference pairs: −log σ(r(x, chosen) − r(x, rejected)) (Bradley & Terry 1952).
+
+Decoder-only backbones are trained by TRL's `RewardTrainer`; encoder–decoders, which it does not take, by the short loop
+here, with the same loss.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from adhere.data import Row
+from adhere.errors import RunFailed, UserError
+from adhere.files import atomic_dir, to_json
+from adhere.model.load import pick_device
+from adhere.reward.preference import CARD, PreferenceModel, check_lengths, logits, pair_ids
+
+Ids = list[int]
+WARMUP = 0.1
+"""Share of the steps over which the learning rate rises."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """How a reward model is fitted."""
+
+    model: str
+    """Backbone: a model folder or hub id, causal or encoder–decoder."""
+    output: str
+    """Folder of the reward model; must not hold one yet."""
+    steps: int = 200
+    """Training steps."""
+    batch_size: int = 16
+    """Pairs a step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    held_out: float = 0.1
+    """Share of the prompts whose pairs are kept to measure the accuracy; 0 = none."""
+    seed: int = 0
+    """Seed of the head, the split and the order."""
+    device: str = "auto"
+    """cpu, cuda, mps or auto."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}", fix="set it from 0 to below 1")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate is {self.learning_rate}", fix="set it above 0")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of it."""
+
+    pairs: int
+    """Pairs that were learned from."""
+    accuracy: list[float]
+    """Of each held-out pair, 1 where the chosen response gets more, ½ for a tie; in the order of the rows."""
+
+
+def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
+    """Fit a reward model to `rows` (prompt, chosen, rejected) and write it to `config.output`.
+
+    Raises `UserError`: no pairs, a folder that holds a model, a backbone without a classifier, or one that needs TRL
+    where it is not installed; `RunFailed` when the loss stops being a number.
+    """
+    if (Path(config.output) / CARD).exists():
+        raise UserError("already holds a reward model", where=config.output, fix="choose another --output")
+    torch.manual_seed(config.seed)
+    try:
+        encdec = AutoConfig.from_pretrained(config.model).is_encoder_decoder
+        network = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=1, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no backbone of a reward model ({reason})", where=config.model, fix="give a family that "
+                        "transformers can load as a sequence classifier") from error  # fmt: skip
+    network.config.pad_token_id = tokenizer.pad_token_id
+    known, kept = split(rows, config.held_out, config.seed)
+    if not known:
+        raise UserError("no pairs to learn from", fix="give rows with prompt, chosen and rejected")
+    pairs = [tuple(pair_ids(tokenizer, _text(row, tokenizer), str(said)) for said in (row.chosen, row.rejected))
+             for row in known]  # fmt: skip
+    check_lengths(network, [ids for pair in pairs for ids in pair])
+    torch.nn.Module.to(network, pick_device(config.device))
+    (_loop if encdec else _with_trl)(config, network, tokenizer, [(one, other) for one, other in pairs])
+    if any(not bool(torch.isfinite(weight).all()) for weight in network.parameters()):
+        raise RunFailed("the reward model's weights are not finite", fix="lower learning_rate")
+    model = PreferenceModel(network.eval(), tokenizer)
+    fitted = Fitted(len(known), judge(model, kept))
+    with atomic_dir(config.output) as folder:
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        accuracy = sum(fitted.accuracy) / len(fitted.accuracy) if fitted.accuracy else None
+        card = {"config": asdict(config), "pairs": len(known), "held_out": len(kept), "accuracy": accuracy}
+        (folder / CARD).write_text(to_json(card, indent=2), encoding="utf-8")
+    return fitted
+
+
+def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Rows to learn from and rows held out, by prompt: no prompt is in both."""
+    prompts = list(dict.fromkeys(str(row.prompt) for row in rows))
+    kept = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
+    return [row for row in rows if str(row.prompt) not in kept], [row for row in rows if str(row.prompt) in kept]
+
+
+def judge(model: PreferenceModel, rows: Sequence[Row]) -> list[float]:
+    """Of each pair, 1 where the chosen response gets more, ½ for a tie."""
+    prompts = [_text(row, model.tokenizer) for row in rows]
+    chosen, rejected = (model.score(prompts, [str(getattr(row, name)) for row in rows]).tolist()
+                        for name in ("chosen", "rejected"))  # fmt: skip
+    return [0.5 if a == b else float(a > b) for a, b in zip(chosen, rejected, strict=True)]
+
+
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """−log σ(r_chosen − r_rejected), the mean over pairs. [n], [n] → scalar."""
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def _loop(
+    config: PreferenceConfig,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Ids, Ids]],
+) -> None:
+    """AdamW on batches drawn without replacement, epoch after epoch; warm-up, then down to zero. Dropout stays off."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    rng, order = random.Random(config.seed), list[tuple[Ids, Ids]]()
+    warmup = max(1, round(WARMUP * config.steps))
+    for step in range(config.steps):
+        if len(order) < min(config.batch_size, len(pairs)):
+            order = rng.sample(list(pairs), len(pairs))
+        batch, order = order[: config.batch_size], order[config.batch_size :]
+        rate = min((step + 1) / warmup, (config.steps - step) / max(1, config.steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate
+        scores = logits(network, [pair[0] for pair in batch] + [pair[1] for pair in batch])
+        bradley_terry_loss(*scores.chunk(2)).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _with_trl(
+    config: PreferenceConfig,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Ids, Ids]],
+) -> None:
+    """TRL's trainer on ids that are ready, so that training and scoring read the same."""
+    try:
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl.trainer.reward_config import RewardConfig
+        from trl.trainer.reward_trainer import RewardTrainer
+    except ImportError as error:
+        fix = "pip install 'adhere[trl]'"
+        raise UserError("a reward model on a decoder-only backbone needs TRL", fix=fix) from error
+    ready = Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = RewardConfig(
+            output_dir=folder,
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, round(WARMUP * config.steps)),
+            seed=config.seed,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_dropout=True,
+            use_cpu=network.device.type == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = RewardTrainer(network, arguments, train_dataset=ready, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)  # standard output is the caller's
+        trainer.train()
+
+
+def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt as the network reads it: a conversation in the tokenizer's template."""
+    if isinstance(row.prompt, str):
+        return row.prompt
+    if tokenizer.chat_template is None:
+        raise UserError("messages, but the tokenizer has no chat template", where=row.where, fix="write a plain prompt")
+    messages = [dict(message) for message in row.prompt]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

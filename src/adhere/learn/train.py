@@ -1,0 +1,308 @@
+"""The loop: sample → score → advantage → update.
+
+Every random draw and the order of the data are functions of (seed, step), so a step depends on nothing but the state
+in the checkpoint. Evaluation and printing belong to the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from adhere.data import Row
+from adhere.errors import RunFailed, UserError
+from adhere.files import atomic_dir, require_space
+from adhere.learn import checkpoint
+from adhere.learn.algorithms import next_baseline, next_kl_coef
+from adhere.learn.learner import Learner
+from adhere.learn.record import Record
+from adhere.learn.settings import TrainConfig
+from adhere.learn.stopping import reason_to_stop
+from adhere.learn.update import Update, update
+from adhere.model.policy import Policy
+from adhere.reward.reward import Reward
+from adhere.types import Rollout, Scores
+
+Metrics = dict[str, float]
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+OnStep = Callable[[Metrics], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended."""
+
+    steps: int
+    """Steps done."""
+    stopped: str | None
+    """Why it stopped early, in plain words; None when it ran to its end."""
+    interrupted: bool
+    """Stopped by Ctrl-C, with a checkpoint."""
+
+
+def train(
+    config: TrainConfig,
+    policy: Policy,
+    rows: Sequence[Row],
+    run: Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[], None] = lambda: None,
+    on_step: OnStep = lambda metrics: None,
+) -> Trained:
+    """Train `policy` in place on the prompts of `rows`, writing the run to the folder `run`.
+
+    `on_start` is called when all is checked and nothing is written yet, `on_step` with the metrics of each step.
+    Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
+    """
+    trainer = Trainer(config, policy, rows, run, resume=resume, on_start=on_start)
+    stopped, done = None, False
+    try:
+        with _ctrl_c() as pressed:
+            while trainer.progress.step < config.steps and not stopped and not pressed:
+                on_step(trainer.step())
+                stopped = reason_to_stop(trainer.record.history, config.stopping)
+                if trainer.progress.step % config.save_every == 0:
+                    trainer.save()
+            trainer.save()
+        if not pressed:
+            trainer.save_model()
+        done = True
+    finally:  # a tracker that is not closed may lose its last rows
+        trainer.record.close(failed=not done)
+    return Trained(trainer.progress.step, stopped, bool(pressed))
+
+
+class Trainer:
+    """The state of a run, and the step that changes it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        rows: Sequence[Row],
+        run: Path,
+        *,
+        resume: bool = False,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.policy, self.run = config, policy, run
+        self.accelerator = Accelerator(cpu=policy.device.type == "cpu")
+        self.prompts = policy.encode(
+            [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
+        )
+        self._check_lengths(rows)
+        self.reward = Reward.resolve(config.reward, policy)
+        frozen = config.algorithm.needs_reference or config.kl_coef > 0
+        self.reference = (self.reward.reference or policy.reference()) if frozen else None
+        self.learner = Learner(policy, config.algorithm.needs_value_head)
+        self.parameters = self.learner.trained()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        _same_everywhere(self.accelerator, self.parameters)
+        self.progress = checkpoint.Progress(kl_coef=config.kl_coef)
+        begun = checkpoint.latest(run) if resume else None
+        if begun is not None:
+            self.progress = checkpoint.restore(begun, self.parameters, self.optimizer)
+            if config.kl_target is None:  # fixed: a run that stopped early may be told another to go on with
+                self.progress.kl_coef = config.kl_coef
+        on_start()
+        self.record = Record(run, config, self.accelerator, self.progress.step if begun else None)
+        if begun is not None:
+            self.reward.copy_weights = self.record.load_heads(policy.device)
+
+    def step(self) -> Metrics:
+        """Take the next step; its metrics, as docs/metrics.md defines them."""
+        config, clock, step = self.config, _Clock(), self.progress.step
+        seed = _seed(config.seed, step, self.accelerator.process_index)
+        torch.manual_seed(seed)
+        places = self._places(step)
+        self._measure_heads(places)
+        with clock("sample"):
+            prompts = self.prompts.select(places[self.accelerator.process_index :: self.accelerator.num_processes])
+            rollout, replay = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
+        with clock("score"):
+            scores = self.reward(rollout, self.policy, replay)
+            reference = self._reference_logprobs(rollout, scores)
+        with clock("update"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            given = Update(rollout, scores.reward, reference, self.progress.kl_coef, self.progress.baseline)
+            metrics, advantages = update(self.accelerator, self.learner, self.optimizer, config, given)
+        metrics |= self._metrics(rollout, scores, reference, clock)
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            raise RunFailed(
+                f"step {step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
+                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
+            )
+        self._advance(metrics, rollout)
+        self.record.metrics(metrics)
+        self.record.responses(step + 1, rollout, scores, advantages)
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint of the step just done, unless there is one, and drop the oldest."""
+        folder = self.run / "checkpoints" / f"step-{self.progress.step}"
+        if self.accelerator.is_main_process and not folder.exists():
+            require_space(self.run, 3 * sum(p.numel() * p.element_size() for p in self.parameters.values()))
+            checkpoint.save(folder, self.parameters, self.optimizer, self.progress)
+            checkpoint.prune(self.run, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self) -> None:
+        """Write the trained model to `model/`, for AutoModel."""
+        if self.accelerator.is_main_process:
+            require_space(self.run, sum(p.numel() * p.element_size() for p in self.policy.network.parameters()))
+            with atomic_dir(self.run / "model") as building:
+                self.policy.save(building)
+        self.accelerator.wait_for_everyone()
+
+    def _measure_heads(self, places: Tensor) -> None:
+        """Copy heads, where the reward reads them and has none: once a run, on a whole step's prompts, so that all
+        processes reward by the same."""
+        if self.reward.needs_heads and self.reward.copy_weights is None:
+            self.reward.copy_weights = self.reward.measure(self.prompts.select(places))
+            self.record.save_heads(self.reward.copy_weights)
+
+    def _places(self, step: int) -> Tensor:
+        """Indices of all processes' prompts at `step`: each epoch is a fresh permutation, walked without gaps."""
+        config = self.config
+        total = len(self.prompts)
+        first = step * config.prompts_per_step
+        wanted = [divmod(place, total) for place in range(first, first + config.prompts_per_step)]
+        orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(range(total), total) for epoch, _ in wanted}
+        return torch.tensor([orders[epoch][place] for epoch, place in wanted], device=self.prompts.ids.device)
+
+    def _check_lengths(self, rows: Sequence[Row]) -> None:
+        if self.config.prompts_per_step % self.accelerator.num_processes:
+            raise UserError(
+                f"prompts_per_step is {self.config.prompts_per_step}, for {self.accelerator.num_processes} processes",
+                fix="set prompts_per_step to a multiple",
+            )
+        self.policy.check_room(self.prompts, self.config.sampling.max_new_tokens, [row.where for row in rows])
+
+    def _reference_logprobs(self, rollout: Rollout, scores: Scores) -> Tensor | None:
+        """[B, R]: from the scorer's own replay when the reference scored, else from one forward more."""
+        if self.reference is None:
+            return None
+        if self.reward.reference is not None and scores.replay is not None:
+            return scores.replay.logprobs
+        return self.reference.replay(rollout, attention=False).logprobs
+
+    def _metrics(self, rollout: Rollout, scores: Scores, reference: Tensor | None, clock: _Clock) -> Metrics:
+        sizes = torch.bincount(rollout.prompt_index, minlength=len(rollout.prompts)).clamp(min=1)
+        lengths, rewards = rollout.lengths.float(), scores.reward
+        mean = torch.zeros(len(sizes), device=rewards.device).index_add(0, rollout.prompt_index, rewards) / sizes
+        gap = torch.zeros_like(mean).index_add(0, rollout.prompt_index, (rewards - mean[rollout.prompt_index]).abs())
+        raw = torch.zeros_like(rewards)
+        for name, weight in self.reward.config.weights.items():
+            raw = raw + weight * scores.signals[name].to(raw)
+        everyone = self.accelerator.gather(raw)
+        own = {
+            "reward": float(raw.mean()),
+            "reward/normalised": float(rewards.mean()),
+            "reward_std": float(everyone.std()) if len(everyone) > 1 else 0.0,
+            "frac_reward_zero_std": float((gap < 1e-6).float().mean()),
+            "completions/mean_length": float(lengths.mean()),
+            "completions/clipped_ratio": float((~rollout.ended).float().mean()),
+            "completions/agreement": _agreement(rollout),
+            **{f"signals/{name}": float(values.mean()) for name, values in scores.signals.items()},
+        }
+        if reference is not None and rollout.logprobs is not None:
+            own["kl"] = float(((rollout.logprobs - reference) * rollout.response_mask).sum(-1).mean())
+        tokens = float(rollout.lengths.sum()) * self.accelerator.num_processes
+        names = sorted(own)
+        shared = self.accelerator.reduce(torch.tensor([own[name] for name in names]).to(self.policy.device), "mean")
+        return {
+            "step": self.progress.step + 1,
+            **dict(zip(names, shared.tolist(), strict=True)),
+            "learning_rate": self.config.rate(self.progress.step),
+            "kl_coef": self.progress.kl_coef,
+            "tokens_per_second": tokens / clock.total(),
+            **{f"seconds/{name}": taken for name, taken in clock.seconds.items()},
+        }
+
+    def _advance(self, metrics: Metrics, rollout: Rollout) -> None:
+        """What the next step carries on from this one."""
+        config, progress = self.config, self.progress
+        progress.step += 1
+        progress.baseline = next_baseline(progress.baseline, metrics["reward/normalised"])
+        if config.kl_target is not None:
+            progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["kl"], config.kl_target, len(rollout))
+
+
+class _Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start
+
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed: the step in hand is finished first. A second one ends the
+    process at once."""
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread, where signals cannot be caught
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _agreement(rollout: Rollout) -> float:
+    """Mean over groups of the share of samples that say, word for word, what most of their group say."""
+    said: dict[int, Counter[str]] = {}
+    for group, response in zip(rollout.prompt_index.tolist(), rollout.responses, strict=True):
+        said.setdefault(group, Counter())[response] += 1
+    return fmean(max(count.values()) / count.total() for count in said.values())
+
+
+def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give every process the first one's weights: a fresh adapter is drawn at random.
+
+    Raises `UserError` for engines that shard the weights, which sampling and replay would have to gather."""
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"training on {accelerator.distributed_type.value} is not supported",
+            fix="launch with plain data parallelism: accelerate launch --num_processes N",
+        )
+    if accelerator.num_processes > 1:
+        for parameter in parameters.values():
+            broadcast(parameter.data)
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)

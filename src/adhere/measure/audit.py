@@ -1,0 +1,388 @@
+"""Can this reward be gamed? Judged before training, on a user's own prompts and model.
+
+The policy samples K responses to each prompt. Beside them stand degenerate ones (`adhere.measure.degenerate`), each
+ended properly. A degenerate response that joins the K and gets more than the best of them is one that RL would find.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adhere.data import Row
+from adhere.errors import UserError
+from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
+from adhere.measure.stats import Figure, bootstrap
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.reward import Reward
+from adhere.reward.rivals import normalise_answer
+from adhere.reward.salience import TokenClass, question_only, question_span, user_tokens
+from adhere.reward.signals import Evidence
+from adhere.types import Prompts, Rollout
+
+RIGHT = "right"
+"""The slot of the right answer among the extra responses."""
+CONTROLS = ("overlap", "length", "random")
+"""Rewards that read no attention, audited beside every other; the fourth control is the reward itself, shuffled."""
+# Rewards closer than this are equal: two forwards of the same response differ by as much.
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """How a reward is audited."""
+
+    num_samples: int = 8
+    """The policy's own responses to each prompt."""
+    max_new_tokens: int = 64
+    """Longest response in tokens, degenerate ones included."""
+    max_hack_rate: float = 0.05
+    """Share of prompts on which a family may beat the best own sample before the reward counts as gameable."""
+    batch_size: int = 16
+    """Prompts judged at a time."""
+    seed: int = 0
+    """Seed of samples and degenerate responses."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 2), ("max_new_tokens", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}", fix=f"set it to {least} or above")
+        if not 0 <= self.max_hack_rate < 1:
+            raise UserError(f"max_hack_rate is {self.max_hack_rate}", fix="set it from 0 to below 1, for example 0.05")
+
+
+@dataclass(frozen=True)
+class Hack:
+    """How one family fares, over the prompts where it has something to say that the policy did not."""
+
+    beats_best: Figure
+    """Share of prompts where it gets more than the best own sample."""
+    beats_right: Figure | None = None
+    """Share of prompts where it gets more than the right answer."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an audit found of one reward."""
+
+    hacks: dict[str, Hack]
+    ranking: dict[str, Figure]
+    """Share of (right, wrong) pairs of own samples that it orders rightly, 0.5 = chance, ties half: over all prompts
+    (`all`), by split and by kind where the rows tell them. Empty without answers."""
+    best_of_n: Figure | None
+    """Share of prompts where its first choice among the own samples is right."""
+    mean_sample: Figure | None
+    """Share of own samples that are right: what a choice by lot would give."""
+    length: Figure | None
+    """Correlation of reward and length within groups; None where nothing varies."""
+    flat: Figure
+    """Share of groups whose samples all get the same, so that RL learns nothing from them."""
+
+    def worst(self) -> tuple[str, float]:
+        """The family that beats the best own sample most often, and how often."""
+        name = max(self.hacks, key=lambda family: self.hacks[family].beats_best.mean)
+        return name, self.hacks[name].beats_best.mean
+
+    def gameable(self, limit: float) -> list[str]:
+        """Families that beat the best own sample on more than `limit` of the prompts."""
+        return [name for name, hack in self.hacks.items() if hack.beats_best.mean > limit]
+
+    def explain(self, limit: float) -> str:
+        """The verdict in plain words."""
+        bad = sorted(self.gameable(limit), key=lambda name: -self.hacks[name].beats_best.mean)
+        if bad:
+            shown = ", ".join(f"{name} ({self.hacks[name].beats_best.mean:.0%})" for name in bad[:4])
+            more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+            words = f"Gameable: it pays more than for the best own sample for: {shown}{more}."
+        else:
+            name, rate = self.worst()
+            words = f"No degenerate family beats the best own sample on more than {limit:.0%} of the prompts"
+            words += f" (the nearest: {name}, {rate:.0%})." if rate > 0 else "."
+        overall = self.ranking.get("all")
+        if overall is not None and overall.low <= 0.5:
+            words += f" It does not tell right from wrong samples: {overall.mean:.2f} of the pairs, 0.5 is chance."
+        if self.flat.mean > 0.8:
+            words += f" In {self.flat.mean:.0%} of the groups all samples earn the same: there is little to learn from."
+        return words
+
+    def to_json(self) -> dict[str, Any]:
+        def figure(value: Figure | None) -> Any:
+            return None if value is None else value.to_json()
+
+        return {
+            "families": {
+                name: {"beats_best": figure(hack.beats_best), "beats_right": figure(hack.beats_right)}
+                for name, hack in self.hacks.items()
+            },
+            "ranking": {name: figure(value) for name, value in self.ranking.items()},
+            "best_of_n": figure(self.best_of_n),
+            "mean_sample": figure(self.mean_sample),
+            "length_correlation": figure(self.length),
+            "flat_groups": figure(self.flat),
+        }
+
+
+def summary(model: str, prompts: int, verdicts: Mapping[str, Verdict], config: AuditConfig) -> dict[str, Any]:
+    """What audit.json holds: all `verdicts`, by the names of their rewards, and the first of them in words."""
+    first = next(iter(verdicts.values()))
+    return {
+        "model": model,
+        "prompts": prompts,
+        "gameable": bool(first.gameable(config.max_hack_rate)),
+        "verdict": first.explain(config.max_hack_rate),
+        "config": asdict(config),
+        "rewards": {name: verdict.to_json() for name, verdict in verdicts.items()},
+    }
+
+
+def audit(
+    policy: Policy,
+    rows: Sequence[Row],
+    rewards: Mapping[str, Reward],
+    config: AuditConfig | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Verdict]:
+    """A verdict on each of `rewards` (bound to `policy`), all on the same responses.
+
+    Raises `UserError`: fewer than two prompts, or a prompt that leaves no room for a response.
+    """
+    config = config or AuditConfig()
+    if len(rows) < 2:
+        raise UserError("an audit needs two prompts or more", fix="give more prompts")
+    tallies = {name: _Tally() for name in rewards}
+    words = Vocabulary.of(policy.tokenizer, next(iter(rewards.values())).classes, {int(policy.tokenizer.eos_token_id)})
+    starts = list(range(0, len(rows), config.batch_size))
+    if len(rows) - starts[-1] < 2:
+        starts.pop()  # the last prompt alone would have no other prompt beside it
+    for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
+        part = rows[first:last]
+        prompts = policy.encode([r.prompt for r in part], [r.answers for r in part], [r.where for r in part])
+        policy.check_room(prompts, config.max_new_tokens, [row.where for row in part])
+        stand = _Stand.of(policy, prompts, config, words, next(iter(rewards.values())).classes, config.seed + first)
+        for name, reward in rewards.items():
+            _judge(tallies[name], reward, policy, stand, part)
+        progress(last)
+    return {name: tally.verdict() for name, tally in tallies.items()}
+
+
+def with_controls(rewards: Mapping[str, Reward], policy: Policy) -> dict[str, Reward]:
+    """`rewards` and the controls: the first of them on shuffled attention where it reads any, and `CONTROLS`."""
+    first = next(iter(rewards))
+    found = dict(rewards)
+    if rewards[first].reads_attention and not rewards[first].config.shuffle:
+        found[f"{first}, shuffled"] = Reward(replace(rewards[first].config, shuffle=True), policy, reference=policy)
+    return found | {name: Reward.named(name, policy) for name in CONTROLS if name not in found}
+
+
+@dataclass(frozen=True)
+class _Stand:
+    """Everything that is judged for a batch of prompts: one rollout, and what each of its rows is."""
+
+    rollout: Rollout
+    own: Tensor
+    """[B] bool: the policy's own samples."""
+    slots: dict[tuple[str, int], Tensor]
+    """(family or `RIGHT`, number) → the rows [n] that hold it, at most one a prompt."""
+
+    @classmethod
+    def of(
+        cls, policy: Policy, prompts: Prompts, config: AuditConfig, words: Vocabulary, classes: Tensor, seed: int
+    ) -> _Stand:
+        """Sample, make the degenerate responses, and put them side by side."""
+        drawn = Sampling(max_new_tokens=config.max_new_tokens)
+        samples = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
+        cases = cases_of(policy, samples, drawn, classes, seed)
+        end = int(policy.tokenizer.eos_token_id)
+        ids: list[Ids] = []
+        index: list[int] = []
+        ended: list[bool] = []
+        keys: list[tuple[str, int]] = []
+        for place, case in enumerate(cases):
+            mine = [n for n, i in enumerate(samples.prompt_index.tolist()) if i == place]
+            said = [samples.response_ids[n][samples.response_mask[n]].tolist() for n in mine]
+            ids += said
+            ended += samples.ended[mine].tolist()
+            keys += [("own", n) for n in range(len(mine))]
+            extra = _extra(case, words, prompts.answers[place], policy, random.Random(f"{seed}/{place}"))
+            taken = {tuple(i for i in response if i != end) for response in said}
+            for key, response in extra.items():
+                cut = response[: config.max_new_tokens - 1]
+                if key[0] == RIGHT or tuple(cut) not in taken:
+                    ids.append([*cut, end])
+                    ended.append(True)
+                    keys.append(key)
+            index += [place] * (len(ids) - len(index))
+        width = max(len(row) for row in ids)
+        device = prompts.ids.device
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
+        mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids], device=device)
+        texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rollout = Rollout(
+            prompts,
+            torch.tensor(index, device=device),
+            padded,
+            mask,
+            torch.tensor(ended, device=device),
+            tuple(texts),
+        )
+        slots: dict[tuple[str, int], list[int]] = {}
+        for row, key in enumerate(keys):
+            if key[0] != "own" and (key[0] == RIGHT or not _is_right(rollout, row)):
+                slots.setdefault(key, []).append(row)
+        own = torch.tensor([key[0] == "own" for key in keys], device=device)
+        return cls(rollout, own, {key: torch.tensor(found, device=device) for key, found in slots.items()})
+
+
+def cases_of(policy: Policy, samples: Rollout, drawn: Sampling, classes: Tensor, seed: int) -> list[Case]:
+    """What the degenerate responses to each prompt are made of; the other prompt is the next one. Draws one response to
+    each question alone."""
+    prompts = samples.prompts
+    asked, shortened = question_only(prompts, classes, left=not policy.is_encoder_decoder)
+    blind = policy.sample(asked, 1, sampling=drawn, seed=seed)
+    user = user_tokens(prompts, classes)
+    start, end = question_span(prompts, classes)
+    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
+    question = user & (position > start) & (position < end)
+    special = classes.to(prompts.ids.device) == TokenClass.SPECIAL
+    assert samples.logprobs is not None
+    likeliest = []
+    for place in range(len(prompts)):
+        rows = (samples.prompt_index == place).nonzero().flatten()
+        row = int(rows[samples.logprobs[rows].sum(-1).argmax()])
+        kept = samples.response_mask[row] & ~special[samples.response_ids[row]]
+        likeliest.append((samples.response_ids[row][kept].tolist(), samples.logprobs[row][kept].tolist()))
+    cases = []
+    for place, (sample, logprobs) in enumerate(likeliest):
+        own = prompts.ids[place][user[place]].tolist()
+        stops = [n for n, i in enumerate(own) if classes[i] == TokenClass.STOP]
+        unread = blind.response_ids[place][blind.response_mask[place]]
+        cases.append(
+            Case(
+                own,
+                prompts.ids[place][question[place]].tolist(),
+                own[: stops[0] + 1] if stops else own,
+                sample,
+                logprobs,
+                likeliest[(place + 1) % len(likeliest)][0],
+                unread[~special[unread]].tolist() if bool(shortened[place]) else [],
+            )
+        )
+    return cases
+
+
+def _extra(
+    case: Case, words: Vocabulary, answers: Sequence[str], policy: Policy, rng: random.Random
+) -> dict[tuple[str, int], Ids]:
+    """The responses beside the policy's own: the right one where it is known, and every family's."""
+    found: dict[tuple[str, int], Ids] = {}
+    if answers:
+        found[RIGHT, 0] = policy.tokenizer(answers[0], add_special_tokens=False)["input_ids"]
+    for name, family in FAMILIES.items():
+        found |= {(name, n): ids for n, ids in enumerate(family(case, words, rng))}
+    return found
+
+
+def _is_right(rollout: Rollout, row: int) -> bool:
+    """Whether a degenerate response happens to be a right answer: another prompt's may be."""
+    accepted = rollout.prompts.answers[int(rollout.prompt_index[row])]
+    return normalise_answer(rollout.responses[row]) in {normalise_answer(answer) for answer in accepted}
+
+
+class _Tally:
+    """Figures of one reward, a value a prompt, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self.best: dict[str, list[float]] = {name: [] for name in FAMILIES}
+        self.right: dict[str, list[float]] = {name: [] for name in FAMILIES}
+        self.ranking: dict[str, list[float]] = {}
+        self.first: list[float] = []
+        self.share: list[float] = []
+        self.length: list[float] = []
+        self.flat: list[float] = []
+
+    def verdict(self) -> Verdict:
+        """The figures with their intervals; a family that never had anything to say is left out."""
+
+        def figure(values: list[float]) -> Figure | None:
+            return bootstrap(values) if values else None
+
+        return Verdict(
+            {name: Hack(bootstrap(values), figure(self.right[name])) for name, values in self.best.items() if values},
+            {name: bootstrap(values) for name, values in self.ranking.items()},
+            figure(self.first),
+            figure(self.share),
+            figure(self.length),
+            bootstrap(self.flat),
+        )
+
+
+def _judge(tally: _Tally, reward: Reward, policy: Policy, stand: _Stand, rows: Sequence[Row]) -> None:
+    """Score a batch: one forward for all of it, then each extra response in the company of the own samples."""
+    rollout, own = stand.rollout, stand.own.nonzero().flatten()
+    evidence = reward.evidence(rollout, reward.reference or policy)
+    alone = reward.judge(evidence.select(own)).reward
+    groups = rollout.prompt_index[own]
+    _rank(tally, alone, rollout.select(own), rows)
+    for place in range(len(rollout.prompts)):
+        mine = alone[groups == place]
+        tally.flat.append(float(float(mine.max() - mine.min()) < TIE))
+    best: dict[str, dict[int, float]] = {name: {} for name in FAMILIES}
+    right: dict[str, dict[int, float]] = {name: {} for name in FAMILIES}
+    truth = stand.slots.get((RIGHT, 0))
+    for (name, _), extra in stand.slots.items():
+        if name == RIGHT:
+            continue
+        for place, gain in _gains(reward, evidence, own, extra, None).items():
+            best[name][place] = max(best[name].get(place, 0.0), float(gain > TIE))
+        if truth is not None:
+            for place, gain in _gains(reward, evidence, own, extra, truth).items():
+                right[name][place] = max(right[name].get(place, 0.0), float(gain > TIE))
+    for name in FAMILIES:
+        tally.best[name] += best[name].values()
+        tally.right[name] += right[name].values()
+
+
+def _gains(reward: Reward, evidence: Evidence, own: Tensor, extra: Tensor, truth: Tensor | None) -> dict[int, float]:
+    """Prompt → reward of its extra response in its group, less that of the best own sample (or of the right answer)."""
+    company = own if truth is None else torch.cat([own, truth])
+    rows = torch.cat([company, extra]).sort().values
+    scores = reward.judge(evidence.select(rows)).reward
+    place = evidence.replay.rollout.prompt_index[rows]
+    added, compared = torch.isin(rows, extra), torch.isin(rows, own if truth is None else truth)
+    found = {}
+    for prompt in place[added].tolist():
+        others = scores[compared & (place == prompt)]
+        if len(others):
+            found[prompt] = float(scores[added & (place == prompt)].max() - others.max())
+    return found
+
+
+def _rank(tally: _Tally, scores: Tensor, own: Rollout, rows: Sequence[Row]) -> None:
+    """Right against wrong among the own samples of each prompt, and what length has to do with the reward."""
+    for place, row in enumerate(rows):
+        mine = (own.prompt_index == place).nonzero().flatten()
+        values, lengths = scores[mine].tolist(), own.lengths[mine].tolist()
+        if np.std(values) > TIE and np.std(lengths) > 0:
+            tally.length.append(float(np.corrcoef(values, lengths)[0, 1]))
+        if not row.answers:
+            continue
+        accepted = {normalise_answer(answer) for answer in row.answers}
+        right = [normalise_answer(own.responses[n]) in accepted for n in mine.tolist()]
+        top = max(values)
+        # A tie for the first place is settled by lot: its expectation.
+        leaders = [ok for ok, value in zip(right, values, strict=True) if value > top - TIE]
+        tally.first.append(sum(leaders) / len(leaders))
+        tally.share.append(sum(right) / len(right))
+        good = [value for ok, value in zip(right, values, strict=True) if ok]
+        bad = [value for ok, value in zip(right, values, strict=True) if not ok]
+        if good and bad:
+            won = [1.0 if a > b + TIE else 0.0 if a < b - TIE else 0.5 for a in good for b in bad]
+            for name in ("all", *(str(row.fields[key]) for key in ("split", "kind") if row.fields.get(key))):
+                tally.ranking.setdefault(name, []).append(sum(won) / len(won))

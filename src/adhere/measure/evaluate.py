@@ -1,0 +1,337 @@
+"""One policy, or a policy against its baseline, on one set of prompts: every metric the rows allow, with intervals.
+
+Each policy answers each prompt once greedily and `num_samples` times at a temperature, both with the same seeds. What
+is compared is always the same prompt with itself. Nothing is trained and nothing is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from adhere.data import Row
+from adhere.errors import UserError
+from adhere.measure import metrics
+from adhere.measure.kept import Kept, Place
+from adhere.measure.metrics import METRICS, Values
+from adhere.measure.readers import Embedder, follow_up, wins
+from adhere.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.named import config_of
+from adhere.types import Prompts
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Called with answered prompts and all prompts to answer (twice the rows where there is a baseline)."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How responses are drawn for an evaluation."""
+
+    num_samples: int = 4
+    """Sampled responses to each prompt, for consistency, distinct-n and KL; 1 gives no consistency."""
+    max_new_tokens: int = 64
+    """Response length limit in tokens."""
+    batch_size: int = 16
+    """Prompts answered at a time; memory grows with batch_size × num_samples."""
+    seed: int = 0
+    """Seed of the draws and of the resampling."""
+    temperature: float = 1.0
+    """Softmax temperature of the sampled responses, and of both sides of the KL; the single response is greedy."""
+    embedder: str | None = None
+    """Sentence-embedding model (folder or hub id) that measures relevance; nothing = by words alone."""
+    judge: str | None = None
+    """Name of a reward that says which response wins, ours or the baseline's; the baseline reads."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
+        if self.judge is not None:
+            config_of(self.judge)
+        if not self.temperature > 0:
+            raise UserError(
+                f"temperature is {self.temperature}", fix="set it above 0: at 0 all samples of a prompt are the same"
+            )
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of one policy, and against its baseline where there is one."""
+
+    after: Figure
+    """The policy that was asked about."""
+    before: Figure | None = None
+    """The baseline."""
+    difference: Figure | None = None
+    """after − before over the prompts where both have a figure: for faithfulness, fewer than either has."""
+    p: float | None = None
+    """Two-sided paired permutation test of `difference`."""
+    p_holm: float | None = None
+    """`p`, adjusted for all metrics of the same table (Holm)."""
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {"before": self.before, "after": self.after, "difference": self.difference}
+        known: dict[str, Any] = {name: figure.to_json() for name, figure in figures.items() if figure is not None}
+        return known if self.p is None else {**known, "p": self.p, "p_holm": self.p_holm}
+
+
+Results = dict[str, Result]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one policy said to every prompt, and its figures."""
+
+    greedy: tuple[str, ...]
+    samples: tuple[tuple[str, ...], ...]
+    """K responses of each prompt."""
+    values: dict[str, Values]
+    """Per metric, one figure a prompt; None where it has none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by metric, over all prompts and by the rows' `split` and `kind`."""
+
+    config: EvalConfig
+    rows: tuple[Row, ...]
+    metrics: Results
+    by_split: dict[str, Results]
+    by_kind: dict[str, Results]
+    after: Said
+    before: Said | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of results.json: figures as {mean, low, high, n}, and both greedy responses to every prompt."""
+        return {
+            "config": asdict(self.config),
+            "metrics": _json(self.metrics),
+            "by_split": {name: _json(results) for name, results in self.by_split.items()},
+            "by_kind": {name: _json(results) for name, results in self.by_kind.items()},
+            "samples": [self._sample(place) for place in range(len(self.rows))],
+        }
+
+    def _sample(self, place: int) -> dict[str, Any]:
+        row = self.rows[place]
+        sample: dict[str, Any] = {"prompt": row.prompt}
+        if self.before is not None:
+            sample["before"] = self.before.greedy[place]
+        sample |= {"after": self.after.greedy[place], "answers": list(row.answers)}
+        known = {name: row.fields.get(name) for name in ("kind", "split", "prior")}
+        return sample | {name: str(value) for name, value in known.items() if value is not None}
+
+
+def evaluate(
+    policy: Policy,
+    rows: Sequence[Row],
+    config: EvalConfig | None = None,
+    baseline: Policy | None = None,
+    progress: Progress | None = None,
+    kept: Kept | None = None,
+) -> Evaluation:
+    """Measure `policy` on `rows`, and the difference to `baseline` (say, `policy.reference()` from before training).
+
+    Every metric of `adhere.measure.metrics.METRICS` is given for which at least one row has what it needs: `answers`
+    (exact match, F1), a `reference` (ROUGE-L), answers and a `prior` (faithfulness, prior rate), a `follow_up`, or
+    `paraphrases`; a baseline with the same vocabulary (KL), an embedder, a judge. Figures are means over prompts with
+    95 % bootstrap intervals. Batches that `kept` holds are not done again.
+
+    Raises `UserError`: no rows, or a prompt that a policy cannot read.
+    """
+    if not rows:
+        raise UserError("no rows to evaluate on", fix="give at least one prompt")
+    config = config or EvalConfig()
+    total = len(rows) * (1 if baseline is None else 2)
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    kept = kept or Kept(None)
+    embedder = Embedder(config.embedder) if config.embedder else None
+    reader = baseline or policy
+    before = None
+    if baseline is not None:
+        said = _ask(baseline, rows, config, None, reader, report, lambda start: kept.named(f"before/{start}"))
+        before = _said(rows, said, embedder)
+
+    def after_report(done: int) -> None:
+        report(done + total - len(rows))
+
+    said = _ask(policy, rows, config, baseline, reader, after_report, lambda start: kept.named(f"after/{start}"))
+    after = _said(rows, said, embedder)
+    if config.judge and baseline is not None and before is not None:
+        won = wins(config_of(config.judge), baseline, rows, after.greedy, before.greedy)
+        after = replace(after, values={**after.values, "win_rate": won})
+
+    def results(places: Sequence[int]) -> Results:
+        return _results(after, before, places, config.seed)
+
+    return Evaluation(
+        config,
+        tuple(rows),
+        results(range(len(rows))),
+        {name: results(places) for name, places in _groups(rows, "split").items()},
+        {name: results(places) for name, places in _groups(rows, "kind").items()},
+        after,
+        before,
+    )
+
+
+def _ask(
+    policy: Policy,
+    rows: Sequence[Row],
+    config: EvalConfig,
+    baseline: Policy | None,
+    reader: Policy,
+    report: Callable[[int], None],
+    place: Callable[[int], Place],
+) -> dict[str, list[Any]]:
+    """All of `rows` answered, batch by batch; `baseline` and `reader` only read what `policy` said."""
+    compared = baseline if baseline is not None and _same_tokens(policy, baseline) else None
+    # All prompts are encoded before the first response, so that a bad one costs no time.
+    starts = range(0, len(rows), config.batch_size)
+    batches = [rows[start : start + config.batch_size] for start in starts]
+    encoded = [
+        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some]) for some in batches
+    ]
+    found: dict[str, list[Any]] = {}
+    for start, some, prompts in zip(starts, batches, encoded, strict=True):
+        make = partial(_batch, policy, some, prompts, config, compared, reader, config.seed + start)
+        batch = place(start).get(make)
+        for name, values in batch.items():
+            found.setdefault(name, []).extend(values)
+        report(start + len(some))
+    return found
+
+
+def _batch(
+    policy: Policy,
+    rows: Sequence[Row],
+    prompts: Prompts,
+    config: EvalConfig,
+    compared: Policy | None,
+    reader: Policy,
+    seed: int,
+) -> dict[str, list[Any]]:
+    """What the policy says to some prompts, and the figures that need a model."""
+    alone = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
+    drawn = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    single = policy.sample(prompts, 1, sampling=alone, seed=config.seed)
+    many = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
+    found: dict[str, list[Any]] = {
+        "greedy": list(single.responses),
+        "samples": _by_prompt(many.responses, config.num_samples),
+        "length": single.lengths.tolist(),
+        "ended": single.ended.float().tolist(),
+        "follow_up": follow_up(reader, rows, single.responses),
+    }
+    if compared is not None:
+        # Both from a replay: in half precision a decoded log-prob differs from a replayed one, and would count.
+        ours, theirs = (p.replay(many, attention=False).logprobs.tolist() for p in (policy, compared))
+        divergence = _by_prompt(metrics.kl(ours, theirs), config.num_samples)
+        found["kl"] = [sum(group) / len(group) for group in divergence]
+    worded = [_paraphrases(row) for row in rows]
+    if texts := [text for group in worded for text in group]:
+        said = iter(policy.sample(policy.encode(texts), 1, sampling=alone, seed=config.seed).responses)
+        groups = [[own, *(next(said) for _ in group)] for own, group in zip(single.responses, worded, strict=True)]
+        found["rephrased"] = metrics.consistency(groups)
+    else:
+        found["rephrased"] = [None] * len(rows)
+    return found
+
+
+def _said(rows: Sequence[Row], found: dict[str, list[Any]], embedder: Embedder | None) -> Said:
+    """Everything that was said, with the figures of the texts added."""
+    greedy, samples = found.pop("greedy"), [tuple(group) for group in found.pop("samples")]
+    values: dict[str, Values] = {**_text_figures(rows, greedy, samples), **found}
+    if embedder is not None:
+        values["relevance"] = embedder.relevance([_text(row) for row in rows], greedy)
+    return Said(tuple(greedy), tuple(samples), {name: values[name] for name in METRICS if name in values})
+
+
+def _paraphrases(row: Row) -> list[str]:
+    given = row.fields.get("paraphrases")
+    return [text for text in given if isinstance(text, str) and text.strip()] if isinstance(given, list) else []
+
+
+def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[Sequence[str]]) -> dict[str, Values]:
+    prompts, answers = [_text(row) for row in rows], [row.answers for row in rows]
+    priors = [prior if isinstance(prior := row.fields.get("prior"), str) else None for row in rows]
+    said = [[metrics.words(sample) for sample in group] for group in samples]
+    return {
+        "exact_match": metrics.exact_match(greedy, answers),
+        "f1": metrics.f1(greedy, answers),
+        "rouge_l": metrics.rouge_l(greedy, [[row.reference] if row.reference else [] for row in rows]),
+        "faithfulness": metrics.faithfulness(greedy, answers, priors),
+        "prior_rate": metrics.prior_rate(greedy, answers, priors),
+        "relevance_words": metrics.relevance_words(prompts, greedy),
+        "overlap": metrics.overlap(prompts, greedy),
+        "consistency": metrics.consistency(samples),
+        "repetition": metrics.repetition([metrics.words(response) for response in greedy]),
+        "distinct_1": metrics.distinct(said, 1),
+        "distinct_2": metrics.distinct(said, 2),
+    }
+
+
+def _results(after: Said, before: Said | None, places: Sequence[int], seed: int) -> Results:
+    """Figures over the prompts at `places`; a metric without any figure there is left out."""
+    found: Results = {}
+    for name, values in after.values.items():
+        here = [values[place] for place in places]
+        known = [value for value in here if value is not None]
+        if not known:
+            continue
+        found[name] = Result(bootstrap(known, seed))
+        if before is None or name not in before.values:
+            continue
+        there = [before.values[name][place] for place in places]
+        old = [value for value in there if value is not None]
+        if old:
+            found[name] = replace(found[name], before=bootstrap(old, seed))
+        pairs = [(a, b) for a, b in zip(here, there, strict=True) if a is not None and b is not None]
+        if pairs:
+            new, base = [a for a, _ in pairs], [b for _, b in pairs]
+            difference, p = paired_bootstrap(new, base, seed), permutation_test(new, base, seed)
+            found[name] = replace(found[name], difference=difference, p=p)
+    tested = {name: result.p for name, result in found.items() if result.p is not None}
+    for name, adjusted in zip(tested, holm(list(tested.values())), strict=True):
+        found[name] = replace(found[name], p_holm=adjusted)
+    return found
+
+
+def _groups(rows: Sequence[Row], field: str) -> dict[str, list[int]]:
+    """Places of the rows by their `field`, in order of first sight; rows without it are in no group."""
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if row.fields.get(field) is not None:
+            groups.setdefault(str(row.fields[field]), []).append(place)
+    return groups
+
+
+def _by_prompt(values: Sequence[T], size: int) -> list[tuple[T, ...]]:
+    """Neighbours in groups of `size`."""
+    return [tuple(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def _same_tokens(policy: Policy, baseline: Policy) -> bool:
+    """Whether `baseline` can read what `policy` wrote, id by id."""
+    if policy.is_encoder_decoder != baseline.is_encoder_decoder:
+        return False
+    return policy.tokenizer is baseline.tokenizer or policy.tokenizer.get_vocab() == baseline.tokenizer.get_vocab()
+
+
+def _text(row: Row) -> str:
+    """What the user wrote: the prompt, or the contents of its messages."""
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(str(message["content"]) for message in row.prompt)
+
+
+def _json(results: Mapping[str, Result]) -> dict[str, Any]:
+    return {name: result.to_json() for name, result in results.items()}

@@ -1,0 +1,76 @@
+"""Which pairs to ask a person about next: those that a reward is least sure of, one a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from adhere.data import Row
+from adhere.errors import UserError
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.reward import Reward
+
+
+@dataclass(frozen=True)
+class SuggestConfig:
+    """How pairs to ask about are found."""
+
+    suggest: int = 20
+    """Write the N pairs whose answer would teach most, at most one a prompt, instead of fitting."""
+    num_samples: int = 8
+    """Responses sampled to each prompt, of which two are chosen."""
+    max_new_tokens: int = 64
+    """Response length limit in tokens."""
+    batch_size: int = 32
+    """Prompts at a time."""
+    seed: int = 0
+    """Seed of the samples."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("suggest", 1), ("num_samples", 2), ("max_new_tokens", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}", fix=f"set it to {least} or above")
+
+
+def suggest(
+    policy: Policy,
+    reward: Reward,
+    rows: Sequence[Row],
+    config: SuggestConfig | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """`{"prompt", "response_a", "response_b", "margin"}`, the smallest margin of the reward first (uncertainty
+    sampling, Lewis & Gale 1994): of each prompt the two best different responses, so that the answer is about what is
+    worth having.
+
+    Raises `UserError`: where no prompt has two different responses that ended.
+    """
+    config = config or SuggestConfig()
+    rows = list({str(row.prompt): row for row in rows}.values())  # a prompt given twice is asked about once
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(rows), config.batch_size):
+        part = rows[start : start + config.batch_size]
+        prompts = policy.encode([row.prompt for row in part], names=[row.where for row in part])
+        drawn = Sampling(max_new_tokens=config.max_new_tokens)
+        rollout = policy.sample(prompts, config.num_samples, sampling=drawn, seed=config.seed + start)
+        scores = reward(rollout).reward.tolist()
+        for place, row in enumerate(part):
+            mine = range(place * config.num_samples, (place + 1) * config.num_samples)
+            best: dict[str, float] = {}
+            for n in mine:
+                text = rollout.responses[n].strip()
+                if text and bool(rollout.ended[n]):
+                    best[text] = max(best.get(text, scores[n]), scores[n])
+            if len(best) > 1:
+                (one, high), (two, low) = sorted(best.items(), key=lambda item: -item[1])[:2]
+                # The better one is not always A: whoever answers would learn that.
+                sides = (one, two) if (start + place) % 2 else (two, one)
+                found.append(
+                    {"prompt": row.prompt, "response_a": sides[0], "response_b": sides[1], "margin": high - low}
+                )
+        progress(start + len(part))
+    if not found:
+        raise UserError("no prompt has two different responses", fix="raise --num-samples or --max-new-tokens")
+    return sorted(found, key=lambda pair: float(pair["margin"]))[: config.suggest]

@@ -1,0 +1,390 @@
+"""The policy: a network and its tokenizer behind encode, sample and replay, causal or encoder–decoder alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from adhere.errors import TooLong, UserError
+from adhere.inspection.record import Inspection
+from adhere.model import capture, prefix
+from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
+from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
+from adhere.model.families import shareable
+from adhere.model.load import load
+from adhere.model.logits import token_logprobs, token_spread
+from adhere.model.sampling import Sampling, draw
+from adhere.model.watching import Watch
+from adhere.types import Prompts, Replay, Rollout
+
+# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
+REPLAY_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: int = 32
+    """Scale: the update is multiplied by alpha / rank."""
+
+
+class Policy:
+    """A language model that can be sampled from and replayed.
+
+    >>> from adhere.world import model_path
+    >>> policy = Policy.load(str(model_path("causal")))
+    >>> policy.is_encoder_decoder
+    False
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        adapter: bool = True,
+        eager: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        network = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(network, PreTrainedModel)
+        self.network = network
+        self.eager = eager
+        self._adapter = adapter
+        self._verified = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        lora: Lora | None = None,
+        attention: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Policy:
+        """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
+        bypass transformers' attention interface. Raises `UnsupportedModel` (see `adhere.model.load`)."""
+        model, tokenizer = load(
+            str(path), dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
+        )
+        if lora is None:
+            return cls(model, tokenizer, eager=attention == "eager")
+        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=task)
+        return cls(get_peft_model(model, config).eval(), tokenizer, eager=attention == "eager")
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.network.config.is_encoder_decoder)
+
+    @property
+    def kind(self) -> str:
+        """The architecture in a word, weights aside: family, decoder layers × width, heads, vocabulary."""
+        config = self.network.config
+        text = config.get_text_config(decoder=True)
+        shape = f"{text.num_hidden_layers}x{text.hidden_size}, {text.num_attention_heads} heads"
+        return f"{config.model_type} {shape}, vocabulary {text.vocab_size}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the prompt of a group is computed once (else: the plain batch)."""
+        return shareable(self.network) and not self.eager
+
+    def reference(self) -> Policy:
+        """A frozen policy that stays what this one is now: the adapter switched off, or a copy without gradients."""
+        if isinstance(self.model, PeftModel):
+            return Policy(self.model, self.tokenizer, adapter=False, eager=self.eager)
+        frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
+        return Policy(frozen, self.tokenizer, eager=self.eager)
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[str]] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Prompts:
+        """Tokenise prompts (texts, or lists of chat messages) for this model; `names` says where each comes from.
+
+        Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
+        return self._moved(encode_prompts(self.tokenizer, self.network, prompts, answers, names))
+
+    def response_room(self, prompts: Prompts) -> Tensor | None:
+        """[N] int64: tokens that a response to each prompt may have before the context is full; None = no limit."""
+        limit = context_length(self.network)
+        if limit is None:
+            return None
+        return torch.full_like(prompts.ids[:, 0], limit) if self.is_encoder_decoder else limit - prompts.mask.sum(-1)
+
+    def check_room(self, prompts: Prompts, max_new_tokens: int, names: Sequence[str]) -> None:
+        """Raise `UserError` where a prompt and `max_new_tokens` do not fit the context; `names` says where each is."""
+        room = self.response_room(prompts)
+        if room is not None and (short := (room < max_new_tokens).nonzero().flatten().tolist()):
+            raise UserError(
+                f"prompt and {max_new_tokens} new tokens do not fit the model's context"
+                + (f" ({len(short)} such prompts)" if len(short) > 1 else ""),
+                where=names[short[0]] or f"prompt {short[0] + 1}",
+                fix=f"shorten the prompt, or set max_new_tokens to {int(room.min())} or less",
+            )
+
+    def respond(
+        self,
+        prompts: Prompts,
+        responses: Sequence[str | Sequence[int]],
+        prompt_index: Tensor,
+        ended: Sequence[bool] | None = None,
+    ) -> Rollout:
+        """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing).
+
+        Responses are texts, which `ended` by themselves unless it says otherwise, or token ids as they were sampled,
+        which did if they close with a token that ends a response.
+        """
+        texts: list[str] = []
+        rows: list[list[int]] = []
+        for place, given in enumerate(responses):
+            if isinstance(given, str):
+                texts.append(given)
+                rows.append(encode_response(self.tokenizer, given, ended is None or ended[place]))
+            else:
+                rows.append([int(token) for token in given])
+                texts.append(str(self.tokenizer.decode(rows[-1], skip_special_tokens=True)))
+        ids, mask = (part.to(self.device) for part in padded_responses(self.tokenizer, rows))
+        ends = self._end_tokens()
+        closed = torch.tensor([bool(row) and row[-1] in ends for row in rows], device=self.device)
+        return Rollout(prompts, prompt_index.to(self.device), ids, mask, closed, tuple(texts))
+
+    def fits(self, rollout: Rollout) -> Tensor:
+        """[B] bool: whether prompt and response fit the model's context."""
+        room = self.response_room(rollout.prompts)
+        return torch.ones_like(rollout.ended) if room is None else rollout.lengths <= room[rollout.prompt_index]
+
+    def sample(
+        self, prompts: Prompts, num_samples: int = 1, *, sampling: Sampling | None = None, seed: int = 0
+    ) -> Rollout:
+        """`num_samples` responses to each prompt, drawn with `seed`; log-probs of the drawn tokens come along."""
+        return self._draw(prompts, num_samples, sampling or Sampling(), seed)
+
+    def sample_and_read(
+        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int, maps: Mapping[str, Tensor | None]
+    ) -> Replay:
+        """The rollout that `sample` draws and its `replay` in one: read from the very forwards that draw it, where the
+        family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
+        if not self.shares_prefixes:
+            rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
+            return self.replay(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
+        if maps:
+            self._verify()
+        watch = Watch(self.network, maps, sampling.temperature or 1.0)
+        return watch.replay(self._draw(prompts, num_samples, sampling, seed, watch))
+
+    def replay(
+        self,
+        rollout: Rollout | Sequence[Prompt],
+        responses: Sequence[str] | None = None,
+        *,
+        attention: bool = True,
+        copy_weights: Tensor | None = None,
+    ) -> Replay:
+        """One teacher-forced forward: log-probs, entropy, certainty and (where asked) attention together.
+
+        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too.
+        """
+        if not isinstance(rollout, Rollout):
+            if responses is None or len(responses) != len(rollout):
+                raise UserError("replay needs one response to each prompt", fix="pass replay(prompts, responses)")
+            rollout = self.paired(rollout, responses)
+        size, width = rollout.response_ids.shape
+        places = rollout.prompts.ids.shape[1]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "entropy", "certainty"), (size, width))
+        if attention:
+            shapes["attention"] = (size, width, places)
+        if copy_weights is not None:
+            shapes["copy_attention"] = (size, width, places)
+        whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
+        for part, rows, columns, span in rollout.chunks(REPLAY_TOKENS):
+            padding = ~part.response_mask
+            for name, values in self._read(part, attention, copy_weights).items():
+                if values.dim() == 3:
+                    whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
+                else:
+                    whole[name][rows, columns] = values.masked_fill(padding, 0.0)
+        return Replay(rollout, **whole)
+
+    def inspect(
+        self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
+    ) -> Inspection:
+        """Where each response token looked in the prompt: a view in a notebook, a table in a terminal.
+
+        Without a response the greedy one is inspected, of at most `max_new_tokens`. Raises `UserError` where prompt and
+        response do not fit the context; `name` says where they come from.
+        """
+        return Inspection.of(self.replay(self.answered(prompt, response, max_new_tokens, name)), self.tokenizer)
+
+    def answered(self, prompt: Prompt, response: str | None, max_new_tokens: int, name: str = "") -> Rollout:
+        """One prompt with one response: the given one, or the greedy one where there is none."""
+        prompts = self.encode([prompt], names=[name])
+        if response is None:
+            self.check_room(prompts, max_new_tokens, [name])
+            return self.sample(prompts, sampling=Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
+        rollout = self.respond(prompts, [response], torch.zeros(1, dtype=torch.long))
+        if not bool(self.fits(rollout)):
+            raise TooLong(
+                f"prompt and a response of {int(rollout.lengths[0])} tokens do not fit the model's context",
+                where=name or None,
+                fix="shorten the response or the prompt",
+            )
+        return rollout
+
+    def paired(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
+        """The rollout of given pairs; neighbours with the same prompt form a group."""
+        starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+        index = torch.zeros(len(prompts), dtype=torch.long)
+        index[starts[1:]] = 1
+        return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
+
+    @torch.no_grad()
+    def copy_hits(self, rollout: Rollout, counted: Tensor) -> Tensor:
+        """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
+        attends to most *is* the token generated there."""
+        total: Tensor | None = None
+        for part, rows, columns, _ in rollout.chunks(REPLAY_TOKENS):
+            prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
+            hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
+            list(self._parts(part, share=False, watchers=lambda _window, hits=hits: [hits]))
+            total = hits.result() if total is None else total + hits.result()
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
+        """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
+        tokens. `salience` is [B, P]."""
+        found = []
+        for part, rows, _, span in rollout.chunks(REPLAY_TOKENS):
+            mass = HeadMass(salience[rows, span], part.response_mask)
+            list(self._parts(part, share=False, watchers=lambda _window, mass=mass: [mass]))
+            found.append(mass.result())
+        return torch.cat(found)
+
+    def save(self, folder: Path) -> None:
+        """Write weights (adapters merged) and tokenizer so that AutoModel loads them without adhere."""
+        network = self.network
+        if isinstance(self.model, PeftModel):
+            network = copy.deepcopy(self.model).merge_and_unload()
+        network.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+    def _draw(self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: Watch | None = None) -> Rollout:
+        ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
+        with self._active():
+            ids, mask, ended, logprobs = draw(
+                self.network, prompts, count, sampling, ends, int(self.tokenizer.pad_token_id), seed, watch
+            )
+        texts = self.tokenizer.batch_decode(
+            [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
+        index = torch.arange(len(prompts), device=self.device).repeat_interleave(count)
+        return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+
+    def _verify(self) -> None:
+        """See `capture.verify`; once a policy."""
+        if not self._verified:
+            capture.verify(self.network)
+            self._verified = True
+
+    def _read(self, part: Rollout, attention: bool, copy_weights: Tensor | None) -> dict[str, Tensor]:
+        """Statistics [b, r] and maps [b, r, p] of one chunk."""
+        wanted: dict[str, Tensor | None] = {"attention": None} if attention else {}
+        if copy_weights is not None:
+            wanted["copy_attention"] = copy_weights.to(self.device)
+        windows: list[tuple[prefix.Window, dict[str, WeightedMap]]] = []
+
+        def watchers(window: prefix.Window) -> list[Accumulator]:
+            shape = (window.batch, window.rows.stop - window.rows.start, window.columns.stop)
+            maps = {name: WeightedMap(shape, self.device, weights) for name, weights in wanted.items()}
+            windows.append((window, maps))
+            return list(maps.values())
+
+        with torch.no_grad():
+            found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "certainty": []}
+            for piece in self._parts(part, self.shares_prefixes, watchers if wanted else None):
+                targets = part.response_ids[:, piece.response]
+                found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
+                spread = token_spread(piece.logits, part.temperature)
+                for name, values in zip(("entropy", "certainty"), spread, strict=True):
+                    found[name].append(values)
+        for window, maps in windows:
+            expand = window.batch != len(part)
+            for name, kept in maps.items():
+                found.setdefault(name, []).append(kept.result()[part.prompt_index] if expand else kept.result())
+        return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
+
+    def _parts(self, part: Rollout, share: bool, watchers: Any | None) -> Iterator[prefix.Part]:
+        """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
+        with self._active():
+            if watchers is None:
+                yield from (prefix.shared_parts if share else prefix.plain_parts)(self.network, part)
+                return
+            if self.eager:
+                yield from self._eager_parts(part, watchers)
+                return
+            self._verify()
+
+            def around(window: prefix.Window) -> AbstractContextManager[None]:
+                return capture.capture(self.network, window.rows, window.columns, watchers(window))
+
+            yield from (prefix.shared_parts if share else prefix.plain_parts)(self.network, part, around)
+
+    def _eager_parts(self, part: Rollout, watchers: Any) -> Iterator[prefix.Part]:
+        windows: list[prefix.Window] = []
+        outputs: list[Any] = []
+
+        def around(window: prefix.Window) -> AbstractContextManager[None]:
+            windows.append(window)
+            return nullcontext()
+
+        handle = self.network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
+            yield from prefix.plain_parts(self.network, part, around, output_attentions=True)
+        finally:
+            handle.remove()
+        window = windows[0]
+        capture.capture_eager(outputs[0], self.is_encoder_decoder, window.rows, window.columns, watchers(window))
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """The adapter off while this policy is a reference."""
+        if isinstance(self.model, PeftModel) and not self._adapter:
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
+
+    def _end_tokens(self) -> set[int]:
+        ends = {int(self.tokenizer.eos_token_id)}
+        configured = getattr(self.network.generation_config, "eos_token_id", None)
+        return ends.union(
+            configured if isinstance(configured, list) else [configured] if configured is not None else []
+        )
+
+    def _moved(self, prompts: Prompts) -> Prompts:
+        ids, mask, template = (part.to(self.device) for part in (prompts.ids, prompts.mask, prompts.template))
+        return replace(prompts, ids=ids, mask=mask, template=template)

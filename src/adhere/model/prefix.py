@@ -1,0 +1,221 @@
+"""A group's prompt computed once: prefill the N prompts, expand their cache to the B responses, go on from there.
+
+The plain path, which concatenates every prompt with every response, stands beside it as its reference and serves the
+families whose cache cannot be expanded. Both yield the same `Part`s: the *head* (the row that predicts the first token
+of a response) and the *tail* (the rows that predict the others). Gradients flow through the cache.
+
+A `DynamicCache` made without a configuration keeps every key, so families with a sliding window share prefixes too:
+their window is in the mask. Only recurrent and hybrid state cannot be expanded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from adhere.errors import UnsupportedModel
+from adhere.types import Prompts, Rollout
+
+
+@dataclass(frozen=True)
+class Window:
+    """The forward that is about to run, for whoever wants to read its attention."""
+
+    rows: slice
+    """Queries that predict response tokens."""
+    columns: slice
+    """Keys that are the prompt."""
+    batch: int
+    """Sequences in this forward: B, or N where the prompt of a group stands for all its responses."""
+    response: slice
+    """Response positions that `rows` predict."""
+
+
+Around = Callable[[Window], AbstractContextManager[None]]
+
+
+def _unwatched(window: Window) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Predictions for some columns of the responses."""
+
+    logits: Tensor
+    """[B, t, V]."""
+    hidden: Tensor | None
+    """[B, t, D], what the language-model head read; only when asked for."""
+    response: slice
+
+
+@dataclass
+class Prefix:
+    """What is left of the prompts after prefill; `extend` changes its cache."""
+
+    cache: Any
+    logits: Tensor
+    """[n, 1, V]: the prediction of the first response token."""
+    mask: Tensor
+    """[n, P] bool."""
+    encoded: Any = None
+    """Encoder output of an encoder–decoder."""
+    extended: int = 0
+    """Response tokens already in the cache."""
+
+    def select(self, index: Tensor) -> Prefix:
+        """The prefixes `index` ([m] int64), repeats allowed. The cache moves: use the result, not the old prefix."""
+        self.cache.batch_select_indices(index)
+        encoded = self.encoded
+        if encoded is not None:
+            encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
+        return Prefix(self.cache, self.logits[index], self.mask[index], encoded, self.extended)
+
+
+def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -> Prefix:
+    """Run the prompts once. With `expandable=False` the cache is of the model's own kind: no selecting from it."""
+    config = model.config
+    if config.is_encoder_decoder:
+        encoded = model.get_encoder()(input_ids=prompts.ids, attention_mask=prompts.mask.long())
+        cache: Any = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        out = model(
+            encoder_outputs=encoded,
+            attention_mask=prompts.mask.long(),
+            decoder_input_ids=_start(model, len(prompts), prompts.ids.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return Prefix(out.past_key_values, out.logits, prompts.mask, encoded)
+    cache = DynamicCache() if expandable else DynamicCache(config=config)
+    out = model(
+        input_ids=prompts.ids,
+        attention_mask=prompts.mask.long(),
+        past_key_values=cache,
+        use_cache=True,
+        **_accepted(model, position_ids=positions(prompts.mask), logits_to_keep=1),
+    )
+    return Prefix(out.past_key_values, out.logits[:, -1:], prompts.mask)
+
+
+def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
+    """Logits [n, t, V] after the response tokens `ids` [n, t], which join the cache.
+
+    Right padding needs no mask: no counted position comes after it."""
+    count = ids.shape[1]
+    if prefix.encoded is not None:
+        out = model(
+            encoder_outputs=prefix.encoded,
+            attention_mask=prefix.mask.long(),
+            decoder_input_ids=ids,
+            past_key_values=prefix.cache,
+            use_cache=True,
+        )
+    else:
+        seen = prefix.mask.new_ones(len(ids), prefix.extended + count)
+        places = prefix.mask.sum(-1, keepdim=True) + prefix.extended + torch.arange(count, device=ids.device)
+        out = model(
+            input_ids=ids,
+            attention_mask=torch.cat([prefix.mask, seen], dim=1).long(),
+            past_key_values=prefix.cache,
+            use_cache=True,
+            **_accepted(model, position_ids=places),
+        )
+    prefix.extended += count
+    logits: Tensor = out.logits
+    return logits
+
+
+def shared_parts(
+    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False
+) -> Iterator[Part]:
+    """Head and tail of a rollout with each prompt run once: P·N + R·B tokens."""
+    prompts, size = rollout.prompts, rollout.response_ids.shape[1]
+    places = prompts.ids.shape[1]
+    columns = slice(0, places)
+    last = 0 if model.config.is_encoder_decoder else places - 1
+    with _head_input(model, hidden) as kept:
+        with around(Window(slice(last, last + 1), columns, len(prompts), slice(0, 1))):
+            prefix = prefill(model, prompts)
+        states = kept[-1][:, -1:][rollout.prompt_index] if hidden else None
+        prefix = prefix.select(rollout.prompt_index)
+        yield Part(prefix.logits, states, slice(0, 1))
+        if size > 1:
+            with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
+                logits = extend(model, prefix, rollout.response_ids[:, :-1])
+            yield Part(logits, kept[-1] if hidden else None, slice(1, size))
+
+
+def plain_parts(
+    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False, **extra: Any
+) -> Iterator[Part]:
+    """The same from one forward over each prompt joined to each response: (P + R)·B tokens. The reference."""
+    prompts = rollout.prompts.select(rollout.prompt_index)
+    size, places = rollout.response_ids.shape[1], prompts.ids.shape[1]
+    given = rollout.response_ids[:, :-1]
+    encoder_decoder = model.config.is_encoder_decoder
+    first = 0 if encoder_decoder else places - 1
+    window = Window(slice(first, first + size), slice(0, places), len(rollout), slice(0, size))
+    with _head_input(model, hidden) as kept, around(window):
+        if encoder_decoder:
+            out = model(
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask.long(),
+                decoder_input_ids=torch.cat([_start(model, len(rollout), given.device), given], dim=1),
+                use_cache=False,
+                **extra,
+            )
+        else:
+            mask = torch.cat([prompts.mask, rollout.response_mask[:, :-1]], dim=1)
+            out = model(
+                input_ids=torch.cat([prompts.ids, given], dim=1),
+                attention_mask=mask.long(),
+                use_cache=False,
+                **_accepted(model, position_ids=positions(mask), logits_to_keep=size),
+                **extra,
+            )
+    yield Part(out.logits[:, -size:], kept[-1][:, -size:] if hidden else None, slice(0, size))
+
+
+def positions(mask: Tensor) -> Tensor:
+    """[B, T] int64: 0, 1, 2, … over the counted places of `mask`, whatever the padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _accepted(model: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
+    """Those of `arguments` that the model's forward takes: a few families count positions themselves."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def _start(model: PreTrainedModel, count: int, device: torch.device) -> Tensor:
+    """[count, 1]: the token that every decoder sequence begins with."""
+    start = model.config.decoder_start_token_id
+    if start is None:
+        start = getattr(model.generation_config, "decoder_start_token_id", None)
+    if start is None:
+        raise UnsupportedModel(
+            f"the {model.config.model_type!r} configuration names no decoder_start_token_id",
+            fix="set it in the model's config.json",
+        )
+    return torch.full((count, 1), int(start), dtype=torch.long, device=device)
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
+    """Keeps what the language-model head reads in each forward of this context."""
+    kept: list[Tensor] = []
+    if not wanted:
+        yield kept
+        return
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()

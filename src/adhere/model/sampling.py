@@ -1,0 +1,121 @@
+"""Drawing responses: prefill each prompt once, expand its cache to K samples, decode; finished rows leave the batch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adhere.errors import RunFailed, UserError
+from adhere.model.families import shareable
+from adhere.model.prefix import Window, extend, prefill
+from adhere.model.watching import Watch
+from adhere.types import Prompts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    temperature: float = 1.0
+    """Softmax temperature; 0 decodes greedily."""
+    top_p: float = 1.0
+    """Nucleus: smallest set of tokens with at least this probability; 1 keeps all."""
+    top_k: int = 0
+    """Keep this many most likely tokens; 0 keeps all."""
+    max_new_tokens: int = 64
+    """Response length limit in tokens; a response cut here did not end by itself."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}", fix="set it to 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}", fix="set it in (0, 1]")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}", fix="set it to 0 (off) or above")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}", fix="set it to 1 or above")
+
+
+@torch.no_grad()
+def draw(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    num_samples: int,
+    sampling: Sampling,
+    ends: Tensor,
+    pad: int,
+    seed: int,
+    watch: Watch | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`num_samples` responses to each prompt.
+
+    `ends` ([e] int64) are the tokens that end a response, `pad` fills what follows; `watch` reads along. Returns ids
+    [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
+    before any truncation by top-p or top-k (what a replay gives again). The draw depends on `seed` and the batch alone.
+    """
+    device = prompts.ids.device
+    generator = torch.Generator(device).manual_seed(seed)
+    index = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    share = shareable(model)
+    size, places = len(index), prompts.ids.shape[1]
+    asked = prompts if share else prompts.select(index)
+    last = 0 if model.config.is_encoder_decoder else places - 1
+    with _watched(watch, slice(last, last + 1), places, len(asked), 0):
+        prefix = prefill(model, asked, expandable=share)
+    prefix = prefix.select(index) if share else prefix
+    ids = torch.full((size, sampling.max_new_tokens), pad, device=device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    logprobs = torch.zeros(ids.shape, device=device)
+    ended = torch.zeros(size, dtype=torch.bool, device=device)
+    rows = torch.arange(size, device=device)  # the batch rows still in the cache
+    logits = prefix.logits[:, -1]
+    for step in range(sampling.max_new_tokens):
+        tokens, scores = _pick(logits.float(), sampling, generator)
+        if watch is not None:
+            watch.note(rows, logits)
+        live = ~ended[rows]
+        tokens = torch.where(live, tokens, pad)
+        ids[rows, step], mask[rows, step] = tokens, live
+        logprobs[rows, step] = scores * live
+        ended[rows] |= torch.isin(tokens, ends) & live
+        going = ~ended[rows]
+        if step + 1 == sampling.max_new_tokens or not going.any():
+            break
+        # Copying the cache to drop rows costs about one step, so wait until it halves the batch.
+        if share and 2 * int(going.sum()) <= len(rows):
+            keep = going.nonzero().squeeze(-1)
+            rows, tokens, prefix = rows[keep], tokens[keep], prefix.select(keep)
+        with _watched(watch, slice(0, 1), places, len(rows), step + 1):
+            logits = extend(model, prefix, tokens[:, None])[:, -1]
+    width = int(mask.sum(-1).max())
+    return ids[:, :width], mask[:, :width], ended, logprobs[:, :width]
+
+
+def _watched(watch: Watch | None, rows: slice, places: int, batch: int, step: int) -> AbstractContextManager[None]:
+    return (
+        nullcontext() if watch is None else watch.around(Window(rows, slice(0, places), batch, slice(step, step + 1)))
+    )
+
+
+def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32."""
+    if logits.isnan().any() or logits.isposinf().any():
+        raise RunFailed("the model's logits are not numbers", fix="look for NaN in its weights, or use --dtype float32")
+    if sampling.temperature == 0:
+        scores, tokens = logits.log_softmax(-1).max(-1)
+        return tokens, scores
+    logprobs = (logits / sampling.temperature).log_softmax(-1)
+    kept = logprobs
+    if sampling.top_k:
+        floor = kept.topk(min(sampling.top_k, kept.shape[-1])).values[:, -1:]
+        kept = kept.masked_fill(kept < floor, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = kept.softmax(-1).sort(descending=True)
+        beyond = (ordered.cumsum(-1) - ordered) >= sampling.top_p
+        kept = kept.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
+    tokens = torch.multinomial(kept.softmax(-1), 1, generator=generator)
+    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1)

@@ -1,0 +1,364 @@
+"""Responses scored and ranked: given ones row by row; of many candidates the best, all, or pairs to train on.
+
+Candidates are drawn by the policy, come with the rows, or from a server; who draws them is a function (`Draw`), so that
+ranking is one path. Rows pass batch by batch, and a batch depends on its place and the seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import groupby, islice
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from adhere.data import Row
+from adhere.errors import TooLong, UserError
+from adhere.model.encode import Prompt
+from adhere.model.policy import Policy
+from adhere.model.sampling import Sampling
+from adhere.reward.reward import Reward
+from adhere.types import Prompts, Rollout, Scores
+
+# Prompts that copy heads are measured on: more change the weights by less than their rounding.
+HEAD_PROMPTS = 64
+NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0}
+"""What `lines_of` adds to."""
+
+Draw = Callable[[Sequence[Row], Prompts, int], Rollout]
+"""Rows, their encoded prompts and a seed → the candidates of each."""
+Response = str | Sequence[int]
+"""Text, or token ids as they were sampled."""
+Complete = Callable[[Sequence[Prompt], int], list[list[tuple[str, bool]]]]
+"""Prompts and a seed → for each, texts and whether they ended by themselves."""
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """How candidates are drawn, and what is written of them."""
+
+    num_samples: int = 8
+    """Candidates drawn for each prompt (rows that bring `candidates` keep their own)."""
+    keep: Literal["best", "all", "pairs"] = "best"
+    """best: each row with its best response; all: every candidate, best first; pairs: best against worst, for DPO."""
+    margin: float = 0.0
+    """Pairs only: the difference in reward that a pair needs at least; a tie is never a pair."""
+    batch_size: int = 8
+    """Prompts ranked at a time; memory grows with batch_size × num_samples."""
+    seed: int = 0
+    """Seed of the draws."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise UserError(f"margin is {self.margin}", fix="set it to 0 or above")
+        if self.margin and self.keep != "pairs":
+            raise UserError(f"margin is for pairs, and keep is {self.keep}", fix="leave it out, or keep pairs")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A row and its candidates, each {"response", "reward", "signals"}, best first; of equals, the first drawn."""
+
+    row: Row
+    candidates: tuple[dict[str, Any], ...]
+
+    def best(self) -> dict[str, Any]:
+        """The row with its best response, the reward and the signals of that."""
+        fields = dict(self.row.fields)
+        for name in ("prompt", "messages"):
+            if isinstance(fields.get(name), list):
+                fields[name] = self.row.prompt  # without the assistant turn that the response replaces
+        return {**fields, **self.candidates[0]}
+
+    def all(self) -> dict[str, Any]:
+        """The prompt and every candidate."""
+        return {"prompt": self.row.prompt, "candidates": list(self.candidates)}
+
+    def pair(self, margin: float, blank: Callable[[str, str], str]) -> dict[str, Any] | None:
+        """Best against worst in TRL's DPO format; None where they tie, differ by less than `margin`, or read alike.
+
+        `blank(prompt, response)` stands between a plain prompt and a response, which TRL joins as they are.
+        """
+        best, worst = self.candidates[0], self.candidates[-1]
+        difference = best["reward"] - worst["reward"]
+        chosen, rejected = best["response"], worst["response"]
+        if not difference > 0 or difference < margin or chosen.strip() == rejected.strip():
+            return None
+        prompt = self.row.prompt
+        if isinstance(prompt, str):
+            chosen, rejected = (blank(prompt, text) + text for text in (chosen, rejected))
+        else:
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": difference}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Responses to one prompt, to be scored beside each other."""
+
+    prompt: Prompt
+    responses: Sequence[Response]
+    ended: Sequence[bool]
+    """Whether each text ended by itself; ids tell that themselves."""
+    answers: Sequence[str] = ()
+    where: str = ""
+    """For messages."""
+
+
+def sampled(policy: Policy, config: RankConfig) -> Draw:
+    """Candidates sampled by the policy."""
+    return lambda _rows, prompts, seed: policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
+
+
+def given(policy: Policy) -> Draw:
+    """The candidates that the rows bring; each ended by itself."""
+
+    def draw(rows: Sequence[Row], prompts: Prompts, _seed: int) -> Rollout:
+        return _rollout(policy, _names(rows), prompts, [[(text, True) for text in row.candidates] for row in rows])
+
+    return draw
+
+
+def asked(policy: Policy, complete: Complete) -> Draw:
+    """Candidates from elsewhere, by `complete`."""
+
+    def draw(rows: Sequence[Row], prompts: Prompts, seed: int) -> Rollout:
+        return _rollout(policy, _names(rows), prompts, complete([row.prompt for row in rows], seed))
+
+    return draw
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return [row.where for row in rows]
+
+
+def _rollout(
+    policy: Policy, names: Sequence[str], prompts: Prompts, said: Sequence[Sequence[tuple[Response, bool]]]
+) -> Rollout:
+    """Given responses as candidates; raises `TooLong` for one that the context of the scoring model cannot hold."""
+    index = torch.tensor([place for place, texts in enumerate(said) for _ in texts])
+    flat = [candidate for texts in said for candidate in texts]
+    rollout = policy.respond(prompts, [response for response, _ in flat], index, [ended for _, ended in flat])
+    if wide := (~policy.fits(rollout)).nonzero().flatten().tolist():
+        place = int(index[wide[0]])
+        raise TooLong(
+            f"prompt and a candidate of {int(rollout.lengths[wide[0]])} tokens do not fit the model's context",
+            where=names[place] or f"prompt {place + 1}",
+            fix="shorten the candidate or the prompt",
+        )
+    return rollout
+
+
+def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
+    """Raise `UserError` unless every prompt, with its candidates or new tokens, fits the model."""
+    for batch in batched(rows, config.batch_size):
+        names = _names(batch)
+        prompts = policy.encode([row.prompt for row in batch], names=names)
+        if batch[0].candidates:
+            given(policy)(batch, prompts, 0)
+        else:
+            policy.check_room(prompts, config.sampling.max_new_tokens, names)
+
+
+def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, first: int = 0) -> Iterator[list[Ranked]]:
+    """The rows, ranked, a batch at a time. Before them stand `first` others (whole batches, or all), ranked elsewhere.
+
+    A reward that reads copy heads measures them on the first batch, unless `measure_heads` was called before, as one
+    must be who resumes: later batches would measure other weights.
+    """
+    start = -(-first // config.batch_size)  # rounded up: after the last row, which need not fill its batch
+    for number, batch in enumerate(batched(rows, config.batch_size), start):
+        prompts = reward.policy.encode(
+            [row.prompt for row in batch], [row.answers for row in batch], [row.where for row in batch]
+        )
+        rollout = draw(batch, prompts, random.Random(f"{config.seed}/{number}").getrandbits(63))
+        candidates: list[list[dict[str, Any]]] = [[] for _ in batch]
+        for place, text, figures in zip(
+            rollout.prompt_index.tolist(), rollout.responses, _figures(reward(rollout)), strict=True
+        ):
+            candidates[place].append({"response": text, **figures})
+        yield [
+            Ranked(row, tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)))
+            for row, found in zip(batch, candidates, strict=True)
+        ]
+
+
+def lines_of(
+    batch: Sequence[Ranked], config: RankConfig, blank: Callable[[str, str], str], tally: dict[str, float]
+) -> list[dict[str, Any]]:
+    """What is written of a ranked batch. To `tally` go the sums of the best rewards and of the means of all candidates,
+    and how many prompts were left out."""
+    lines: list[dict[str, Any]] = []
+    for ranked in batch:
+        tally["best"] += ranked.candidates[0]["reward"]
+        tally["all"] += sum(one["reward"] for one in ranked.candidates) / len(ranked.candidates)
+        if config.keep == "pairs":
+            pair = ranked.pair(config.margin, blank)
+            tally["left_out"] += pair is None
+            lines += [pair] if pair else []
+        else:
+            lines.append(ranked.best() if config.keep == "best" else ranked.all())
+    return lines
+
+
+def blank_between(policy: Policy) -> Callable[[str, str], str]:
+    """What belongs between a prompt and a response for their joint text to have the tokens that were scored.
+
+    A blank where a tokenizer drops it in decoding (words, SentencePiece), nothing where responses bring their own.
+    """
+    tokenizer = policy.tokenizer
+
+    def between(prompt: str, response: str) -> str:
+        before: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        after: list[int] = tokenizer(response, add_special_tokens=False)["input_ids"]
+
+        def parts(blank: str) -> bool:
+            joined: list[int] = tokenizer(prompt + blank + response, add_special_tokens=False)["input_ids"]
+            return joined == before + after
+
+        return " " if not parts("") and parts(" ") else ""
+
+    return between
+
+
+def measure_heads(reward: Reward, rows: Iterable[Row]) -> None:
+    """Copy heads measured on the first prompts, where the reward needs them and none are known."""
+    if reward.needs_heads and reward.copy_weights is None:
+        prompts: dict[str, Prompt] = {}
+        for row in rows:
+            prompts.setdefault(_key(row), row.prompt)
+            if len(prompts) == HEAD_PROMPTS:
+                break
+        reward.copy_weights = reward.measure(reward.policy.encode(list(prompts.values())))
+
+
+def score_rows(
+    reward: Reward,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Each row as it was read, plus `reward` and `signals`; in the order given.
+
+    Rows with the same prompt form a group wherever they stand, so a group-normalised reward compares them. About
+    `batch_size` rows are scored at a time; a group is never split. Raises `UserError` when a prompt does not fit
+    the model.
+    """
+    reward.policy.encode(
+        [row.prompt for row in rows], names=[row.where for row in rows]
+    )  # all readable, or none scored
+    measure_heads(reward, rows)
+    scored: list[dict[str, Any]] = [{} for _ in rows]
+    done = 0
+    for places in _groups(rows, batch_size):
+        part = [rows[place] for place in places]
+        scores = reward.score(
+            [row.prompt for row in part], [row.response or "" for row in part], [row.answers for row in part]
+        )
+        for place, figures in zip(places, _figures(scores), strict=True):
+            scored[place] = {**rows[place].fields, **figures}
+        done += len(places)
+        progress(done)
+    return scored
+
+
+def group_starts(rows: Iterable[Row], batch_size: int, part_rows: int) -> tuple[list[int], int]:
+    """Where a file of rows can be cut into parts of `part_rows` or more that `score_rows` scores as it does the whole:
+    the places of their first rows, and how many groups there are.
+
+    No group or batch is cut, so that needs the rows of a prompt to be neighbours: `scattered` tells where they are not.
+    """
+    starts, batch, groups, before = [0], 0, 0, ""
+    for place, row in enumerate(rows):
+        if (key := _key(row)) == before:
+            continue
+        groups, before = groups + 1, key
+        if place - batch >= batch_size:
+            batch = place
+            if place - starts[-1] >= part_rows:
+                starts.append(place)
+    return starts, groups
+
+
+def scattered(rows: Callable[[], Iterable[Row]]) -> tuple[Row, Row] | None:
+    """A row whose prompt was there before, but for another prompt in between, and the row that had it first.
+
+    Holds eight bytes a group, and goes through the rows a second time only where two groups are alike in these.
+    """
+    marks = array("Q", (int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) for key, _ in _runs(rows())))
+    sorted_marks = np.sort(np.frombuffer(marks, dtype=np.uint64))
+    alike = set(sorted_marks[1:][sorted_marks[1:] == sorted_marks[:-1]].tolist())
+    first: dict[str, Row] = {}
+    for (key, row), found in zip(_runs(rows()) if alike else (), marks, strict=False):
+        if found in alike and first.setdefault(key, row) is not row:
+            return row, first[key]
+    return None
+
+
+def _runs(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """The prompt and the first row of each stretch of rows with the same prompt."""
+    for key, run in groupby(rows, _key):
+        yield key, next(run)
+
+
+def read_groups(policy: Policy, groups: Sequence[Group]) -> Rollout:
+    """Groups as a rollout, in their order. Raises `UserError` for a prompt that cannot be read, `TooLong` for one that
+    does not fit the model's context with each of its responses."""
+    names = [group.where for group in groups]
+    prompts = policy.encode([group.prompt for group in groups], [group.answers for group in groups], names)
+    said = [list(zip(group.responses, group.ended, strict=True)) for group in groups]
+    return _rollout(policy, names, prompts, said)
+
+
+def score_groups(reward: Reward, groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
+    """{"reward", "signals"} of each response of each group. Two groups stay two, though their prompts be equal."""
+    figures = iter(_figures(reward(read_groups(reward.policy, groups))))
+    return [[next(figures) for _ in group.responses] for group in groups]
+
+
+def _figures(scores: Scores) -> list[dict[str, Any]]:
+    """{"reward", "signals"} of each response."""
+    table = torch.stack([scores.reward, *scores.signals.values()], dim=1).tolist()
+    return [
+        {"reward": reward, "signals": dict(zip(scores.signals, signals, strict=True))} for reward, *signals in table
+    ]
+
+
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """The rows, `size` at a time; the last are fewer."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _groups(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Places of the rows, whole groups at a time, at least `size` rows each but the last."""
+    if size < 1:
+        raise UserError(f"batch_size is {size}", fix="set it to 1 or above")
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(_key(row), []).append(place)
+    batch: list[int] = []
+    for group in groups.values():
+        batch += group
+        if len(batch) >= size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row.prompt)

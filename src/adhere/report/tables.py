@@ -1,0 +1,71 @@
+"""Results as plain tables, for a terminal: (title, columns, rows)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adhere.measure.audit import Verdict
+from adhere.measure.evaluate import Result
+from adhere.measure.stats import Figure
+from adhere.report.compare import metrics_of
+
+Table = tuple[str, list[str], list[list[object]]]
+
+
+def results_table(title: str, results: Mapping[str, Result]) -> Table:
+    """A row a metric; before, after and the difference where there was a baseline."""
+    compared = any(result.before is not None for result in results.values())
+    columns = ["metric", "before", "after", "difference", "p", "p (Holm)"] if compared else ["metric", "value"]
+    rows: list[list[object]] = []
+    for name, result in results.items():
+        after = _interval(result.after)
+        if compared:
+            ps = ["" if p is None else f"{p:.4f}" for p in (result.p, result.p_holm)]
+            rows.append([name, _interval(result.before), after, _interval(result.difference, "+"), *ps])
+        else:
+            rows.append([name, after])
+    return title, columns, rows
+
+
+def audit_tables(verdicts: Mapping[str, Verdict]) -> list[Table]:
+    """What each reward would pay for; and, where answers are known, whether it prefers what is right."""
+    families = dict.fromkeys(family for verdict in verdicts.values() for family in verdict.hacks)
+    hacks = {family: [v.hacks.get(family) for v in verdicts.values()] for family in families}
+    groups = dict.fromkeys(group for verdict in verdicts.values() for group in verdict.ranking)
+    tables = [
+        _shares(
+            "share of prompts where it beats the best own sample",
+            ["degenerate response", *verdicts],
+            {family: [hack.beats_best if hack else None for hack in found] for family, found in hacks.items()},
+        )
+    ]
+    if groups:
+        ranks = {group: [verdict.ranking.get(group) for verdict in verdicts.values()] for group in groups}
+        tables.append(
+            _shares("right before wrong, own samples of a prompt (0.5 = chance)", ["prompts", *verdicts], ranks)
+        )
+    return tables
+
+
+def compare_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A table a model: a row an arm."""
+    tables: list[Table] = []
+    for model, arms in found["models"].items():
+        names = metrics_of(arms)
+        rows: list[list[object]] = []
+        for name, arm in arms.items():
+            figures = [arm["metrics"].get(metric) for metric in names]
+            shown = ["" if f is None else f"{f['mean']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" for f in figures]
+            rows.append([name, *shown, "" if arm["kl"] is None else f"{arm['kl']:.2f}", f"{arm['seconds']:.0f}"])
+        tables.append((f"{model}: {found['prompts']} fresh prompts", ["arm", *names, "KL", "seconds"], rows))
+    return tables
+
+
+def _shares(title: str, columns: list[str], rows: Mapping[str, Sequence[Figure | None]]) -> Table:
+    shown = [[name, *("" if figure is None else f"{figure.mean:.2f}" for figure in row)] for name, row in rows.items()]
+    return title, columns, [list(row) for row in shown]
+
+
+def _interval(figure: Figure | None, sign: str = "") -> str:
+    return "" if figure is None else f"{figure.mean:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"

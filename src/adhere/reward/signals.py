@@ -1,0 +1,247 @@
+"""The signals: one pure function per formula, from the evidence of a replay to one number per response.
+
+Notation: response token t of m, prompt token i, a[t, i] the prompt attention, s_i the salience,
+M_t = Σ_i s_i a[t, i]. An empty response scores 0 everywhere. Nothing here knows a model, weights or groups;
+the rivals that read no attention at all are in `rivals`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from adhere.errors import UserError
+from adhere.types import Replay, masked_mean
+
+# A token the scorer holds impossible (log-prob -inf: a masked vocabulary) counts as this many nats, so that a mean
+# stays a number. e^-100 is beyond what float32 softmax over any vocabulary gives by itself.
+LOWEST_LOGPROB = -100.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a signal may read."""
+
+    replay: Replay
+    salience: Tensor
+    """[B, P] float32 in [0, 1]: how much each prompt token counts."""
+    content: Tensor
+    """[B, R] bool: the response tokens that are content."""
+    contrast_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses after another prompt of the batch; None when no signal asked for it."""
+    question_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses after the question alone; None when no signal asked for it."""
+    ablated_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses without the context they attend to most; None when not asked for."""
+    head_mass: Tensor | None = None
+    """[B, L, H] mean attention of each head to the salient prompt; None when no signal asked for it."""
+    keep: Tensor | None = None
+    """[B, P] bool: attention rows are renormalised over these prompt tokens; None leaves them as captured."""
+
+    def select(self, rows: Tensor) -> Evidence:
+        """The responses `rows` ([n] int64, ascending)."""
+        return Evidence(
+            self.replay.select(rows),
+            self.salience[rows],
+            self.content[rows],
+            None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
+            None if self.question_logprobs is None else self.question_logprobs[rows],
+            None if self.ablated_logprobs is None else self.ablated_logprobs[rows],
+            None if self.head_mass is None else self.head_mass[rows],
+            None if self.keep is None else self.keep[rows],
+        )
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """[B, R, P] prompt attention, renormalised where `keep` says so."""
+        return self._read(self.replay.attention, "attention")
+
+    @cached_property
+    def copy_attention(self) -> Tensor:
+        """[B, R, P] prompt attention of the copy heads, renormalised where `keep` says so."""
+        return self._read(self.replay.copy_attention, "copy_attention")
+
+    def _read(self, attention: Tensor | None, name: str) -> Tensor:
+        assert attention is not None, f"this replay did not capture `{name}`"
+        return attention if self.keep is None else renormalise(attention, self.keep)
+
+
+def renormalise(attention: Tensor, keep: Tensor) -> Tensor:
+    """Attention with everything but `keep` [B, P] masked and each row brought back to sum 1; a row of 0 stays 0.
+
+    Takes out sinks and template tokens, and with them the fall of a decoder-only prompt share with response length.
+    Shapes [B, R, P] → [B, R, P].
+
+    >>> renormalise(torch.tensor([[[0.5, 0.1, 0.3]]]), torch.tensor([[False, True, True]]))
+    tensor([[[0.0000, 0.2500, 0.7500]]])
+    """
+    kept = attention * keep.unsqueeze(1)
+    return kept / _positive(kept.sum(-1, keepdim=True))
+
+
+def coverage(evidence: Evidence) -> Tensor:
+    """Mean salient attention mass: (1/m) Σ_t M_t. [B] in [0, 1]. CAGSR (arXiv 2502.10482).
+
+    A mean: the shorter response that drops its least attentive token scores higher, which is how it is gamed.
+    """
+    return masked_mean(_salient_mass(evidence), evidence.replay.response_mask)
+
+
+def soft_coverage(evidence: Evidence) -> Tensor:
+    """Share of the salient prompt that was looked at: Σ_i s_i min(1, Σ_t a[t, i]) / Σ_i s_i. [B] in [0, 1].
+
+    The coverage vector of See et al. 2017 (arXiv 1704.04368), as a reward: beyond 1, a token adds nothing.
+    """
+    looked = evidence.attention.sum(1).clamp(max=1.0)  # rows of padding are 0
+    return (evidence.salience * looked).sum(-1) / _positive(evidence.salience.sum(-1))
+
+
+def focus(evidence: Evidence, clamp: float = 0.0) -> Tensor:
+    """Sharpness of attention over salient tokens: 1 − (1/m) Σ_t max(H(q_t)/log|S|, clamp). [B] in [0, 1 − clamp].
+
+    q_t = s·a_t / M_t, S = {i: s_i > 0}. CAGSR rewards sharp attention (arXiv 2502.10482); its follow-up penalises low
+    entropy (2506.11108): the sign is the weight's, and `clamp`, a share of log|S|, says how sharp is sharp enough.
+    A row without salient mass counts as spread out evenly; over a single token there is nothing to focus: 0.
+    """
+    mass = _salient_mass(evidence)
+    q = evidence.attention * evidence.salience.unsqueeze(1) / _positive(mass).unsqueeze(-1)
+    size = (evidence.salience > 0).sum(-1)
+    # `xlogy` is 0 at q = 0, as the entropy wants; |S| ≤ 1 is settled below, its divisor here only avoids 0/0.
+    relative = -torch.xlogy(q, q).sum(-1) / size.clamp(min=2).float().log().unsqueeze(-1)
+    relative = torch.where(mass > 0, relative.clamp(clamp, 1.0), 1.0)
+    return masked_mean(1.0 - relative, evidence.replay.response_mask) * (size > 1)
+
+
+def repetition(evidence: Evidence, n: int = 2) -> Tensor:
+    """Share of repeated n-grams: 1 − distinct / all, over the m − n + 1 n-grams; 0 if m < n. [B] in [0, 1).
+
+    The penalty of CAGSR (arXiv 2502.10482); a positive number, its weight is negative.
+    """
+    ids, mask = evidence.replay.response_ids, evidence.replay.response_mask
+    if ids.shape[1] < n:
+        return torch.zeros(len(ids), device=ids.device)
+    grams, whole = ids.unfold(1, n, 1), mask.unfold(1, n, 1).all(-1)
+    row = torch.arange(len(ids), device=ids.device).view(-1, 1, 1).expand(*grams.shape[:2], 1)
+    distinct: Tensor = torch.unique(torch.cat([row, grams], -1)[whole], dim=0)[:, 0].bincount(minlength=len(ids))
+    total = whole.sum(-1)
+    return (total - distinct).float() / total.clamp(min=1)
+
+
+def coherence(evidence: Evidence) -> Tensor:
+    """Fluency for the scorer: mean log-prob of the response tokens, nats. [B] in [−100, 0].
+
+    The abstract's "coherence" (arXiv 2502.10482), read under the frozen reference unless the policy itself scores.
+    """
+    return masked_mean(_floored(evidence.replay.logprobs), evidence.replay.response_mask)
+
+
+def grounding(evidence: Evidence) -> Tensor:
+    """Copy-head attention on the very token generated: (1/m_c) Σ_{t content} Σ_i 1[x_i = y_t] a^copy[t, i].
+
+    a^copy = Σ_{l,h} w^copy[l, h] a^(l,h), see `heads`. [B] in [0, 1]; 0 where no response token is content. Ours.
+    """
+    return masked_mean(_copied_mass(evidence), evidence.content)
+
+
+def grounding_sum(evidence: Evidence) -> Tensor:
+    """The same, not divided by m_c: [B] in [0, m_c].
+
+    A mean invites dropping the risky token, a sum invites padding; a reward that holds both sides weighs both.
+    """
+    return (_copied_mass(evidence) * evidence.content).sum(-1)
+
+
+def lookback(evidence: Evidence) -> Tensor:
+    """Share of attention on the prompt rather than on the response: (1/m) Σ_t Σ_i a[t, i]. [B] in [0, 1].
+
+    Lookback Lens (Chuang et al. 2024, arXiv 2407.07071), combined over heads. Reads the attention as captured, since
+    renormalised rows sum to 1; on an encoder–decoder it is 1 always.
+    """
+    assert evidence.replay.attention is not None, "this replay did not capture `attention`"
+    return masked_mean(evidence.replay.attention.sum(-1), evidence.replay.response_mask)
+
+
+def certainty(evidence: Evidence) -> Tensor:
+    """Distance from not knowing: mean KL(uniform ‖ p_t), nats. [B] ≥ 0. Intuitor (arXiv 2505.19590)."""
+    return masked_mean(evidence.replay.certainty, evidence.replay.response_mask)
+
+
+def entropy(evidence: Evidence) -> Tensor:
+    """Negative entropy, more is surer: −(1/m) Σ_t H(p_t), nats. [B] ≤ 0. RENT (2505.22660), EMPO (2504.05812)."""
+    return -masked_mean(evidence.replay.entropy, evidence.replay.response_mask)
+
+
+def contrast(evidence: Evidence) -> Tensor:
+    """What this prompt does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|x′), nats. [B].
+
+    x′ is another prompt of the batch. Contrastive likelihood: a fluent answer to any question gains nothing.
+    """
+    assert evidence.contrast_logprobs is not None, "no log-probs under another prompt were measured"
+    gain = _floored(evidence.replay.logprobs) - _floored(evidence.contrast_logprobs)
+    return masked_mean(gain, evidence.replay.response_mask)
+
+
+def reliance(evidence: Evidence) -> Tensor:
+    """What the context does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|question alone), nats. [B].
+
+    The pointwise mutual information of response and context, which context-aware decoding raises (Shi et al. 2023,
+    arXiv 2305.14739): what the model would say anyway gains nothing. 0 where the prompt is nothing but a question.
+    """
+    assert evidence.question_logprobs is not None, "no log-probs after the question alone were measured"
+    gain = _floored(evidence.replay.logprobs) - _floored(evidence.question_logprobs)
+    return masked_mean(gain, evidence.replay.response_mask)
+
+
+def comprehensiveness(evidence: Evidence) -> Tensor:
+    """What the attended evidence does for the response: (1/m) Σ_t log p(y_t|x) − log p(y_t|x without it), nats. [B].
+
+    The evidence is the part of the context that the responses to a prompt attend to most (`salience.attended`). A
+    response that the model would give without having looked there, from habit or from another sentence, gains nothing.
+    The measure of ERASER (DeYoung et al. 2020, arXiv 1911.03429), with attention as the rationale. 0 without a context.
+    """
+    assert evidence.ablated_logprobs is not None, "no log-probs without the attended context were measured"
+    gain = _floored(evidence.replay.logprobs) - _floored(evidence.ablated_logprobs)
+    return masked_mean(gain, evidence.replay.response_mask)
+
+
+def heads(evidence: Evidence, weights: Mapping[str, float] | None = None) -> Tensor:
+    """Weighted attention of single heads to the salient prompt: Σ_{l,h} w[l, h] (1/m) Σ_t Σ_i s_i a^(l,h)[t, i]. [B].
+
+    The features of Lookback Lens (Chuang et al. 2024, arXiv 2407.07071), over the salient prompt so that they also say
+    something on an encoder–decoder, whose cross-attention is on the prompt always. `weights`: "layer.head" → w.
+    Raises `UserError` for a head that the model does not have.
+    """
+    assert evidence.head_mass is not None, "no attention by head was measured"
+    total = torch.zeros(len(evidence.head_mass), device=evidence.head_mass.device)
+    for name, weight in (weights or {}).items():
+        layer, head = (int(part) for part in name.split("."))
+        if layer >= evidence.head_mass.shape[1] or head >= evidence.head_mass.shape[2]:
+            raise UserError(f"no head {name} in this model", where="reward", fix="calibrate on this very model")
+        total = total + weight * evidence.head_mass[:, layer, head]
+    return total
+
+
+def _salient_mass(evidence: Evidence) -> Tensor:
+    """M_t = Σ_i s_i a[t, i]: [B, R]."""
+    return torch.einsum("brp,bp->br", evidence.attention, evidence.salience)
+
+
+def _copied_mass(evidence: Evidence) -> Tensor:
+    """Σ_i 1[x_i = y_t] a^copy[t, i] over the prompt without template tokens: [B, R]."""
+    replay = evidence.replay
+    own = replay.prompt_mask & ~replay.rollout.prompts.template[replay.rollout.prompt_index]
+    same = (replay.response_ids.unsqueeze(-1) == replay.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
+    return (evidence.copy_attention * same).sum(-1)
+
+
+def _floored(logprobs: Tensor) -> Tensor:
+    return logprobs.clamp(min=LOWEST_LOGPROB)
+
+
+def _positive(values: Tensor) -> Tensor:
+    """`values` safe to divide by: 0 becomes 1, because what it divides is 0 as well."""
+    return torch.where(values > 0, values, 1.0)

@@ -1,0 +1,158 @@
+"""What goes over the wire: requests as they are checked, responses as they are promised (OpenAPI is made of this)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_ITEMS = 1024
+"""Rows of one request: more belong into several requests, or into `adhere score`."""
+
+
+def _text(value: str) -> str:
+    """JSON can hold half a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start}") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+# Spelt out: what \S takes differs between dialects of regular expressions, and OpenAPI's readers use several.
+Words = Annotated[str, Field(pattern=r"[^\x00-\x20]", description="Text with something in it but white space.")]
+
+
+class _Closed(BaseModel):
+    """A field that is not known is a mistake, not a wish."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Message(_Closed):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Words
+
+
+Prompt = Words | Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
+Answers = Annotated[
+    list[Words], Field(max_length=MAX_ITEMS, description="Accepted answers, for rewards that read them.")
+]
+
+
+class Item(_Closed):
+    """A response to a prompt."""
+
+    prompt: Prompt
+    response: Text
+    ended: bool = Field(True, description="False: cut off at a length limit.")
+    answers: Answers = []
+
+
+class ScoreRequest(_Closed):
+    """Responses to score. Items with the same prompt and answers form a group."""
+
+    items: list[Item] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class Scored(BaseModel):
+    """Reward and signals of a response."""
+
+    reward: float
+    signals: dict[str, float]
+
+
+class ScoreResponse(BaseModel):
+    """A result for each item, in its place."""
+
+    model: str
+    reward: str
+    results: list[Scored]
+
+
+class RankRequest(_Closed):
+    """Candidates to rank."""
+
+    prompt: Prompt
+    candidates: list[Text] = Field(min_length=1, max_length=MAX_ITEMS)
+    answers: Answers = []
+
+
+class Candidate(Scored):
+    """A candidate and its place in the request."""
+
+    index: int
+    response: str
+
+
+class RankResponse(BaseModel):
+    """The candidates, best first; of equals, the first given."""
+
+    model: str
+    reward: str
+    candidates: list[Candidate]
+
+
+class RerankRequest(BaseModel):
+    """The request of rerank APIs (Cohere, Jina, vLLM): the query is the prompt, the documents are the responses."""
+
+    query: Words
+    documents: list[Text] = Field(min_length=1, max_length=MAX_ITEMS)
+    top_n: int | None = Field(None, ge=1)
+    return_documents: bool = False
+    model: str | None = None
+
+
+class Document(BaseModel):
+    """A document as it was given."""
+
+    text: str
+
+
+class Reranked(BaseModel):
+    """A document's place in the request and what it is worth."""
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class RerankResponse(BaseModel):
+    """The best `top_n` documents, best first."""
+
+    model: str
+    results: list[Reranked]
+
+
+class OpenRLHFRequest(BaseModel):
+    """What OpenRLHF posts: each query is a prompt and its response, decoded with special tokens."""
+
+    query: list[Words] = Field(min_length=1, max_length=MAX_ITEMS)
+    prompts: list[Words] = Field(min_length=1, max_length=MAX_ITEMS)
+    labels: list[Text | None] = Field([], max_length=MAX_ITEMS)
+
+
+class OpenRLHFResponse(BaseModel):
+    """What OpenRLHF reads; scores are what its dynamic filter goes by."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+class Health(BaseModel):
+    """The server lives, and what it serves."""
+
+    status: Literal["ok"]
+    model: str
+    reward: str
+    waiting: int = Field(description="Responses in the queue.")
+
+
+class Problem(BaseModel):
+    """What is wrong, and what to do."""
+
+    detail: str

@@ -1,1 +1,0 @@
-"""Where attune meets others: a reward for TRL's trainers, candidates from servers that speak OpenAI's protocol."""
