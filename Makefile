@@ -44,8 +44,8 @@ format: $(STAMP)  ## rewrite the code as `lint` wants it
 	$(BIN)/ruff format .
 
 models: $(STAMP)  ## train the two embedded base models anew
-	$(BIN)/python -m adhere.world.models --kind causal --output src/adhere/world/causal
-	$(BIN)/python -m adhere.world.models --kind encdec --output src/adhere/world/encdec
+	$(BIN)/python -m adhere.toy.models --kind causal --output src/adhere/toy/causal
+	$(BIN)/python -m adhere.toy.models --kind encdec --output src/adhere/toy/encdec
 
 bench: $(STAMP)  ## time and memory of a step and of a capture
 	$(BIN)/python benchmarks/step.py

@@ -1,4 +1,4 @@
-"""What capturing attention costs: a replay with capture against the same replay without, beside eager attention.
+"""What capturing attention costs: a reading with capture against the same reading without, beside eager attention.
 
     python benchmarks/capture.py [--threads 2] [--rounds 7]
 
@@ -83,7 +83,7 @@ def ratios(shape: tuple[int, int], rounds: int) -> dict[str, float]:
 
 
 def peak_memory(name: str, threads: int) -> float:
-    """MB of resident memory that one replay at `MEMORY_SHAPE` (batch of one) adds at its peak, in a fresh process."""
+    """MB of resident memory that one reading at `MEMORY_SHAPE` (batch of one) adds at its peak, in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (name, threads))
 

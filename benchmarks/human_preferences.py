@@ -17,7 +17,7 @@ import torch
 
 from adhere.data import Row, read_rows
 from adhere.measure.calibrate import SIGNALS, features_of, fit
-from adhere.measure.stats import Figure, bootstrap
+from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
 
 LONGEST = 1500
@@ -37,7 +37,7 @@ def pairs_of(path: Path, count: int) -> list[Row]:
     return fit_in[:count]
 
 
-def shown(figure: Figure) -> str:
+def shown(figure: Estimate) -> str:
     return f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 

@@ -1,4 +1,4 @@
-"""Best of n without labels: what a reward's choice among the model's own samples is worth, against its rivals.
+"""Best of n without labels: what a reward's choice among the model's own samples is worth, against its controls.
 
     python benchmarks/rank.py [--models causal encdec] [--split conflict] [--prompts 500] [--num-samples 8] [--seed 0]
 
@@ -14,12 +14,12 @@ import argparse
 from adhere.data import Row
 from adhere.measure.stats import bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
-from adhere.rank import RankConfig, Ranked, measure_heads, rank, sampled
+from adhere.model.settings import Sampling
+from adhere.rank import RankConfig, Ranked, measure_heads, rank, sampled_candidates
+from adhere.reward.controls import normalise_answer
 from adhere.reward.named import RewardConfig, config_of
 from adhere.reward.reward import Reward
-from adhere.reward.rivals import normalise_answer
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 CONFIDENCE = RewardConfig({"coherence": 1.0}, normalise="none", gates=("ended",))
 ARMS = {
@@ -44,7 +44,11 @@ def measure(policy: Policy, rows: list[Row], config: RankConfig) -> dict[str, li
     for name, spec in ARMS.items():
         reward = Reward(spec, policy, reference=policy)
         measure_heads(reward, rows)
-        hits = [right(ranked) for batch in rank(reward, rows, config, sampled(policy, config)) for ranked in batch]
+        hits = [
+            right(ranked)
+            for batch in rank(reward, rows, config, sampled_candidates(policy, config))
+            for ranked in batch
+        ]
         found[name] = [one[0] for one in hits]
     found["a random sample"] = [sum(one) / len(one) for one in hits]
     found["any right"] = [max(one) for one in hits]

@@ -29,7 +29,7 @@ from step import prompts, save_model
 
 from adhere.cli import main as adhere
 from adhere.integrations.ray import cluster
-from adhere.parts import SUCCESS, PartedRows
+from adhere.shards import SUCCESS, ShardedRows
 
 BATCH = 16
 
@@ -56,9 +56,9 @@ class Run:
 def score(folder: Path, name: str, workers: int, kill_after: int | None = None) -> Run:
     """Score the rows by so many workers, of which the one that delivers the part `kill_after` is killed."""
     run = Run()
-    add = PartedRows.add
+    add = ShardedRows.add
 
-    def add_and_watch(self: PartedRows, written: dict[str, Any]) -> None:
+    def add_and_watch(self: ShardedRows, written: dict[str, Any]) -> None:
         add(self, written)
         run.parts.append((time.perf_counter(), written))
         if len(run.parts) == kill_after:
@@ -68,12 +68,12 @@ def score(folder: Path, name: str, workers: int, kill_after: int | None = None) 
     given = ["score", "--model", str(folder / "llama"), "--input", str(folder / "rows.jsonl"), "--device", "cpu"]
     given += ["--output", str(folder / name), "--batch-size", str(BATCH), "--engine", "ray", "--workers", str(workers)]
     began = time.perf_counter()
-    PartedRows.add = add_and_watch  # type: ignore[method-assign]
+    ShardedRows.add = add_and_watch  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             code = adhere([*given, "--quiet"])
     finally:
-        PartedRows.add = add  # type: ignore[method-assign]
+        ShardedRows.add = add  # type: ignore[method-assign]
     assert code == 0, f"adhere score ended with {code}"
     run.seconds = time.perf_counter() - began
     return run

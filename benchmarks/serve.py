@@ -36,7 +36,7 @@ from adhere.reward.heads import load_heads, save_heads
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
 from adhere.serve.config import ServeConfig
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 CLIENTS = (1, 8, 32)
 Pairs = list[tuple[str, str]]

@@ -4,7 +4,7 @@
 
 Same model (Llama, 384 wide, 6 layers, 6/3 heads, vocabulary 4096, random weights), same prompts, K = 8, float32, KL to
 the frozen start, and the same reward: mean attention of response tokens to the prompt in the frozen start. TRL's reward
-function runs that model with `output_attentions=True`; adhere replays it once. The two take turns, a step each, and
+function runs that model with `output_attentions=True`; adhere reads it once. The two take turns, a step each, and
 the ratio is the median of neighbouring steps. Peak memory (Linux) is of a process of its own for each.
 """
 
@@ -63,7 +63,7 @@ def adhere_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
     from adhere.learn.settings import TrainConfig
     from adhere.learn.train import Trainer
     from adhere.model.policy import Policy
-    from adhere.model.sampling import Sampling
+    from adhere.model.settings import Sampling
 
     length, response, count = shape
     config = TrainConfig(

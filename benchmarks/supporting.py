@@ -24,11 +24,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from adhere.data import Row, read_rows
-from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.reward import heads
-from adhere.reward.rivals import normalise_answer
+from adhere.reward.controls import normalise_answer
 from adhere.reward.salience import token_classes
 
 BATCH = 50
@@ -77,14 +77,14 @@ def look(policy: Policy, rows: list[Row], copy_weights: Tensor) -> Looked:
         part = rows[start : start + BATCH]
         prompts = policy.encode([row.prompt for row in part], [row.answers for row in part])
         rollout = policy.sample(prompts, 1, sampling=Sampling(temperature=0.0, max_new_tokens=8))
-        replay = policy.replay(rollout, copy_weights=copy_weights)
+        reading = policy.read(rollout, copy_weights=copy_weights)
         for i, row in enumerate(part):
             passage, supporting = spans(row)
             inside = token_mask(policy, row, prompts.mask[i], [passage])
             support = token_mask(policy, row, prompts.mask[i], supporting)
             accepted = {normalise_answer(answer) for answer in row.answers}
             right.append(float(normalise_answer(rollout.responses[i]) in accepted))
-            for name, attention in zip(HEADS, (replay.attention, replay.copy_attention), strict=True):
+            for name, attention in zip(HEADS, (reading.attention, reading.copy_attention), strict=True):
                 assert attention is not None
                 # The end of the sequence looks at nothing in particular; the words of the answer count.
                 words = attention[i, : max(1, int(rollout.lengths[i]) - 1)].sum(0)
@@ -99,7 +99,7 @@ def correlation(lift: list[float], right: list[float], resamples: int = 2000) ->
     draws = (pairs[:, rng.integers(0, len(lift), len(lift))] for _ in range(resamples))
     found = [spearmanr(*draw).statistic for draw in draws if len(set(draw[1])) > 1]
     low, high = np.quantile(found, [0.025, 0.975])
-    return Figure(float(spearmanr(*pairs).statistic), float(low), float(high), len(lift)).to_json()
+    return Estimate(float(spearmanr(*pairs).statistic), float(low), float(high), len(lift)).to_json()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ Without --model the embedded model answers, offline. A folder that holds a model
 import argparse
 
 from adhere import Policy, Reward
-from adhere.world import model_path
+from adhere.toy import model_path
 
 STORY = "mary went to the garden . john is in the office . where is mary ? answer :"
 

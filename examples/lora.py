@@ -10,7 +10,7 @@ from peft import PeftModel
 from adhere import Lora, Policy, Sampling, TrainConfig, train
 from adhere.data import Row, write_jsonl
 from adhere.files import new_run_dir
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")

@@ -11,12 +11,12 @@ import argparse
 from adhere import Policy, Reward, Sampling, TrainConfig, train
 from adhere.data import Row, write_jsonl
 from adhere.files import new_run_dir
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 
 def peak(evidence):
     """How much attention a response token gives the one prompt token it looks at most; the mean. [B] in [0, 1]."""
-    mask = evidence.replay.response_mask  # [B, R], True = a token of the response
+    mask = evidence.reading.response_mask  # [B, R], True = a token of the response
     most = evidence.attention.amax(-1)  # [B, R] of [B, R, P], 0 on padding
     return most.sum(-1) / mask.sum(-1).clamp(min=1)
 

@@ -7,8 +7,8 @@ import argparse
 
 from adhere import Policy, Reward, Sampling
 from adhere.data import Row
-from adhere.rank import RankConfig, blank_between, measure_heads, rank, sampled
-from adhere.world import make_rows, model_path
+from adhere.rank import RankConfig, blank_between, measure_heads, rank, sampled_candidates
+from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")
@@ -23,7 +23,7 @@ reward = Reward.named("attention", policy)
 measure_heads(reward, [Row(row["prompt"]) for row in make_rows("conflict", "train", 64)])  # which heads copy words
 
 pairs = []
-for batch in rank(reward, rows, config, sampled(policy, config)):
+for batch in rank(reward, rows, config, sampled_candidates(policy, config)):
     for ranked in batch:
         best, worst = ranked.candidates[0], ranked.candidates[-1]
         print(f"{ranked.row.prompt}\n  answer {' or '.join(ranked.row.answers)}")

@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from adhere import Policy
 from adhere.integrations.trl import AttentionReward
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(model_path("causal")), help="default: the embedded model")

@@ -15,7 +15,7 @@ from adhere.model.policy import Policy
 from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward
 from adhere.reward.signals import Evidence
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 CONFIG = AuditConfig(num_samples=6, max_new_tokens=8, batch_size=5)
 ROWS = [
@@ -32,7 +32,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 def shortest(evidence: Evidence) -> torch.Tensor:
     """A reward for the audit to find out: the fewer tokens, the better."""
-    return -evidence.replay.rollout.lengths.float()
+    return -evidence.reading.rollout.lengths.float()
 
 
 def test_a_reward_for_brevity_is_gamed_by_silence(policy: Policy) -> None:

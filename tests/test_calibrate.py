@@ -23,7 +23,7 @@ from adhere.measure.suggest import SuggestConfig, suggest
 from adhere.model.policy import Policy
 from adhere.report.answer import BODY_LIMIT, Session, serve
 from adhere.reward.reward import Reward
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 from tests.families import build, save, tokenizer
 
 NAMES = (*SIGNALS, "0.0", "0.1")
@@ -63,8 +63,8 @@ def test_attention_of_each_head_equals_eager(tmp_path):
         mass = fast.head_mass(rollout, salience)
         torch.testing.assert_close(mass, slow.head_mass(rollout, salience), atol=1e-5, rtol=1e-4)
         # All heads together are what `attention` says.
-        replay = fast.replay(rollout)
-        rows = torch.einsum("brp,bp->br", replay.attention, salience).sum(-1) / rollout.lengths
+        reading = fast.read(rollout)
+        rows = torch.einsum("brp,bp->br", reading.attention, salience).sum(-1) / rollout.lengths
         torch.testing.assert_close(mass.mean((1, 2)), rows, atol=1e-5, rtol=1e-4)
 
 

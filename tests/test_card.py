@@ -18,8 +18,8 @@ from adhere.learn.algorithms import DPO
 from adhere.learn.stopping import Stopping
 from adhere.learn.train import train
 from adhere.markup import markdown
-from adhere.model.policy import Lora, Policy
-from adhere.model.sampling import Sampling
+from adhere.model.policy import Policy
+from adhere.model.settings import Lora, Sampling
 from adhere.report.card import write_card
 from tests.families import save
 from tests.test_train import config, rows

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from adhere.cli import main
-from adhere.compare.figures import standings
+from adhere.compare.estimates import standings
 from adhere.compare.plan import CompareConfig, arm_of, folder_name, jobs_of
 from adhere.errors import UserError
 from adhere.report.compare import write_compare

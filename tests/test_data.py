@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adhere import records
+from adhere import row_files
 from adhere.data import Columns, Row, iter_rows, read_rows, write_jsonl
 from adhere.errors import UserError
 
@@ -164,7 +164,7 @@ def test_a_row_that_is_not_utf_8_says_at_which_byte(tmp_path: Path) -> None:
 def test_a_line_over_the_bound_is_refused_and_the_next_one_still_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_LINE", 2_000_000)
+    monkeypatch.setattr(row_files, "MAX_LINE", 2_000_000)
     path = saved(tmp_path, {"prompt": "x" * 5_000_000}, {"prompt": 1}, {"prompt": "y" * 1_000_000})
     with pytest.raises(UserError) as caught:
         read_rows(path)

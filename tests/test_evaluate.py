@@ -19,7 +19,7 @@ from adhere.measure.metrics import METRICS, token_f1, words
 from adhere.measure.readers import Embedder, follow_up
 from adhere.measure.stats import bootstrap, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.report.page import write_report
 from tests.families import save
 

@@ -160,7 +160,7 @@ def test_too_little_space_names_both_figures(tmp_path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     mean: float
     low: float
 
@@ -170,7 +170,7 @@ def test_json_holds_no_nan_and_reads_tensors_paths_and_records() -> None:
         "a": float("nan"),
         "b": torch.tensor([1.0, float("inf")]),
         "c": Path("x"),
-        "d": Figure(0.5, 0.25),
+        "d": Estimate(0.5, 0.25),
         "e": (1,),
     }
     expected = {"a": None, "b": [1.0, None], "c": "x", "d": {"mean": 0.5, "low": 0.25}, "e": [1]}

@@ -1,4 +1,4 @@
-"""The view of one response: its tokens, attention and figures against the replay, and what it shows where."""
+"""The view of one response: its tokens, attention and figures against the reading, and what it shows where."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from adhere import Policy, Reward, UserError
 from adhere.cli import main
 from adhere.inspection.html import PROMPT_DRAWN, RESPONSE_DRAWN, cells
-from adhere.inspection.record import ALL, COPY, Inspection
+from adhere.inspection.inspection import ALL, COPY, Inspection
 from adhere.inspection.tokens import token_texts
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 PROMPT = make_rows("conflict", "test", 1)[0]["prompt"]
 NASTY = [
@@ -91,11 +91,11 @@ class View(HTMLParser):
 def test_the_greedy_response_is_inspected_with_the_attention_of_its_replay(policy):
     found = policy.inspect(PROMPT)
     rollout = policy.answered(PROMPT, None, 64)
-    replay = policy.replay(rollout)
+    reading = policy.read(rollout)
     length, width = int(rollout.lengths[0]), int(rollout.prompts.mask.sum())
     assert found.attention.shape == (length, width) == (len(found.response_tokens), len(found.prompt_tokens))
-    assert torch.equal(found.attention, replay.attention[0])
-    assert torch.equal(found.logprobs, replay.logprobs[0])
+    assert torch.equal(found.attention, reading.attention[0])
+    assert torch.equal(found.logprobs, reading.logprobs[0])
     assert PROMPT in found.prompt and rollout.responses[0] in found.response
     assert found.response_special.tolist() == [False] * (length - 1) + [True]
 

@@ -13,13 +13,13 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "files", "options", "records", "parts", "data", "config", "markup", "inspection"},
+    {"types", "errors", "files", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
     {"model"},
     {"reward"},
     {"learn"},
     {"measure"},
     {"rank", "serve", "report", "integrations", "console"},
-    {"world"},
+    {"toy"},
     {"demo", "compare"},
     {"commands"},
     {"cli", "__main__"},
@@ -27,7 +27,7 @@ LAYERS = [
 """From the bottom up: a module imports from its own layer and from those before it."""
 
 PURE = [
-    {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.rivals"},
+    {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.controls"},
     {"adhere.learn.advantages", "adhere.learn.losses"},
 ]
 """Functions of tensors: beside each other, they import the records and the errors alone."""
@@ -152,9 +152,9 @@ def test_no_two_modules_import_each_other() -> None:
         ("adhere.model.capture", "adhere.reward.signals", False),
         ("adhere.reward.named", "adhere.learn.preference", False),
         ("adhere.learn.train", "adhere.console", False),
-        ("adhere.learn.train", "adhere.world.models", False),
+        ("adhere.learn.train", "adhere.toy.models", False),
         ("adhere.measure.audit", "adhere.report.page", False),
-        ("adhere.demo", "adhere.world.models", True),
+        ("adhere.demo", "adhere.toy.models", True),
         ("adhere.reward.signals", "adhere.types", True),
         ("adhere.reward.signals", "adhere.reward.salience", True),
         ("adhere.reward.signals", "adhere.model.policy", False),
@@ -185,7 +185,7 @@ def test_each_forbidden_thing_is_found(line: str) -> None:
 
 def test_imports_are_found_wherever_they_stand() -> None:
     lines = ["def f():", "    from adhere.reward import signals", "import adhere.cli", "import torch"]
-    text = "\n".join([*lines, "from adhere.types import Replay"])
+    text = "\n".join([*lines, "from adhere.types import Reading"])
     found = imported(ast.parse(text), {"adhere.reward", "adhere.reward.signals", "adhere.types"})
     assert found == {"adhere.reward.signals", "adhere.cli", "adhere.types"}
 

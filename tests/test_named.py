@@ -12,13 +12,13 @@ from hypothesis import given, settings
 
 from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.reward import signals
 from adhere.reward.group import GATE_MARGIN
 from adhere.reward.named import NAMED, SIGNALS, RewardConfig, config_of
 from adhere.reward.reward import Reward, user_function
 from tests.families import save
-from tests.test_signals import evidence_of, padded, replays
+from tests.test_signals import evidence_of, padded, reads
 
 # --- what is refused, and in which words ---------------------------------------------------------------------------
 
@@ -65,10 +65,10 @@ def test_a_mapping_as_yaml_gives_it_becomes_a_config():
 
 USER = """
 import torch
-def good(evidence): return evidence.replay.attention.sum((1, 2)) + evidence.replay.logprobs.sum(-1)
-def lengthy(evidence): return evidence.replay.rollout.lengths
+def good(evidence): return evidence.reading.attention.sum((1, 2)) + evidence.reading.logprobs.sum(-1)
+def lengthy(evidence): return evidence.reading.rollout.lengths
 def scalar(evidence): return torch.tensor(1.0)
-def infinite(evidence): return torch.full((len(evidence.replay.rollout),), float("inf"))
+def infinite(evidence): return torch.full((len(evidence.reading.rollout),), float("inf"))
 def words(evidence): return "long"
 number = 3
 """
@@ -88,8 +88,8 @@ def test_a_users_function_from_the_working_directory_reads_the_replay(user_modul
     spec = f"{user_module}:good"
     reward = Reward.resolve({"weights": {spec: 2.0, "length": 1.0}, "normalise": "none"}, causal)
     scores = reward.score(["mary is in the garden", "w1 w2"], ["garden", "w1 w2"])
-    replay = scores.replay
-    expected = replay.attention.sum((1, 2)) + replay.logprobs.sum(-1)
+    reading = scores.reading
+    expected = reading.attention.sum((1, 2)) + reading.logprobs.sum(-1)
     torch.testing.assert_close(scores.signals[spec], expected)
     torch.testing.assert_close(scores.reward, 2 * expected + torch.tensor([2.0, 3.0]))
 
@@ -147,9 +147,9 @@ def test_every_named_reward_scores_a_sample(policy, rollout, name):
     assert scores.reward.shape == (8,) and scores.reward.isfinite().all()
     assert set(scores.signals) == set(NAMED[name].weights)
     # A signal is given as it is, before weight, normalising and gate.
-    if scores.replay is not None and "coherence" in scores.signals:
+    if scores.reading is not None and "coherence" in scores.signals:
         torch.testing.assert_close(
-            scores.signals["coherence"], signals.masked_mean(scores.replay.logprobs, rollout.response_mask)
+            scores.signals["coherence"], signals.masked_mean(scores.reading.logprobs, rollout.response_mask)
         )
 
 
@@ -182,15 +182,15 @@ def test_comprehensiveness_is_what_the_attended_context_does_for_the_response(po
     prompt, said = "w9 is in the w8 . w5 w6 . where is w9 ?", ["w8", "w7"]
     reward = Reward(RewardConfig({"comprehensiveness": 1.0}, normalise="none", ablate=0.4), policy, HEADS)
     scores = reward.score([prompt] * 2, said)
-    replay = policy.replay([prompt] * 2, said, copy_weights=HEADS)
-    rows = replay.copy_attention.sum(1) / replay.response_mask.sum(-1, keepdim=True)
+    reading = policy.read([prompt] * 2, said, copy_weights=HEADS)
+    rows = reading.copy_attention.sum(1) / reading.response_mask.sum(-1, keepdim=True)
     context = prompt.split(" ")[:9]
-    start = int(replay.prompt_mask.shape[1]) - len(prompt.split(" ")) if not policy.is_encoder_decoder else 0
+    start = int(reading.prompt_mask.shape[1]) - len(prompt.split(" ")) if not policy.is_encoder_decoder else 0
     mass = rows.sum(0)[start : start + 9]
     gone = mass.argsort(descending=True)[:4].tolist()  # ceil(0.4 × 9) tokens of the context
     rest = " ".join([word for n, word in enumerate(context) if n not in gone] + prompt.split(" ")[9:])
-    without = policy.replay([rest] * 2, said)
-    expected = signals.masked_mean(replay.logprobs - without.logprobs, replay.response_mask)
+    without = policy.read([rest] * 2, said)
+    expected = signals.masked_mean(reading.logprobs - without.logprobs, reading.response_mask)
     torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -202,8 +202,8 @@ def test_scores_come_in_the_order_given_and_equal_prompts_form_a_group(policy):
     torch.testing.assert_close(mixed.reward, together.reward[order], atol=1e-3, rtol=1e-3)
     for name, value in together.signals.items():
         torch.testing.assert_close(mixed.signals[name], value[order])
-    assert together.replay.rollout.responses == tuple(RESPONSES * 2)
-    assert mixed.replay is None  # its rows would be in another order than the scores
+    assert together.reading.rollout.responses == tuple(RESPONSES * 2)
+    assert mixed.reading is None  # its rows would be in another order than the scores
     assert together.reward[:3].sum().item() == pytest.approx(0, abs=1e-4) and together.reward[:3].std() > 0.5
 
 
@@ -248,17 +248,17 @@ def test_lists_that_do_not_pair_are_refused_with_their_lengths(causal, arguments
 )
 def test_only_what_the_signals_read_is_captured(policy, monkeypatch, weights, options, captured):
     seen = []
-    real = Policy.replay
+    real = Policy.read
 
     def spy(self, rollout, *, attention=True, copy_weights=None):
         seen.append((attention, copy_weights is not None))
         return real(self, rollout, attention=attention, copy_weights=copy_weights)
 
-    monkeypatch.setattr(Policy, "replay", spy)
+    monkeypatch.setattr(Policy, "read", spy)
     reward = Reward(RewardConfig(weights, **options), policy, HEADS)
     scores = reward.score(PROMPTS, ["garden", "w3"], [["Garden."], ["w4"]])
     assert seen == captured
-    assert (scores.replay is None) == (not captured)
+    assert (scores.reading is None) == (not captured)
     assert (reward.reference is None) == (not captured)
     if "exact" in weights:
         assert scores.signals["exact"].tolist() == [1, 0]
@@ -303,7 +303,7 @@ def test_contrast_compares_with_the_next_prompt_that_differs(policy):
     prompts = [PROMPTS[0], PROMPTS[1], "w9 the w8"]
     config = RewardConfig({"contrast": 1.0}, normalise="none")
     scores = Reward(config, policy).score(prompts, RESPONSES)
-    mine, other = policy.replay(prompts, RESPONSES), policy.replay([*prompts[1:], prompts[0]], RESPONSES)
+    mine, other = policy.read(prompts, RESPONSES), policy.read([*prompts[1:], prompts[0]], RESPONSES)
     expected = signals.masked_mean(mine.logprobs - other.logprobs, mine.response_mask)
     torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
 
@@ -311,8 +311,8 @@ def test_contrast_compares_with_the_next_prompt_that_differs(policy):
 def test_reliance_compares_with_the_question_alone(policy):
     prompts = ["w9 is in the w8 . where is w9 ?", "where is w2 ?"]
     scores = Reward(RewardConfig({"reliance": 1.0}, normalise="none"), policy).score(prompts, RESPONSES[:2])
-    mine = policy.replay(prompts, RESPONSES[:2])
-    alone = policy.replay(["where is w9 ?", "where is w2 ?"], RESPONSES[:2])
+    mine = policy.read(prompts, RESPONSES[:2])
+    alone = policy.read(["where is w9 ?", "where is w2 ?"], RESPONSES[:2])
     expected = signals.masked_mean(mine.logprobs - alone.logprobs, mine.response_mask)
     torch.testing.assert_close(scores.reward, expected, atol=1e-5, rtol=1e-4)
     assert scores.reward[0].abs() > 1e-3 and scores.reward[1].abs() < 1e-5
@@ -346,7 +346,7 @@ def test_a_token_under_the_log_prob_floor_closes_the_gate(policy):
     prompts, responses = [PROMPTS[0]] * 3, ["garden", "w7 mary w1", "mary w5 w9 w2 w3"]
     scores = free.score(prompts, responses)
     assert scores.reward.tolist() == [2, 4, 6]
-    lowest = scores.replay.logprobs.amin(-1)
+    lowest = scores.reading.logprobs.amin(-1)
     floor = (lowest.min().item() + lowest.max().item()) / 2
     gated = Reward(replace(free.config, logprob_floor=floor), policy).score(prompts, responses)
     kept = [length for length, low in zip([2, 4, 6], lowest.tolist(), strict=True) if low >= floor]
@@ -384,12 +384,12 @@ def test_a_weight_of_zero_reports_a_signal_and_pays_nothing(policy):
     assert torch.equal(scores.reward, scores.signals["coherence"])
 
 
-@given(replays())
+@given(reads())
 @settings(max_examples=20, deadline=None)
 def test_padding_changes_no_signal_of_the_table(evidence):
-    rollout = evidence.replay.rollout
+    rollout = evidence.reading.rollout
     known = replace(rollout, prompts=replace(rollout.prompts, answers=(("a",),) * 2))
-    evidence = replace(evidence, replay=replace(evidence.replay, rollout=known))
+    evidence = replace(evidence, reading=replace(evidence.reading, rollout=known))
     wide = padded(evidence, 1, 2, 3)
     for name, signal in SIGNALS.items():
         torch.testing.assert_close(signal(wide), signal(evidence), msg=name)

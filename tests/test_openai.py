@@ -14,7 +14,7 @@ from adhere.errors import RunFailed, UserError
 from adhere.integrations import http, openai
 from adhere.integrations.http import ATTEMPTS
 from adhere.integrations.openai import Server
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 
 CHAT = [{"role": "user", "content": "where ?"}]
 Reply = Callable[["Desk"], None]

@@ -14,7 +14,7 @@ import uvicorn
 
 from adhere.errors import RunFailed, UserError
 from adhere.integrations import http, verl
-from adhere.integrations.http import Line
+from adhere.integrations.http import JsonClient
 from adhere.integrations.verl import compute_score
 from adhere.model.policy import Policy
 from adhere.rank import Group, score_groups
@@ -22,7 +22,7 @@ from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
 from adhere.serve.app import create_app
 from adhere.serve.config import ServeConfig
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 CHAT = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
 ROWS = make_rows("conflict", "test", 4)
@@ -87,7 +87,7 @@ def test_verl_says_what_is_missing(url, monkeypatch):
 def test_verl_a_reply_that_is_none_of_ours_is_no_reward(monkeypatch):
     monkeypatch.setattr(http.time, "sleep", lambda _seconds: None)
     for reply in ({"results": []}, {"results": [{"reward": "much", "signals": {}}]}, [], None):
-        monkeypatch.setattr(Line, "ask", lambda *_, reply=reply: reply)
+        monkeypatch.setattr(JsonClient, "request", lambda *_, reply=reply: reply)
         with pytest.raises(RunFailed, match="is this `adhere serve`"):
             compute_score("stories", "a", None, {"prompt": "where ?"}, url="http://127.0.0.1:1")
 

@@ -1,4 +1,4 @@
-"""Policy: encode, sample and replay agree with each other and with the plain way, causal and encoder–decoder; prompts
+"""Policy: encode, sample and reading agree with each other and with the plain way, causal and encoder–decoder; prompts
 are encoded for the family; the reference stays put; bad checkpoints are refused in one line."""
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adhere.errors import UnsupportedModel, UserError
-from adhere.model.policy import Lora, Policy
-from adhere.model.sampling import Sampling
+from adhere.model.policy import Policy
+from adhere.model.settings import Lora, Sampling
 from tests.families import VOCAB, build, save, tokenizer
 
 PROMPTS = ["mary is in the garden . where is mary ?", "w3 w4 ?", "the w7 is in the w9 w10 w11 . where is w7 ?"]
@@ -26,9 +26,9 @@ def policy(request, tmp_path_factory):
 def test_the_replay_of_a_sample_gives_the_log_probs_it_was_drawn_with(policy):
     prompts = policy.encode(PROMPTS)
     rollout = policy.sample(prompts, 5, sampling=Sampling(temperature=0.7, top_p=0.9, max_new_tokens=8), seed=1)
-    replay = policy.replay(rollout)
-    assert rollout.response_ids.shape == replay.logprobs.shape
-    assert (rollout.logprobs - replay.logprobs).abs().max() < 1e-4
+    reading = policy.read(rollout)
+    assert rollout.response_ids.shape == reading.logprobs.shape
+    assert (rollout.logprobs - reading.logprobs).abs().max() < 1e-4
     assert rollout.prompt_index.tolist() == [0] * 5 + [1] * 5 + [2] * 5
     ends = rollout.response_ids.gather(1, rollout.lengths[:, None] - 1).squeeze(-1) == policy.tokenizer.eos_token_id
     assert torch.equal(rollout.ended, ends)
@@ -42,9 +42,9 @@ def test_reading_while_sampling_is_the_replay_of_the_same_sample(policy, tempera
     maps = {"attention": None, "copy_attention": weights / weights.sum()}
     read = policy.sample_and_read(prompts, 5, sampling, 4, maps)
     assert torch.equal(read.response_ids, policy.sample(prompts, 5, sampling=sampling, seed=4).response_ids)
-    replay = policy.replay(read.rollout, copy_weights=maps["copy_attention"])
+    reading = policy.read(read.rollout, copy_weights=maps["copy_attention"])
     for name in ("logprobs", "entropy", "certainty", "attention", "copy_attention"):
-        torch.testing.assert_close(getattr(read, name), getattr(replay, name), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(getattr(read, name), getattr(reading, name), atol=1e-5, rtol=1e-5)
     assert policy.sample_and_read(prompts, 5, sampling, 4, {}).attention is None
 
 
@@ -74,18 +74,18 @@ def test_samples_follow_the_distribution_of_the_model(policy):
     given = type(rollout)(
         prompts, rollout.prompt_index, every[:, None], torch.ones(VOCAB, 1).bool(), rollout.ended, ("",) * VOCAB
     )
-    expected = policy.replay(given, attention=False).logprobs[:, 0].exp()
+    expected = policy.read(given, attention=False).logprobs[:, 0].exp()
     found = torch.bincount(first, minlength=VOCAB) / 4000
     assert abs(float(expected.sum()) - 1) < 1e-4
     assert float((found - expected).abs().sum()) / 2 < 0.06
 
 
 def test_prompt_attention_is_a_share_of_one(policy):
-    replay = policy.replay(policy.sample(policy.encode(PROMPTS), 3, sampling=Sampling(max_new_tokens=6)))
-    rows = replay.attention.sum(-1)[replay.response_mask]
+    reading = policy.read(policy.sample(policy.encode(PROMPTS), 3, sampling=Sampling(max_new_tokens=6)))
+    rows = reading.attention.sum(-1)[reading.response_mask]
     assert (rows <= 1 + 1e-5).all() and (rows > 0).all()
-    assert (replay.attention[~replay.response_mask] == 0).all()
-    assert replay.attention.masked_select(~replay.prompt_mask[:, None, :]).abs().max() < 1e-6
+    assert (reading.attention[~reading.response_mask] == 0).all()
+    assert reading.attention.masked_select(~reading.prompt_mask[:, None, :]).abs().max() < 1e-6
     if policy.is_encoder_decoder:
         assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5)
 
@@ -93,9 +93,9 @@ def test_prompt_attention_is_a_share_of_one(policy):
 def test_replay_in_small_chunks_changes_nothing(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=7), seed=5)
     weights = torch.rand(3, 4)
-    whole = policy.replay(rollout, copy_weights=weights)
-    monkeypatch.setattr("adhere.model.policy.REPLAY_TOKENS", 1)
-    pieces = policy.replay(rollout, copy_weights=weights)
+    whole = policy.read(rollout, copy_weights=weights)
+    monkeypatch.setattr("adhere.model.policy.FORWARD_TOKENS", 1)
+    pieces = policy.read(rollout, copy_weights=weights)
     for name in ("logprobs", "entropy", "certainty", "attention", "copy_attention"):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-5), name
 
@@ -105,29 +105,29 @@ def test_eager_replay_is_the_same_numbers(policy, tmp_path):
     policy.network.save_pretrained(tmp_path)
     policy.tokenizer.save_pretrained(tmp_path)
     eager = Policy.load(tmp_path, device="cpu", attention="eager")
-    ours, theirs = policy.replay(rollout), eager.replay(rollout)
+    ours, theirs = policy.read(rollout), eager.read(rollout)
     assert (ours.attention - theirs.attention).abs().max() <= 1e-5
     assert (ours.logprobs - theirs.logprobs).abs().max() <= 1e-4
 
 
 def test_entropy_and_certainty_by_their_definitions(policy):
     rollout = policy.paired(PROMPTS, ["garden .", "w3", "in the w9"])
-    replay = policy.replay(rollout)
-    part = next(iter(policy._parts(rollout, False, None)))
+    reading = policy.read(rollout)
+    part = next(iter(policy._forwards(rollout, False, None)))
     logprobs = part.logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     certainty = -logprobs.mean(-1) - torch.log(torch.tensor(float(VOCAB)))
     kept = rollout.response_mask
-    assert torch.allclose(replay.entropy[kept], entropy[kept], atol=1e-4)
-    assert torch.allclose(replay.certainty[kept], certainty[kept], atol=1e-3)
+    assert torch.allclose(reading.entropy[kept], entropy[kept], atol=1e-4)
+    assert torch.allclose(reading.certainty[kept], certainty[kept], atol=1e-3)
 
 
 def test_given_pairs_keep_their_order_and_neighbours_group(policy):
     rollout = policy.paired([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[0]], ["garden", "w1", "w2", "w3"])
     assert rollout.prompt_index.tolist() == [0, 0, 1, 2]
     assert rollout.ended.all()
-    alone = policy.replay([PROMPTS[1]], ["w2"])
-    together = policy.replay(rollout)
+    alone = policy.read([PROMPTS[1]], ["w2"])
+    together = policy.read(rollout)
     assert torch.allclose(together.logprobs[2, :2], alone.logprobs[0], atol=1e-5)
 
 
@@ -140,13 +140,13 @@ def test_prompts_are_padded_for_the_family(policy):
 
 def test_the_reference_does_not_move(policy):
     reference = policy.reference()
-    before = reference.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs
+    before = reference.read(PROMPTS, ["w1", "w2", "w3"]).logprobs
     weight = policy.network.get_input_embeddings().weight
     saved = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.5)
-    moved = policy.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs
-    assert torch.equal(reference.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs, before)
+    moved = policy.read(PROMPTS, ["w1", "w2", "w3"]).logprobs
+    assert torch.equal(reference.read(PROMPTS, ["w1", "w2", "w3"]).logprobs, before)
     assert not torch.allclose(moved, before)
     with torch.no_grad():
         weight.copy_(saved)
@@ -157,23 +157,23 @@ def test_lora_needs_no_second_copy_and_saves_a_plain_model(family, tmp_path):
     policy = Policy.load(save(family, tmp_path / "base"), device="cpu", lora=Lora(rank=4, alpha=8))
     reference = policy.reference()
     assert reference.network is policy.network
-    before = reference.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs
+    before = reference.read(PROMPTS, ["w1", "w2", "w3"]).logprobs
     with torch.no_grad():
         for name, parameter in policy.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.3)
-    after = policy.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs
+    after = policy.read(PROMPTS, ["w1", "w2", "w3"]).logprobs
     assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.equal(reference.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs, before)
+    assert torch.equal(reference.read(PROMPTS, ["w1", "w2", "w3"]).logprobs, before)
     policy.save(tmp_path / "merged")
     plain = Policy.load(tmp_path / "merged", device="cpu")
-    assert torch.allclose(plain.replay(PROMPTS, ["w1", "w2", "w3"]).logprobs, after, atol=1e-4)
+    assert torch.allclose(plain.read(PROMPTS, ["w1", "w2", "w3"]).logprobs, after, atol=1e-4)
 
 
 def test_copy_hits_of_a_policy_do_not_depend_on_chunks(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=6), seed=9)
     whole = policy.copy_hits(rollout, rollout.response_mask)
-    monkeypatch.setattr("adhere.model.policy.REPLAY_TOKENS", 1)
+    monkeypatch.setattr("adhere.model.policy.FORWARD_TOKENS", 1)
     assert torch.equal(policy.copy_hits(rollout, rollout.response_mask), whole)
     assert whole.shape == (3, 4)
 
@@ -262,7 +262,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
     build("llama").save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     policy = Policy.load(tmp_path, device="cpu")
-    short, long = policy.replay(PROMPTS[1:2], ["w5"]), policy.replay(PROMPTS[:2], ["w5 w6", "w5"])
+    short, long = policy.read(PROMPTS[1:2], ["w5"]), policy.read(PROMPTS[:2], ["w5 w6", "w5"])
     assert torch.allclose(short.logprobs[0], long.logprobs[1, :2], atol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_a_family_that_bypasses_the_interface_is_served_by_eager_attention(tmp_p
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match=r"'led'.*--attention eager"):
-        Policy.load(tmp_path, device="cpu").replay(PROMPTS, ["w1", "w2", "w3"])
-    replay = Policy.load(tmp_path, device="cpu", attention="eager").replay(PROMPTS, ["w1 w2", "w2", "w3"])
-    rows = replay.attention.sum(-1)[replay.response_mask]
+        Policy.load(tmp_path, device="cpu").read(PROMPTS, ["w1", "w2", "w3"])
+    reading = Policy.load(tmp_path, device="cpu", attention="eager").read(PROMPTS, ["w1 w2", "w2", "w3"])
+    rows = reading.attention.sum(-1)[reading.response_mask]
     assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5)

@@ -11,12 +11,12 @@ import torch
 from adhere.cli import main
 from adhere.data import Row, read_rows
 from adhere.errors import UserError
-from adhere.learn.preference import PreferenceConfig, bradley_terry_loss, fit, judge, split
+from adhere.learn.preference import PreferenceConfig, bradley_terry_loss, fit, preferred, split
 from adhere.measure.preferences import CORRUPTIONS, PairConfig, make_pairs
 from adhere.model.policy import Policy
 from adhere.reward.preference import PreferenceModel, pair_ids
 from adhere.reward.reward import Reward
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 from tests.families import save
 
 EASY = [
@@ -204,4 +204,4 @@ def test_a_pair_too_long_is_refused_rather_than_cut(tmp_path):
 
 def test_ties_are_half_right(fitted):
     model = PreferenceModel.load(fitted[0])
-    assert judge(model, [Row("w1 ?", chosen="w3", rejected="w3")]) == [0.5]
+    assert preferred(model, [Row("w1 ?", chosen="w3", rejected="w3")]) == [0.5]

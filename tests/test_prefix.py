@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adhere.model.families import shareable
 from adhere.model.logits import token_logprobs
-from adhere.model.prefix import plain_parts, shared_parts
+from adhere.model.prefix import plain_forwards, shared_forwards
 from adhere.types import Prompts, Rollout
 from tests.families import CAUSAL, SEQ2SEQ, VOCAB, build
 
@@ -42,8 +42,8 @@ def test_shared_prefixes_equal_the_plain_batch(family):
     model = build(family)
     assert shareable(model)
     batch = rollout(model)
-    plain, plain_gradient = logprobs_and_gradient(model, plain_parts, batch)
-    shared, shared_gradient = logprobs_and_gradient(model, shared_parts, batch)
+    plain, plain_gradient = logprobs_and_gradient(model, plain_forwards, batch)
+    shared, shared_gradient = logprobs_and_gradient(model, shared_forwards, batch)
     assert (plain - shared).abs().max() <= 1e-5
     assert (plain_gradient - shared_gradient).norm() <= 1e-4 * plain_gradient.norm()
 
@@ -52,9 +52,9 @@ def test_shared_prefixes_equal_the_plain_batch(family):
 def test_responses_of_one_token_need_the_prompt_only(family):
     model = build(family)
     batch = rollout(model, width=1)
-    parts = list(shared_parts(model, batch))
+    parts = list(shared_forwards(model, batch))
     assert [part.response for part in parts] == [slice(0, 1)]
-    plain = next(plain_parts(model, batch))
+    plain = next(plain_forwards(model, batch))
     assert torch.allclose(parts[0].logits, plain.logits, atol=1e-5)
 
 
@@ -63,8 +63,8 @@ def test_what_the_head_read_comes_along(family):
     """The hidden states that a value head reads are those of the rows that predict the response."""
     model = build(family)
     batch = rollout(model)
-    plain = next(plain_parts(model, batch, hidden=True)).hidden
-    shared = torch.cat([part.hidden for part in shared_parts(model, batch, hidden=True)], dim=1)
+    plain = next(plain_forwards(model, batch, hidden=True)).hidden
+    shared = torch.cat([part.hidden for part in shared_forwards(model, batch, hidden=True)], dim=1)
     assert plain.shape == (6, 7, 32)
     assert torch.allclose(plain[batch.response_mask], shared[batch.response_mask], atol=1e-5)
 
@@ -76,8 +76,8 @@ def test_the_prompt_is_computed_once():
     model.model.register_forward_pre_hook(
         lambda _m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    list(shared_parts(model, batch))
-    list(plain_parts(model, batch))
+    list(shared_forwards(model, batch))
+    list(plain_forwards(model, batch))
     assert seen == [(3, 11), (6, 6), (6, 17)]
 
 

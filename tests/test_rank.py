@@ -23,9 +23,9 @@ from adhere.data import Row, iter_rows, writable
 from adhere.files import GrowingRows
 from adhere.integrations import http
 from adhere.model.policy import Policy
-from adhere.rank import RankConfig, Ranked, blank_between, rank, sampled
+from adhere.rank import RankConfig, Ranked, blank_between, rank, sampled_candidates
 from adhere.reward.reward import Reward
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 from tests.families import save, tokenizer
 from tests.test_openai import choices, failing, serving, url
 
@@ -77,7 +77,7 @@ def test_ranked_samples_are_the_policys_own_and_score_as_a_rollout_does(stories)
     policy = Policy.load(model_path("causal"), device="cpu")
     reward = Reward.resolve({"weights": {"coherence": 1.0}, "normalise": "none"}, policy)
     config = RankConfig(num_samples=3, batch_size=4)
-    for batch in rank(reward, list(iter_rows(stories)), config, sampled(policy, config)):
+    for batch in rank(reward, list(iter_rows(stories)), config, sampled_candidates(policy, config)):
         for ranked in batch:
             texts = [candidate["response"] for candidate in ranked.candidates]
             again = reward.score([ranked.row.prompt] * len(texts), texts).reward

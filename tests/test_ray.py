@@ -14,9 +14,9 @@ import pytest
 from adhere.cli import main
 from adhere.errors import RunFailed
 from adhere.integrations import ray as integration
-from adhere.parts import SUCCESS, PartedRows
-from adhere.world import make_rows, model_path
-from tests.test_parts import RESPONSES, joined, jsonl
+from adhere.shards import SUCCESS, ShardedRows
+from adhere.toy import make_rows, model_path
+from tests.test_shards import RESPONSES, joined, jsonl
 
 ROOT = Path(__file__).parents[1]
 ROW = {"prompt": "where is mary ?", "response": "garden"}
@@ -80,14 +80,14 @@ def test_a_killed_worker_loses_no_row(ray, tmp_path, monkeypatch, capfd):
     options = ["--max-new-tokens", "6", "--batch-size", "4", "--keep", "all"]
     assert main([*given("rank", source, tmp_path / "whole", *options), "--quiet"]) == 0
     killed = []
-    add = PartedRows.add
+    add = ShardedRows.add
 
     def add_and_kill(self, written):
         add(self, written)
         if len(self.done) >= 2 and not killed:
             killed.extend(kill_one_at_work(self))
 
-    monkeypatch.setattr(PartedRows, "add", add_and_kill)
+    monkeypatch.setattr(ShardedRows, "add", add_and_kill)
     capfd.readouterr()
     assert run("rank", source, tmp_path / "out", *options) == 0
     shown = capfd.readouterr()
@@ -101,7 +101,7 @@ def test_an_interrupted_run_resumes_to_the_same_lines(ray, tmp_path, monkeypatch
     source = jsonl(tmp_path / "stories.jsonl", make_rows("conflict", "test", 24))
     options = ["--max-new-tokens", "6", "--batch-size", "4", "--reward", "certainty"]
     assert main([*given("rank", source, tmp_path / "whole", *options), "--quiet"]) == 0
-    add = PartedRows.add
+    add = ShardedRows.add
 
     def add_and_stop(self, written):
         add(self, written)
@@ -110,7 +110,7 @@ def test_an_interrupted_run_resumes_to_the_same_lines(ray, tmp_path, monkeypatch
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(PartedRows, "add", add_and_stop)
+            patch.setattr(ShardedRows, "add", add_and_stop)
             assert run("rank", source, tmp_path / "out", *options) == 130
     finally:
         signal.signal(signal.SIGINT, before)
@@ -125,7 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_lines(ray, tmp_path, monkeypatch
 @needs_ray
 @pytest.mark.slow
 def test_bad_work_of_a_worker_is_one_clear_line(ray, tmp_path, monkeypatch, capfd):
-    (tmp_path / "own_reward.py").write_text("def shape(evidence):\n    return evidence.replay.logprobs\n")
+    (tmp_path / "own_reward.py").write_text("def shape(evidence):\n    return evidence.reading.logprobs\n")
     monkeypatch.chdir(tmp_path)  # where a worker finds it too
     source = jsonl(tmp_path / "rows.jsonl", RESPONSES)
     assert run("score", source, tmp_path / "out", "--quiet", "--reward", "own_reward:shape", workers=1) == 2
@@ -136,14 +136,14 @@ def test_bad_work_of_a_worker_is_one_clear_line(ray, tmp_path, monkeypatch, capf
 
 def in_parts(tmp_path, work, resume=False):
     """Six rows in three parts, done by `work(part, folder)`."""
-    output = PartedRows(tmp_path / "out", {}, resume=resume)
+    output = ShardedRows(tmp_path / "out", {}, resume=resume)
     parts = output.begin(str(jsonl(tmp_path / "rows.jsonl", [ROW] * 6)), [0, 2, 4], 6)
     folder = output.folder
 
     def make():
         return lambda part: work(part, folder)
 
-    for _ in integration.do_parts(make, parts, output, 1, gpu=False):
+    for _ in integration.do_shards(make, parts, output, 1, gpu=False):
         pass
     output.finish(6)
     return output
@@ -179,7 +179,7 @@ def test_a_part_that_fails_is_tried_again_and_then_told(ray, tmp_path):
 
     with pytest.raises(RunFailed, match=r"part 2 \(rows 5 to 6\) failed 3 times: OSError: the disk was away"):
         in_parts(tmp_path, work)
-    kept = PartedRows(tmp_path / "out", {}, resume=True).done
+    kept = ShardedRows(tmp_path / "out", {}, resume=True).done
     assert {number: written["attempts"] for number, written in kept.items()} == {0: 2, 1: 1}
 
 

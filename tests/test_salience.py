@@ -27,7 +27,7 @@ from adhere.reward.salience import (
     salience,
     token_classes,
 )
-from adhere.types import Prompts, Replay, Rollout
+from adhere.types import Prompts, Reading, Rollout
 
 C, S, P, F, STOP, COLON = (TokenClass[n] for n in ("CONTENT", "SPECIAL", "PUNCTUATION", "FUNCTION", "STOP", "COLON"))
 
@@ -138,8 +138,8 @@ TOKENIZER = words("the", "is", "in", "where", ".", "?", ":", "mary", "john", "ga
 CLASSES = token_classes(TOKENIZER)
 
 
-def replay_of(*texts, index=None, row=None):
-    """A replay of one-token responses to left-padded prompts, tokenised word by word. `row` [B][P]: its attention."""
+def reading_of(*texts, index=None, row=None):
+    """A reading of one-token responses to left-padded prompts, tokenised word by word. `row` [B][P]: its attention."""
     vocabulary = TOKENIZER.get_vocab()
     rows = [[vocabulary[word] for word in text.split(" ")] for text in texts]
     width = max(map(len, rows))
@@ -153,12 +153,12 @@ def replay_of(*texts, index=None, row=None):
     )
     zeros = torch.zeros(out.shape)
     attention = None if row is None else torch.stack([torch.tensor(row), torch.ones(len(index), width)], 1)
-    return Replay(rollout, zeros, zeros, zeros, attention)
+    return Reading(rollout, zeros, zeros, zeros, attention)
 
 
 def counted(kind, text):
     """The words of `text` that count."""
-    weight = salience(kind, replay_of(text), CLASSES)[0]
+    weight = salience(kind, reading_of(text), CLASSES)[0]
     return [word for word, s in zip(text.split(" "), weight.tolist(), strict=True) if s > 0]
 
 
@@ -188,7 +188,7 @@ def test_the_question_is_the_last_sentence_with_a_word_in_it(text, question):
 @pytest.mark.parametrize("left", [True, False])
 def test_the_question_alone_is_what_stands_after_the_context(left):
     texts = ("mary is in the garden . where is john ? answer :", "where is mary ? \n answer :", "john . tell mary")
-    prompts = replay_of(*texts).rollout.prompts
+    prompts = reading_of(*texts).rollout.prompts
     if not left:  # the same tokens, padded behind
         order = (~prompts.mask).int().argsort(dim=-1, stable=True)
         prompts = replace(prompts, ids=prompts.ids.gather(1, order), mask=prompts.mask.gather(1, order))
@@ -203,17 +203,17 @@ def test_the_question_alone_is_what_stands_after_the_context(left):
 def test_what_is_attended_is_a_share_of_the_context_and_never_the_question():
     text = "mary is in the garden . where is john ?"
     row = [0.1, 0.0, 0.2, 0.0, 0.3, 0.05, 0.0, 0.0, 0.9, 0.0]
-    replay = replay_of(text, text, row=[row, list(reversed(row))])
-    attention = replay.attention[:, :1].repeat(1, 2, 1)
-    first, second = attended(replay, attention, CLASSES, 0.5).tolist()
+    reading = reading_of(text, text, row=[row, list(reversed(row))])
+    attention = reading.attention[:, :1].repeat(1, 2, 1)
+    first, second = attended(reading, attention, CLASSES, 0.5).tolist()
     assert [n for n, taken in enumerate(first) if taken] == [0, 2, 4]
     assert [n for n, taken in enumerate(second) if taken] == [1, 4, 5]
-    assert attended(replay, attention, CLASSES, 0.01).sum(-1).tolist() == [1, 1]
-    assert attended(replay_of("where is john ?"), torch.ones(1, 2, 4), CLASSES, 1.0).sum() == 0
+    assert attended(reading, attention, CLASSES, 0.01).sum(-1).tolist() == [1, 1]
+    assert attended(reading_of("where is john ?"), torch.ones(1, 2, 4), CLASSES, 1.0).sum() == 0
 
 
 def test_the_question_alone_keeps_the_template():
-    prompts = replay_of("mary . john . where is mary ?").rollout.prompts
+    prompts = reading_of("mary . john . where is mary ?").rollout.prompts
     marked = replace(prompts, template=torch.arange(prompts.ids.shape[1]).unsqueeze(0) == 0)
     kept, _ = question_only(marked, CLASSES, left=True)
     assert TOKENIZER.decode(kept.ids[0]) == "mary where is mary ?" and kept.template[0].tolist() == [True] + [False] * 4
@@ -226,9 +226,9 @@ def test_a_prompt_without_anything_salient_counts_every_user_token(kind):
 
 def test_idf_weighs_by_rarity_in_the_batch():
     # Of three prompts `mary` is in 3, `garden` in 2, `hall` and `john` in 1: log(3/3) = 0, log(3/2), log 3.
-    replay = replay_of("mary garden", "mary garden garden hall", "mary john", index=[0, 0, 1, 2])
+    reading = reading_of("mary garden", "mary garden garden hall", "mary john", index=[0, 0, 1, 2])
     rare = torch.log(torch.tensor(1.5)) / torch.log(torch.tensor(3.0))
-    weight = salience("idf", replay, CLASSES)
+    weight = salience("idf", reading, CLASSES)
     expected = [[0, 0, 0, rare], [0, 0, 0, rare], [0, rare, rare, 1], [0, 0, 0, 1]]
     torch.testing.assert_close(weight, torch.tensor(expected))
 
@@ -238,13 +238,13 @@ def test_idf_of_a_single_prompt_is_content():
 
 
 def test_self_is_the_first_rows_attention_to_user_tokens():
-    replay = replay_of("mary is in hall", "john", row=[[0.4, 0.1, 0.0, 0.2], [0.9, 0.9, 0.9, 0.0]])
-    prompts = replay.rollout.prompts
+    reading = reading_of("mary is in hall", "john", row=[[0.4, 0.1, 0.0, 0.2], [0.9, 0.9, 0.9, 0.0]])
+    prompts = reading.rollout.prompts
     template = prompts.template.clone()
     template[0, 0] = True
-    replay = replace(replay, rollout=replace(replay.rollout, prompts=replace(prompts, template=template)))
+    reading = replace(reading, rollout=replace(reading.rollout, prompts=replace(prompts, template=template)))
     # Template and padding out, the rest by the largest: 0.2. John's row is all on padding: every user token.
-    torch.testing.assert_close(salience("self", replay, CLASSES), torch.tensor([[0, 0.5, 0, 1.0], [0, 0, 0, 1.0]]))
+    torch.testing.assert_close(salience("self", reading, CLASSES), torch.tensor([[0, 0.5, 0, 1.0], [0, 0, 0, 1.0]]))
 
 
 @given(st.lists(st.lists(st.integers(1, 16), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(0, 3))
@@ -252,8 +252,8 @@ def test_self_is_the_first_rows_attention_to_user_tokens():
 def test_salience_is_in_range_nothing_on_padding_and_blind_to_its_amount(rows, more):
     names = {i: w for w, i in TOKENIZER.get_vocab().items()}
     texts = [" ".join(names[i] for i in row) for row in rows]
-    replay = replay_of(*texts)
-    prompts = replay.rollout.prompts
+    reading = reading_of(*texts)
+    prompts = reading.rollout.prompts
 
     def widened(x, fill):
         return torch.nn.functional.pad(x, (more, more), value=fill)
@@ -265,21 +265,21 @@ def test_salience_is_in_range_nothing_on_padding_and_blind_to_its_amount(rows, m
         template=widened(prompts.template, True),
     )
     for kind in ("all", "content", "idf", "question"):
-        weight = salience(kind, replay, CLASSES)
+        weight = salience(kind, reading, CLASSES)
         assert weight.dtype == torch.float32 and weight.min() >= 0 and weight.max() <= 1
         assert not weight[~prompts.mask].any()
-        other = salience(kind, replace(replay, rollout=replace(replay.rollout, prompts=wide)), CLASSES)
+        other = salience(kind, replace(reading, rollout=replace(reading.rollout, prompts=wide)), CLASSES)
         torch.testing.assert_close(other[:, more : other.shape[1] - more], weight)
         assert not other[~wide.mask].any()
 
 
 def test_response_content_is_content_within_the_mask():
-    replay = replay_of("mary", "john")
+    reading = reading_of("mary", "john")
     kept = torch.tensor([[True, True], [False, False]])
-    rollout = replace(replay.rollout, response_mask=kept)
+    rollout = replace(reading.rollout, response_mask=kept)
     assert response_content(rollout, CLASSES).tolist() == [[True, False], [False, False]]
 
 
 def test_an_unknown_salience_offers_the_nearest():
     with pytest.raises(UserError, match="unknown salience 'contents'; did you mean content"):
-        salience("contents", replay_of("mary"), CLASSES)
+        salience("contents", reading_of("mary"), CLASSES)

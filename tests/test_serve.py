@@ -33,7 +33,7 @@ from adhere.reward.reward import Reward
 from adhere.serve.app import create_app
 from adhere.serve.batcher import Batcher, Full
 from adhere.serve.config import ServeConfig
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 ROWS = make_rows("conflict", "test", 12)
 CHAT = "{% for turn in messages %}{{ turn.role }} : {{ turn.content }} {% endfor %}"

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adhere.reward import rivals, signals
+from adhere.reward import controls, signals
 from adhere.reward.signals import Evidence, renormalise
-from adhere.types import Prompts, Replay, Rollout
+from adhere.types import Prompts, Reading, Rollout
 
 READING = [
     signals.coverage,
@@ -47,7 +47,7 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     weight = mask[index].float() if salience is None else torch.tensor(salience)
     counted = kept if content is None else torch.tensor(content)
     heads = torch.zeros(len(rollout), 2, 3)
-    return Evidence(Replay(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros, zeros, zeros, heads)
+    return Evidence(Reading(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros, zeros, zeros, heads)
 
 
 def by_hand(**changes):
@@ -62,7 +62,7 @@ def by_hand(**changes):
         salience=[[0.0, 1.0, 1.0, 0.0]],
         content=[[True, False, True]],
     )
-    return replace(evidence, replay=replace(evidence.replay, **changes))
+    return replace(evidence, reading=replace(evidence.reading, **changes))
 
 
 def test_coverage_is_the_mean_salient_mass():
@@ -123,9 +123,9 @@ def test_grounding_adds_all_places_of_a_token_but_those_of_the_template():
     attention = [[[0.1, 0.2, 0.4]]]
     evidence = evidence_of([[5, 5, 5]], [[5]], attention)
     assert signals.grounding(evidence).item() == pytest.approx(0.7)
-    prompts = replace(evidence.replay.rollout.prompts, template=torch.tensor([[True, False, False]]))
-    rollout = replace(evidence.replay.rollout, prompts=prompts)
-    evidence = replace(evidence, replay=replace(evidence.replay, rollout=rollout))
+    prompts = replace(evidence.reading.rollout.prompts, template=torch.tensor([[True, False, False]]))
+    rollout = replace(evidence.reading.rollout, prompts=prompts)
+    evidence = replace(evidence, reading=replace(evidence.reading, rollout=rollout))
     assert signals.grounding(evidence).item() == pytest.approx(0.6)
 
 
@@ -169,8 +169,8 @@ def test_a_selection_reads_as_if_the_others_had_never_been():
     attention = [[[0.1, 0.9], [0.3, 0.2]], [[0.5, 0.5], [0.0, 0.0]], [[0.2, 0.7], [0.6, 0.1]]]
     whole = evidence_of([[5, 6], [6, 7]], [[6, 5], [5, -1], [7, 7]], attention, index=[0, 0, 1])
     some = whole.select(torch.tensor([0, 2]))
-    assert some.replay.rollout.prompt_index.tolist() == [0, 1]
-    for signal in (signals.coverage, signals.grounding, signals.repetition, rivals.overlap, rivals.majority):
+    assert some.reading.rollout.prompt_index.tolist() == [0, 1]
+    for signal in (signals.coverage, signals.grounding, signals.repetition, controls.overlap, controls.majority):
         torch.testing.assert_close(signal(some), signal(whole)[[0, 2]], msg=signal.__name__)
 
 
@@ -211,8 +211,8 @@ def test_over_one_salient_token_there_is_nothing_to_focus():
 
 
 @st.composite
-def replays(draw):
-    """Evidence of two random replays, with padding in the prompt and the response."""
+def reads(draw):
+    """Evidence of two random reads, with padding in the prompt and the response."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     p, r = draw(st.integers(1, 6)), draw(st.integers(1, 5))
     prompt = torch.randint(-1, 4, (2, p), generator=generator)
@@ -227,9 +227,13 @@ def replays(draw):
         prompt.tolist(), response.tolist(), attention.tolist(), salience=salience.tolist(), content=content.tolist()
     )
     floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(6)]
-    replay = replace(evidence.replay, logprobs=-floats[0], entropy=floats[1], certainty=floats[2])
+    reading = replace(evidence.reading, logprobs=-floats[0], entropy=floats[1], certainty=floats[2])
     return replace(
-        evidence, replay=replay, contrast_logprobs=-floats[3], question_logprobs=-floats[4], ablated_logprobs=-floats[5]
+        evidence,
+        reading=reading,
+        contrast_logprobs=-floats[3],
+        question_logprobs=-floats[4],
+        ablated_logprobs=-floats[5],
     )
 
 
@@ -239,7 +243,7 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
     def wide(x, left, right, fill=0):
         return torch.nn.functional.pad(x, (left, right), value=fill)
 
-    replay, rollout, prompts = evidence.replay, evidence.replay.rollout, evidence.replay.rollout.prompts
+    reading, rollout, prompts = evidence.reading, evidence.reading.rollout, evidence.reading.rollout.prompts
     prompts = replace(
         prompts,
         ids=wide(prompts.ids, before, after, junk),
@@ -252,10 +256,10 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
         response_ids=wide(rollout.response_ids, 0, after, junk),
         response_mask=wide(rollout.response_mask, 0, after, False),
     )
-    maps = torch.nn.functional.pad(replay.attention, (before, after, 0, after))
-    floats = [wide(x, 0, after) for x in (replay.logprobs, replay.entropy, replay.certainty)]
+    maps = torch.nn.functional.pad(reading.attention, (before, after, 0, after))
+    floats = [wide(x, 0, after) for x in (reading.logprobs, reading.entropy, reading.certainty)]
     return Evidence(
-        Replay(rollout, *floats, maps, maps),
+        Reading(rollout, *floats, maps, maps),
         wide(evidence.salience, before, after),
         wide(evidence.content, 0, after, False),
         wide(evidence.contrast_logprobs, 0, after),
@@ -266,7 +270,7 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
     )
 
 
-@given(replays(), st.integers(0, 3), st.integers(0, 3), st.integers(0, 4))
+@given(reads(), st.integers(0, 3), st.integers(0, 3), st.integers(0, 4))
 @settings(max_examples=40, deadline=None)
 def test_padding_changes_no_signal(evidence, before, after, junk):
     wide = padded(evidence, before, after, junk)
@@ -274,10 +278,10 @@ def test_padding_changes_no_signal(evidence, before, after, junk):
         torch.testing.assert_close(signal(wide), signal(evidence), msg=signal.__name__)
 
 
-@given(replays(), st.booleans())
+@given(reads(), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_signals_stay_in_their_range(evidence, kept):
-    evidence = replace(evidence, keep=evidence.replay.prompt_mask if kept else None)
+    evidence = replace(evidence, keep=evidence.reading.prompt_mask if kept else None)
     for signal in (signals.coverage, signals.soft_coverage, signals.focus, signals.grounding, signals.lookback):
         value = signal(evidence)
         assert value.dtype == torch.float32
@@ -285,18 +289,18 @@ def test_signals_stay_in_their_range(evidence, kept):
     assert (signals.repetition(evidence) < 1).all() and (signals.repetition(evidence) >= 0).all()
 
 
-@given(replays())
+@given(reads())
 @settings(max_examples=30, deadline=None)
 def test_the_order_of_prompt_positions_changes_nothing(evidence):
     order = torch.randperm(evidence.salience.shape[1], generator=torch.Generator().manual_seed(1))
-    prompts = evidence.replay.rollout.prompts
+    prompts = evidence.reading.rollout.prompts
     moved = replace(
         prompts, ids=prompts.ids[:, order], mask=prompts.mask[:, order], template=prompts.template[:, order]
     )
-    maps = evidence.replay.attention[..., order]
-    replay = replace(
-        evidence.replay, rollout=replace(evidence.replay.rollout, prompts=moved), attention=maps, copy_attention=maps
+    maps = evidence.reading.attention[..., order]
+    reading = replace(
+        evidence.reading, rollout=replace(evidence.reading.rollout, prompts=moved), attention=maps, copy_attention=maps
     )
-    other = replace(evidence, replay=replay, salience=evidence.salience[:, order])
+    other = replace(evidence, reading=reading, salience=evidence.salience[:, order])
     for signal in READING:
         torch.testing.assert_close(signal(other), signal(evidence), msg=signal.__name__)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adhere.errors import UserError
 from adhere.measure import stats
-from adhere.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
+from adhere.measure.stats import Estimate, bootstrap, holm, paired_bootstrap, permutation_test
 
 numbers = st.floats(-100, 100, allow_subnormal=False)
 
@@ -20,8 +20,8 @@ numbers = st.floats(-100, 100, allow_subnormal=False)
 def test_the_interval_of_two_prompts_is_worked_by_hand() -> None:
     # Means of two draws from {0, 1}: 0 with 1/4, 1/2 with 1/2, 1 with 1/4. At level 0.4 the quantiles 0.3 and 0.7
     # both fall on the middle half; at 0.95 they fall on 0 and 1.
-    assert bootstrap([0.0, 1.0], level=0.4) == Figure(0.5, 0.5, 0.5, 2)
-    assert bootstrap([0.0, 1.0], level=0.95) == Figure(0.5, 0.0, 1.0, 2)
+    assert bootstrap([0.0, 1.0], level=0.4) == Estimate(0.5, 0.5, 0.5, 2)
+    assert bootstrap([0.0, 1.0], level=0.95) == Estimate(0.5, 0.0, 1.0, 2)
 
 
 def test_the_interval_agrees_with_enumeration_of_all_resamples() -> None:
@@ -153,7 +153,7 @@ def test_p_is_uniform_where_nothing_differs() -> None:
 
 
 def test_one_prompt_gives_a_point_and_says_so() -> None:
-    assert bootstrap([0.25]) == Figure(0.25, 0.25, 0.25, 1)
+    assert bootstrap([0.25]) == Estimate(0.25, 0.25, 0.25, 1)
     assert bootstrap([0.25]).to_json() == {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 1}
     assert permutation_test([1.0], [0.0]) == 1.0
 

@@ -24,11 +24,11 @@ from adhere.learn.algorithms import DPO, GRPO, PPO, RLOO, Reinforce
 from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import Stopping, reason_to_stop
 from adhere.learn.train import Trainer, _agreement, train
-from adhere.model.policy import Lora, Policy
-from adhere.model.sampling import Sampling
+from adhere.model.policy import Policy
+from adhere.model.settings import Lora, Sampling
 from adhere.reward.heads import FILE_NAME, load_heads
+from adhere.toy import make_rows, model_path
 from adhere.types import Prompts, Rollout
-from adhere.world import make_rows, model_path
 from tests.families import save
 
 PROMPTS = [f"w{i} is in the w{i + 1} . where is w{i} ?" for i in range(12)]
@@ -58,9 +58,9 @@ def config(model, run, **changes):
 
 def says_garden(evidence):
     """A reward that training can only raise by changing what is said: the share of response tokens that are w7."""
-    replay = evidence.replay
-    word = (replay.response_ids == 19) & replay.response_mask
-    return word.float().sum(-1) / replay.response_mask.sum(-1).clamp(min=1)
+    reading = evidence.reading
+    word = (reading.response_ids == 19) & reading.response_mask
+    return word.float().sum(-1) / reading.response_mask.sum(-1).clamp(min=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
@@ -376,8 +376,9 @@ from accelerate import PartialState
 from adhere.data import Row
 from adhere.learn.algorithms import {algorithm}
 from adhere.learn.train import Trainer
-from adhere.model.policy import Lora, Policy
-from adhere.world import make_rows
+from adhere.model.policy import Policy
+from adhere.model.settings import Lora
+from adhere.toy import make_rows
 from tests.test_train import config, rows
 torch.set_num_threads(1)
 model, run = sys.argv[1], Path(sys.argv[2])

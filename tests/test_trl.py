@@ -18,9 +18,10 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from adhere.cli import main
 from adhere.errors import UnsupportedModel, UserError
 from adhere.integrations.trl import AttentionReward
-from adhere.model.policy import Lora, Policy
+from adhere.model.policy import Policy
+from adhere.model.settings import Lora
 from adhere.reward.reward import Reward
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 from tests.families import save
 
 ROOT = Path(__file__).parents[1]
@@ -304,8 +305,8 @@ READS_ITSELF = {"weights": {"coverage": 1.0, "grounding": 1.0, "certainty": 0.1,
 def test_adhere_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_path, monkeypatch):
     start, forwards = Policy.load(CAUSAL, device="cpu"), []
     reward = AttentionReward(policy, spec, name="ours")
-    replay = Policy.replay
-    monkeypatch.setattr(Policy, "replay", lambda self, *a, **k: forwards.append(self) or replay(self, *a, **k))
+    reading = Policy.read
+    monkeypatch.setattr(Policy, "read", lambda self, *a, **k: forwards.append(self) or reading(self, *a, **k))
     rows = [{"prompt": row["prompt"], "answers": row["answers"]} for row in make_rows("conflict", "train", 24)]
     heard = Listening(reward)
     trainer = trained("grpo", policy, heard, tmp_path, rows, reward.rollout)

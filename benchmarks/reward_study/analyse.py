@@ -21,7 +21,7 @@ from adhere.measure.audit import AuditConfig, Verdict, audit
 from adhere.model.policy import Policy
 from adhere.reward.named import NAMED, SIGNALS, RewardConfig
 from adhere.reward.reward import Reward
-from adhere.world import model_path
+from adhere.toy import model_path
 
 LEFT_OUT = ("exact", "random")
 

@@ -31,8 +31,8 @@ NAMES = {"grpo": 0.0, "half on tokens": 0.5, "all on tokens": 1.0}
 def remember(evidence: Evidence) -> Tensor:
     """A signal of weight 0: keeps the weights of the tokens [B, R] for the update of this step."""
     assert evidence.ablated_logprobs is not None
-    lost = (evidence.replay.logprobs - evidence.ablated_logprobs).clamp(min=0.0, max=100.0)
-    mask = evidence.replay.response_mask
+    lost = (evidence.reading.logprobs - evidence.ablated_logprobs).clamp(min=0.0, max=100.0)
+    mask = evidence.reading.response_mask
     lost = lost * mask
     mean = lost.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
     _LATEST["weights"] = torch.where(mean > 1e-6, lost / mean.clamp(min=1e-6), mask.float())

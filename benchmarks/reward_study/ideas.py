@@ -23,45 +23,45 @@ from rank import SAMPLES, SPLITS, fitted, stories
 from torch import Tensor
 
 from adhere.data import Row
-from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
+from adhere.reward.controls import normalise_answer
 from adhere.reward.group import gate
 from adhere.reward.named import NAMED
 from adhere.reward.reward import Reward
-from adhere.reward.rivals import normalise_answer
 from adhere.reward.salience import attended, context_tokens, only, question_only
 from adhere.reward.signals import LOWEST_LOGPROB, Evidence, renormalise
-from adhere.types import Replay, Rollout, masked_mean
-from adhere.world import model_path
+from adhere.toy import model_path
+from adhere.types import Reading, Rollout, masked_mean
 
 Weigh = Callable[[Evidence, Tensor], Tensor]
 """[B, R] nats a token → [B]."""
 
 
 def mean(evidence: Evidence, values: Tensor) -> Tensor:
-    return masked_mean(values, evidence.replay.response_mask)
+    return masked_mean(values, evidence.reading.response_mask)
 
 
 def weighted(evidence: Evidence, values: Tensor, weight: Tensor) -> Tensor:
-    weight = weight.clamp(min=1e-6) * evidence.replay.response_mask
+    weight = weight.clamp(min=1e-6) * evidence.reading.response_mask
     return (values * weight).sum(-1) / weight.sum(-1).clamp(min=1e-6)
 
 
 def over_expected(evidence: Evidence, values: Tensor) -> Tensor:
     """A sum over the tokens, divided by the mean length of the group."""
-    lengths, group = evidence.replay.response_mask.sum(-1).float(), evidence.replay.rollout.prompt_index
+    lengths, group = evidence.reading.response_mask.sum(-1).float(), evidence.reading.rollout.prompt_index
     count = group.bincount()
     return total(evidence, values) / (group.bincount(lengths) / count).clamp(min=1.0)[group].to(values.dtype)
 
 
 def total(evidence: Evidence, values: Tensor) -> Tensor:
-    return (values * evidence.replay.response_mask).sum(-1)
+    return (values * evidence.reading.response_mask).sum(-1)
 
 
 TOKENS: dict[str, Weigh] = {
-    "tokens weighed by entropy": lambda e, v: weighted(e, v, e.replay.entropy),
-    "tokens weighed by surprisal": lambda e, v: weighted(e, v, -e.replay.logprobs),
+    "tokens weighed by entropy": lambda e, v: weighted(e, v, e.reading.entropy),
+    "tokens weighed by surprisal": lambda e, v: weighted(e, v, -e.reading.logprobs),
     "content tokens alone": lambda e, v: masked_mean(v, e.content),
     "sum over tokens": total,
     "sum over the group's mean length": over_expected,
@@ -71,34 +71,34 @@ TOKENS: dict[str, Weigh] = {
 def value(reward: Reward, evidence: Evidence, ablated: Tensor, weigh: Weigh = mean) -> Tensor:
     """The default reward [B] from log-probs with and without the attended context, the means taken by `weigh`."""
     scores = reward.judge(replace(evidence, ablated_logprobs=ablated))
-    weights, logprobs = reward.config.weights, evidence.replay.logprobs.clamp(min=LOWEST_LOGPROB)
+    weights, logprobs = reward.config.weights, evidence.reading.logprobs.clamp(min=LOWEST_LOGPROB)
     parts = {name: found for name, found in scores.signals.items() if name not in ("coherence", "comprehensiveness")}
     parts["coherence"] = weigh(evidence, logprobs)
     parts["comprehensiveness"] = weigh(evidence, logprobs - ablated.clamp(min=LOWEST_LOGPROB))
-    rollout = evidence.replay.rollout
+    rollout = evidence.reading.rollout
     return gate(sum(weights[name] * part for name, part in parts.items()), rollout.prompt_index, rollout.ended)
 
 
 def without(
-    reward: Reward, replay: Replay, attention: Tensor, *, each: bool = False, share: float | None = None
+    reward: Reward, reading: Reading, attention: Tensor, *, each: bool = False, share: float | None = None
 ) -> Tensor:
     """[B, R] log-probs without the context that `attention` [B, R, P] falls on most; `each`: on its own most."""
-    rollout = replay.rollout
+    rollout = reading.rollout
     if each:
         rollout = replace(
             rollout,
             prompts=rollout.prompts.select(rollout.prompt_index),
             prompt_index=torch.arange(len(rollout)),
         )
-        replay = replace(replay, rollout=rollout)
-    dropped = attended(replay, attention, reward.classes, share or reward.config.ablate)
+        reading = replace(reading, rollout=rollout)
+    dropped = attended(reading, attention, reward.classes, share or reward.config.ablate)
     return read(reward, rollout, rollout.prompts.mask & ~dropped)
 
 
 def read(reward: Reward, rollout: Rollout, keep: Tensor) -> Tensor:
     """[B, R] log-probs after the tokens `keep` [N, P] of the prompts alone."""
     rest = only(rollout.prompts, keep, left=not reward.policy.is_encoder_decoder)
-    return reward.policy.replay(replace(rollout, prompts=rest), attention=False).logprobs.clamp(min=LOWEST_LOGPROB)
+    return reward.policy.read(replace(rollout, prompts=rest), attention=False).logprobs.clamp(min=LOWEST_LOGPROB)
 
 
 def sentences(reward: Reward, rollout: Rollout) -> Tensor:
@@ -109,12 +109,12 @@ def sentences(reward: Reward, rollout: Rollout) -> Tensor:
     return torch.where(context, ends.cumsum(-1) - ends.long(), -1)
 
 
-def attended_sentences(reward: Reward, replay: Replay, count: int) -> Tensor:
+def attended_sentences(reward: Reward, reading: Reading, count: int) -> Tensor:
     """[N, P] bool: the tokens of the `count` sentences that the responses to a prompt together attend to most."""
-    assert replay.copy_attention is not None
-    rollout = replay.rollout
+    assert reading.copy_attention is not None
+    rollout = reading.rollout
     place = sentences(reward, rollout)
-    looked = torch.zeros(place.shape).index_add(0, rollout.prompt_index, replay.copy_attention.sum(1))
+    looked = torch.zeros(place.shape).index_add(0, rollout.prompt_index, reading.copy_attention.sum(1))
     mass = torch.zeros(len(place), int(place.max()) + 1).scatter_add(1, place.clamp(min=0), looked * (place >= 0))
     chosen = torch.zeros_like(mass, dtype=torch.bool).scatter(
         1, mass.topk(min(count, mass.shape[1]), dim=1).indices, True
@@ -124,13 +124,13 @@ def attended_sentences(reward: Reward, replay: Replay, count: int) -> Tensor:
 
 def takings(reward: Reward, evidence: Evidence) -> dict[str, Tensor]:
     """Other things to take away: [B, R] each, what stands in the place of the log-probs without the evidence."""
-    replay, logprobs = evidence.replay, evidence.replay.logprobs.clamp(min=LOWEST_LOGPROB)
-    rollout, attention = replay.rollout, replay.copy_attention
+    reading, logprobs = evidence.reading, evidence.reading.logprobs.clamp(min=LOWEST_LOGPROB)
+    rollout, attention = reading.rollout, reading.copy_attention
     assert attention is not None
-    mask, told = rollout.prompts.mask, attended_sentences(reward, replay, 2)
+    mask, told = rollout.prompts.mask, attended_sentences(reward, reading, 2)
     context = context_tokens(rollout.prompts, reward.classes)
     asked = read(reward, rollout, mask & ~context)
-    shares = torch.stack([without(reward, replay, attention, share=share) for share in (0.05, 0.1, 0.3)])
+    shares = torch.stack([without(reward, reading, attention, share=share) for share in (0.05, 0.1, 0.3)])
     return {
         "5, 10 and 30 %, the mean": shares.mean(0),
         "the two most attended sentences": read(reward, rollout, mask & ~told),
@@ -140,7 +140,7 @@ def takings(reward: Reward, evidence: Evidence) -> dict[str, Tensor]:
     }
 
 
-def head_maps(policy: Policy, replay: Replay) -> Tensor:
+def head_maps(policy: Policy, reading: Reading) -> Tensor:
     """[L, H, B, R, P]: the attention of each head by itself."""
     config = policy.network.config
     shape = (config.num_decoder_layers if policy.is_encoder_decoder else config.num_hidden_layers,
@@ -149,7 +149,7 @@ def head_maps(policy: Policy, replay: Replay) -> Tensor:
     for place in range(shape[0] * shape[1]):
         one = torch.zeros(shape)
         one.view(-1)[place] = 1.0
-        found = policy.replay(replay.rollout, attention=False, copy_weights=one).copy_attention
+        found = policy.read(reading.rollout, attention=False, copy_weights=one).copy_attention
         assert found is not None
         maps.append(found)
     return torch.stack(maps).unflatten(0, shape)
@@ -157,8 +157,8 @@ def head_maps(policy: Policy, replay: Replay) -> Tensor:
 
 def head_weights(reward: Reward, evidence: Evidence, maps: Tensor) -> dict[str, Tensor]:
     """Other ways to weigh heads, [L, H] each."""
-    policy, replay = reward.policy, evidence.replay
-    rollout = replay.rollout
+    policy, reading = reward.policy, evidence.reading
+    rollout = reading.rollout
     ids = rollout.prompts.ids[rollout.prompt_index]
     context = context_tokens(rollout.prompts, reward.classes)[rollout.prompt_index]
     top = maps.argmax(-1)
@@ -168,9 +168,9 @@ def head_weights(reward: Reward, evidence: Evidence, maps: Tensor) -> dict[str, 
     retrieval = (said & inside & evidence.content).sum((-1, -2)).float()
     # The same head without the context: one that turns to the question when there is nothing else to read.
     asked, _ = question_only(rollout.prompts, reward.classes, left=not policy.is_encoder_decoder)
-    alone = head_maps(policy, replace(replay, rollout=replace(rollout, prompts=asked))).sum(-1)
+    alone = head_maps(policy, replace(reading, rollout=replace(rollout, prompts=asked))).sum(-1)
     beside = (maps * (rollout.prompts.mask[rollout.prompt_index] & ~context)[:, None]).sum(-1)
-    turned = ((alone - beside) * replay.response_mask).sum((-1, -2)).clamp(min=0.0)
+    turned = ((alone - beside) * reading.response_mask).sum((-1, -2)).clamp(min=0.0)
     return {
         "all heads": torch.ones(shape),
         "retrieval heads": retrieval,
@@ -179,12 +179,12 @@ def head_weights(reward: Reward, evidence: Evidence, maps: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def flow(policy: Policy, replay: Replay) -> Tensor:
+def flow(policy: Policy, reading: Reading) -> Tensor:
     """[B, R, P]: attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928), half of each layer passed on unmixed.
 
     Encoder–decoder: the encoder's rollout, read through the mean cross attention of the decoder's layers.
     """
-    rollout, network = replay.rollout, policy.network
+    rollout, network = reading.rollout, policy.network
     ids, mask = (part[rollout.prompt_index] for part in (rollout.prompts.ids, rollout.prompts.mask))
 
     def through(layers: tuple[Tensor, ...]) -> Tensor:
@@ -209,9 +209,9 @@ def flow(policy: Policy, replay: Replay) -> Tensor:
 
 def binding(reward: Reward, evidence: Evidence) -> Tensor:
     """[B]: share of the attention to the context that falls on sentences which hold a word of the question."""
-    replay = evidence.replay
-    prompts = replay.rollout.prompts
-    place = sentences(reward, replay.rollout)
+    reading = evidence.reading
+    prompts = reading.rollout.prompts
+    place = sentences(reward, reading.rollout)
     told = torch.zeros_like(prompts.mask)
     for row, ids in enumerate(prompts.ids):
         words = [set(ids[place[row] == n].tolist()) for n in range(int(place[row].max()) + 1)]
@@ -220,7 +220,7 @@ def binding(reward: Reward, evidence: Evidence) -> Tensor:
         named = {word for word in question if 0 < sum(word in some for some in words) <= len(words) / 2}
         for n, some in enumerate(words):
             told[row] |= (place[row] == n) & bool(some & named)
-    index = replay.rollout.prompt_index
+    index = reading.rollout.prompt_index
     looked = renormalise(evidence.copy_attention, (place >= 0)[index])
     return masked_mean((looked * told[index][:, None]).sum(-1), evidence.content)
 
@@ -234,7 +234,7 @@ def ranked(values: Tensor, right: Tensor) -> list[float | None]:
     return found
 
 
-def shown(figure: Figure, sign: str = "") -> str:
+def shown(figure: Estimate, sign: str = "") -> str:
     return f"{figure.mean:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
 
 
@@ -261,18 +261,18 @@ def study(kind: str, count: int) -> None:
 
 def judged(reward: Reward, reader: Policy, evidence: Evidence) -> dict[str, Tensor]:
     """The reward [B] in each of its forms; the default comes first."""
-    replay, ablated = evidence.replay, evidence.ablated_logprobs
-    assert replay.copy_attention is not None and ablated is not None
-    maps = head_maps(reward.policy, replay)
+    reading, ablated = evidence.reading, evidence.ablated_logprobs
+    assert reading.copy_attention is not None and ablated is not None
+    maps = head_maps(reward.policy, reading)
     found = {"default": value(reward, evidence, ablated)}
     for name, weights in head_weights(reward, evidence, maps).items():
         mixed = torch.einsum("lh,lhbrp->brp", weights / weights.sum(), maps)
-        found[name] = value(reward, evidence, without(reward, replay, mixed))
+        found[name] = value(reward, evidence, without(reward, reading, mixed))
     found["attention followed through the layers"] = value(
-        reward, evidence, without(reward, replay, flow(reader, replay))
+        reward, evidence, without(reward, reading, flow(reader, reading))
     )
     found["each response's own evidence"] = value(
-        reward, evidence, without(reward, replay, replay.copy_attention, each=True)
+        reward, evidence, without(reward, reading, reading.copy_attention, each=True)
     )
     for name, taken in takings(reward, evidence).items():
         found[f"taken away: {name}"] = value(reward, evidence, taken)

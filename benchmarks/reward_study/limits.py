@@ -25,11 +25,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from adhere.data import Columns, Row, read_rows
 from adhere.errors import UserError
 from adhere.measure.audit import AuditConfig, audit
-from adhere.measure.stats import Figure, bootstrap
+from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
 from adhere.reward.reward import Reward
 from adhere.reward.salience import TokenClass, attended, classes_of
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 REWARDS = {
     "attention": "attention",
@@ -50,15 +50,15 @@ def rewards_of(policy: Policy, rows: list[Row]) -> dict[str, Reward]:
     return {name: Reward.resolve(spec, policy, heads) for name, spec in REWARDS.items()}
 
 
-def own_samples(policy: Policy, rewards: dict[str, Reward], rows: list[Row]) -> dict[str, Figure | None]:
+def own_samples(policy: Policy, rewards: dict[str, Reward], rows: list[Row]) -> dict[str, Estimate | None]:
     """Share of right and wrong pairs in order, by reward."""
     verdicts = audit(policy, rows, rewards, AuditConfig(max_new_tokens=8, batch_size=50))
     return {name: verdict.ranking.get("all") for name, verdict in verdicts.items()}
 
 
-def two_answers(rewards: dict[str, Reward], rows: Sequence[tuple[str, str, str]]) -> dict[str, Figure | None]:
+def two_answers(rewards: dict[str, Reward], rows: Sequence[tuple[str, str, str]]) -> dict[str, Estimate | None]:
     """Share of (prompt, right, other) where the right answer gets more, by reward."""
-    found: dict[str, Figure | None] = {}
+    found: dict[str, Estimate | None] = {}
     for name, reward in rewards.items():
         wins = []
         for first in range(0, len(rows), 32):
@@ -85,14 +85,14 @@ def sinks(policy: Policy, rows: list[Row]) -> str:
     reward = Reward.named("attention", policy)
     prompts = policy.encode([row.prompt for row in rows])
     evidence = reward.evidence(policy.sample(prompts, 1, seed=0), policy)
-    replay = evidence.replay
-    assert replay.attention is not None and replay.copy_attention is not None
+    reading = evidence.reading
+    assert reading.attention is not None and reading.copy_attention is not None
     content = classes_of(prompts.ids, reward.classes) == TokenClass.CONTENT
     first = prompts.mask.int().argmax(-1)
-    mean = (replay.attention * replay.response_mask[..., None]).sum(1) / replay.response_mask.sum(-1, keepdim=True)
+    mean = (reading.attention * reading.response_mask[..., None]).sum(1) / reading.response_mask.sum(-1, keepdim=True)
     at_first = mean.gather(1, first[:, None]).mean() / mean.sum(-1).mean()
     aside = (mean * ~content).sum(-1).mean() / mean.sum(-1).mean()
-    taken = attended(replay, replay.copy_attention, reward.classes, reward.config.ablate)
+    taken = attended(reading, reading.copy_attention, reward.classes, reward.config.ablate)
     others = (prompts.mask & ~content).sum() / prompts.mask.sum()
     return (
         f"attention on the first token {at_first:.2f}, on tokens that are no content {aside:.2f} (of the prompt "
@@ -148,7 +148,7 @@ def articles(data: Path, count: int) -> list[tuple[str, str, str]]:
     return found[:count]
 
 
-def shown(figures: dict[str, Figure | None]) -> str:
+def shown(figures: dict[str, Estimate | None]) -> str:
     return " | ".join("–" if f is None else f"{f.mean:.2f} [{f.low:.2f}, {f.high:.2f}]" for f in figures.values())
 
 

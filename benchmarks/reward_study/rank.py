@@ -23,13 +23,13 @@ from sklearn.preprocessing import StandardScaler
 
 from adhere.data import Row
 from adhere.measure.audit import AuditConfig, Verdict, audit
-from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
+from adhere.reward.controls import normalise_answer
 from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward
-from adhere.reward.rivals import normalise_answer
-from adhere.world import make_rows, model_path
+from adhere.toy import make_rows, model_path
 
 SPLITS = ("agree", "conflict", "novel")
 RIVALS = ("overlap", "coherence", "contrast", "majority")
@@ -62,8 +62,8 @@ def by_kind(verdicts: dict[str, Verdict]) -> str:
     return "\n".join(rows)
 
 
-def nested(policy: Policy, rows: Sequence[Row]) -> dict[str, tuple[Figure, Figure, Figure]]:
-    """By split and kind: share of pairs ordered rightly by the rivals, with attention too, and the difference.
+def nested(policy: Policy, rows: Sequence[Row]) -> dict[str, tuple[Estimate, Estimate, Estimate]]:
+    """By split and kind: share of pairs ordered rightly by the controls, with attention too, and the difference.
 
     Cross-validated by prompt (see `fitted`); a figure is over prompts.
     """
@@ -115,7 +115,7 @@ def fitted(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return found
 
 
-def _shown(figure: Figure | None) -> str:
+def _shown(figure: Estimate | None) -> str:
     return "–" if figure is None else f"{figure.mean:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
 
 
@@ -137,7 +137,7 @@ def main() -> None:
         print(f"\n{kind}\n\n| reward | {' | '.join(SPLITS)} | worst family |\n|---|---|---|---|---|")
         print("\n".join(line(name, verdict) for name, verdict in verdicts.items()))
         print("\n" + by_kind(verdicts))
-        print("\n| stories | rivals | rivals and attention | difference |\n|---|---|---|---|")
+        print("\n| stories | controls | controls and attention | difference |\n|---|---|---|---|")
         for name, figures in nested(policy, rows).items():
             print(f"| {name} | " + " | ".join(map(_shown, figures)) + " |", flush=True)
         found[kind] = {name: verdict.to_json() for name, verdict in verdicts.items()}

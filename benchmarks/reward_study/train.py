@@ -34,10 +34,10 @@ from adhere.data import Row
 from adhere.learn.algorithms import ALGORITHMS
 from adhere.learn.settings import TrainConfig
 from adhere.learn.train import train
-from adhere.measure.stats import Figure, paired_bootstrap
+from adhere.measure.stats import Estimate, paired_bootstrap
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
-from adhere.world import make_rows, model_path
+from adhere.model.settings import Sampling
+from adhere.toy import make_rows, model_path
 
 SPLITS = ("agree", "conflict")
 SAMPLES = 8
@@ -195,7 +195,7 @@ def over_seeds(found: Sequence[dict[str, Any]], when: str, name: str) -> list[fl
     return [statistics.fmean(values) for values in zip(*(f[when][name] for f in found), strict=True)]
 
 
-def shown(gain: Figure) -> str:
+def shown(gain: Estimate) -> str:
     return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 

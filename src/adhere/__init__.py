@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from adhere.learn.settings import TrainConfig
     from adhere.learn.train import train
     from adhere.measure.evaluate import EvalConfig, evaluate
-    from adhere.model.policy import Lora, Policy
-    from adhere.model.sampling import Sampling
+    from adhere.model.policy import Policy
+    from adhere.model.settings import Lora, Sampling
     from adhere.reward.named import RewardConfig
     from adhere.reward.reward import Reward
 
@@ -22,12 +22,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "EvalConfig": "adhere.measure.evaluate",
-    "Lora": "adhere.model.policy",
+    "Lora": "adhere.model.settings",
     "Policy": "adhere.model.policy",
     "Reward": "adhere.reward.reward",
     "RewardConfig": "adhere.reward.named",
     "RunFailed": "adhere.errors",
-    "Sampling": "adhere.model.sampling",
+    "Sampling": "adhere.model.settings",
     "TrainConfig": "adhere.learn.settings",
     "UnsupportedModel": "adhere.errors",
     "UserError": "adhere.errors",

@@ -16,7 +16,7 @@ from typing import Any
 
 from adhere.errors import UserError, unknown_name
 from adhere.files import atomic_write, to_json
-from adhere.records import Fault, Place, kind, records, short
+from adhere.row_files import Fault, FilePosition, kind, records, short
 
 SHOWN = 20
 """Bad rows that are told one by one; the rest are counted."""
@@ -83,7 +83,7 @@ class Row:
 def read_rows(
     source: str | Path, columns: Columns = PLAIN, *, need: Sequence[str] = (), limit: int | None = None
 ) -> list[Row]:
-    """Read the rows of a file, of a folder of them, or of a hub data set (see `adhere.records`).
+    """Read the rows of a file, of a folder of them, or of a hub data set (see `adhere.row_files`).
 
     `columns`: names of the fields, where they are not the usual ones; what it names goes before those. `need`: fields
     of `Row` that every row must have, e.g. `("answers",)`. `limit`: read that many rows and stop.
@@ -103,11 +103,11 @@ def iter_rows(
     *,
     need: Sequence[str] = (),
     limit: int | None = None,
-    begin: Place | None = None,
+    begin: FilePosition | None = None,
 ) -> Iterator[Row]:
     """The rows that `read_rows` reads, one at a time, for files that do not fit the memory.
 
-    `begin`: of a JSON Lines file, the rows from there on (see `adhere.records.places`).
+    `begin`: of a JSON Lines file, the rows from there on (see `adhere.row_files.places`).
 
     Bad rows are left out and told together after the last row: who must not act on the good rows of a bad file goes
     through them once before.

@@ -11,10 +11,10 @@ from adhere.learn.settings import TrainConfig
 from adhere.learn.train import Metrics, Trained, train
 from adhere.measure.evaluate import EvalConfig, Evaluation, evaluate
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.report.card import write_card
 from adhere.report.page import write_report
-from adhere.world import Kind, Split, make_rows, model_path
+from adhere.toy import Kind, Split, make_rows, model_path
 
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
 TRAIN_PROMPTS = 1000

@@ -23,7 +23,7 @@ from adhere.data import Row
 from adhere.errors import TooLong, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
 
@@ -116,12 +116,12 @@ class Group:
     """For messages."""
 
 
-def sampled(policy: Policy, config: RankConfig) -> Draw:
+def sampled_candidates(policy: Policy, config: RankConfig) -> Draw:
     """Candidates sampled by the policy."""
     return lambda _rows, prompts, seed: policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
 
 
-def given(policy: Policy) -> Draw:
+def given_candidates(policy: Policy) -> Draw:
     """The candidates that the rows bring; each ended by itself."""
 
     def draw(rows: Sequence[Row], prompts: Prompts, _seed: int) -> Rollout:
@@ -130,7 +130,7 @@ def given(policy: Policy) -> Draw:
     return draw
 
 
-def asked(policy: Policy, complete: Complete) -> Draw:
+def served_candidates(policy: Policy, complete: Complete) -> Draw:
     """Candidates from elsewhere, by `complete`."""
 
     def draw(rows: Sequence[Row], prompts: Prompts, seed: int) -> Rollout:
@@ -166,7 +166,7 @@ def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
         names = _names(batch)
         prompts = policy.encode([row.prompt for row in batch], names=names)
         if batch[0].candidates:
-            given(policy)(batch, prompts, 0)
+            given_candidates(policy)(batch, prompts, 0)
         else:
             policy.check_room(prompts, config.sampling.max_new_tokens, names)
 
@@ -274,8 +274,8 @@ def score_rows(
     return scored
 
 
-def group_starts(rows: Iterable[Row], batch_size: int, part_rows: int) -> tuple[list[int], int]:
-    """Where a file of rows can be cut into parts of `part_rows` or more that `score_rows` scores as it does the whole:
+def group_starts(rows: Iterable[Row], batch_size: int, shard_rows: int) -> tuple[list[int], int]:
+    """Where a file of rows can be cut into parts of `shard_rows` or more that `score_rows` scores as it does the whole:
     the places of their first rows, and how many groups there are.
 
     No group or batch is cut, so that needs the rows of a prompt to be neighbours: `scattered` tells where they are not.
@@ -287,7 +287,7 @@ def group_starts(rows: Iterable[Row], batch_size: int, part_rows: int) -> tuple[
         groups, before = groups + 1, key
         if place - batch >= batch_size:
             batch = place
-            if place - starts[-1] >= part_rows:
+            if place - starts[-1] >= shard_rows:
                 starts.append(place)
     return starts, groups
 

@@ -137,7 +137,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Reading:
     """One teacher-forced forward over a rollout: everything a signal may read. Floats are float32; 0 on padding."""
 
     rollout: Rollout
@@ -153,9 +153,9 @@ class Replay:
     copy_attention: Tensor | None = None
     """[B, R, P] the same, combined with the copy-head weights w^copy."""
 
-    def select(self, rows: Tensor) -> Replay:
+    def select(self, rows: Tensor) -> Reading:
         """The responses `rows` ([n] int64, ascending)."""
-        return Replay(
+        return Reading(
             self.rollout.select(rows),
             self.logprobs[rows],
             self.entropy[rows],
@@ -193,8 +193,8 @@ class Scores:
     """[B] float32."""
     signals: dict[str, Tensor]
     """Each signal before weighting and normalising, [B] float32."""
-    replay: Replay | None = None
-    """The scorer's replay, so that its log-probs need no second forward; None where no model was read."""
+    reading: Reading | None = None
+    """The scorer's reading, so that its log-probs need no second forward; None where no model was read."""
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from adhere.commands.common import (
     reward_config,
     row_arguments,
 )
-from adhere.commands.parted import by_ray, copy_heads, do_all, engine_arguments
+from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
 from adhere.commands.train import INTERRUPTED
 from adhere.console import Console
 from adhere.errors import UserError
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
-    from adhere.parts import Part
     from adhere.rank import Draw, RankConfig
     from adhere.reward.named import RewardConfig
+    from adhere.shards import Shard
 
 Rows = Callable[[], "Iterator[Row]"]
 
@@ -83,7 +83,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
         **to_dict(config),
     }
     if ray:
-        return _in_parts(options, console, config, spec, rows, total, brought, settings)
+        return _in_shards(options, console, config, spec, rows, total, brought, settings)
     output = GrowingRows(options.output, settings, resume=options.resume)
     policy = load_policy(options)
     check(policy, rows(), config)
@@ -115,7 +115,7 @@ def _need(spec: RewardConfig) -> tuple[str, ...]:
     return ("answers",) if "exact" in spec.weights else ()
 
 
-def _in_parts(
+def _in_shards(
     options: argparse.Namespace,
     console: Console,
     config: RankConfig,
@@ -125,13 +125,13 @@ def _in_parts(
     brought: bool,
     settings: Mapping[str, Any],
 ) -> int:
-    """Part by part, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
-    from adhere.parts import PartedRows, part_rows
+    """Shard by shard, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
     from adhere.rank import check
+    from adhere.shards import ShardedRows, shard_rows
 
-    size = part_rows(total, config.batch_size)
-    settings = {"engine": "ray rank", **settings, "part_rows": size}
-    output = PartedRows(options.output, settings, resume=options.resume)
+    size = shard_rows(total, config.batch_size)
+    settings = {"engine": "ray rank", **settings, "shard_rows": size}
+    output = ShardedRows(options.output, settings, resume=options.resume)
 
     def fits(policy: Policy) -> None:
         check(policy, rows(), config)
@@ -155,7 +155,7 @@ def ranker(
     file: Path,
     folder: Path,
 ) -> Work:
-    """What a worker does: load the model once, then rank the rows of part after part."""
+    """What a worker does: load the model once, then rank the rows of shard after shard."""
     from adhere.data import iter_rows
     from adhere.rank import NO_TALLY, blank_between, lines_of, rank
     from adhere.reward.reward import Reward
@@ -164,15 +164,15 @@ def ranker(
     reward = Reward(spec, policy, heads, reference=policy)
     draw, blank, columns = _draw(options, policy, config, brought), blank_between(policy), columns_of(options)
 
-    def work(part: Part) -> dict[str, Any]:
-        rows = iter_rows(file, columns, need=_need(spec), limit=part.rows, begin=part.place)
+    def work(shard: Shard) -> dict[str, Any]:
+        rows = iter_rows(file, columns, need=_need(spec), limit=shard.rows, begin=shard.position)
         tally = dict(NO_TALLY)
         lines = [
             line
-            for batch in rank(reward, rows, config, draw, part.first)
+            for batch in rank(reward, rows, config, draw, shard.first)
             for line in lines_of(batch, config, blank, tally)
         ]
-        return part.write(folder, lines, tally)
+        return shard.write(folder, lines, tally)
 
     return work
 
@@ -200,10 +200,10 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
 
 def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
     """Where the candidates come from."""
-    from adhere.rank import asked, given, sampled
+    from adhere.rank import given_candidates, sampled_candidates, served_candidates
 
     if brought:
-        return given(policy)
+        return given_candidates(policy)
     if config.keep == "pairs" and config.num_samples < 2:
         raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
     if config.num_samples > 1 and config.sampling.temperature == 0:
@@ -212,11 +212,13 @@ def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, broug
             fix="set --temperature above 0, or --num-samples 1",
         )
     if not options.server:
-        return sampled(policy, config)
+        return sampled_candidates(policy, config)
     from adhere.integrations.openai import Server
 
     server = Server(options.server, options.server_model)
-    return asked(policy, lambda prompts, seed: server.complete(prompts, config.num_samples, config.sampling, seed))
+    return served_candidates(
+        policy, lambda prompts, seed: server.complete(prompts, config.num_samples, config.sampling, seed)
+    )
 
 
 def _tell(console: Console, config: RankConfig, output: Path, total: int, tally: Mapping[str, float]) -> None:

@@ -20,7 +20,7 @@ from adhere.commands.common import (
     reward_config,
     row_arguments,
 )
-from adhere.commands.parted import by_ray, copy_heads, do_all, engine_arguments
+from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
 from adhere.console import Console
 from adhere.errors import UserError
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
-    from adhere.parts import Part
     from adhere.reward.named import RewardConfig
+    from adhere.shards import Shard
 
 Rows = Callable[[], "Iterator[Row]"]
 
@@ -57,7 +57,7 @@ def _score(options: argparse.Namespace, console: Console) -> int:
     if options.resume and not ray:
         raise UserError("--resume goes on with what --engine ray left", fix="add --engine ray, or leave it out")
     spec = reward_config(options.reward)
-    return _in_parts(options, console, spec) if ray else _at_once(options, console, spec)
+    return _in_shards(options, console, spec) if ray else _at_once(options, console, spec)
 
 
 def _need(spec: RewardConfig) -> tuple[str, ...]:
@@ -84,11 +84,11 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
     return 0
 
 
-def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
-    """Part by part, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
+def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
+    """Shard by shard, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
     from adhere.data import iter_rows, writable
-    from adhere.parts import PartedRows, part_rows
     from adhere.rank import group_starts, scattered
+    from adhere.shards import ShardedRows, shard_rows
 
     rows: Rows = partial(iter_rows, options.input, columns_of(options), need=_need(spec))
     total, digest = 0, blake2b(digest_size=16)
@@ -101,7 +101,7 @@ def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig)
             where=again[0].where,
             fix="sort the rows by prompt, or use --engine local",
         )
-    size = part_rows(total, options.batch_size)
+    size = shard_rows(total, options.batch_size)
     settings = {
         "engine": "ray score",
         "model": options.model,
@@ -110,9 +110,9 @@ def _in_parts(options: argparse.Namespace, console: Console, spec: RewardConfig)
         "input": digest.hexdigest(),
         "reward": asdict(spec),
         "batch_size": options.batch_size,
-        "part_rows": size,
+        "shard_rows": size,
     }
-    output = PartedRows(options.output, settings, resume=options.resume)
+    output = ShardedRows(options.output, settings, resume=options.resume)
     heads = copy_heads(options, spec, rows, lambda policy: _check(policy, rows()))
     starts, groups = group_starts(rows(), options.batch_size, size)
     make = partial(scorer, options, spec, heads, output.rows_file(options.input), output.folder)
@@ -132,7 +132,7 @@ def _check(policy: Policy, rows: Iterable[Row]) -> None:
 
 
 def scorer(options: argparse.Namespace, spec: RewardConfig, heads: Tensor | None, file: Path, folder: Path) -> Work:
-    """What a worker does: load the model once, then score the rows of part after part."""
+    """What a worker does: load the model once, then score the rows of shard after shard."""
     from adhere.data import iter_rows
     from adhere.rank import score_rows
     from adhere.reward.reward import Reward
@@ -141,14 +141,14 @@ def scorer(options: argparse.Namespace, spec: RewardConfig, heads: Tensor | None
     reward = Reward(spec, policy, heads, reference=policy)
     columns = columns_of(options)
 
-    def work(part: Part) -> dict[str, Any]:
-        rows = list(iter_rows(file, columns, need=_need(spec), limit=part.rows, begin=part.place))
+    def work(shard: Shard) -> dict[str, Any]:
+        rows = list(iter_rows(file, columns, need=_need(spec), limit=shard.rows, begin=shard.position))
         scored = score_rows(reward, rows, batch_size=options.batch_size)
         tally: dict[str, float] = {}
         for row in scored:
             for name, value in {"reward": row["reward"], **row["signals"]}.items():
                 tally[name] = tally.get(name, 0.0) + value
-        return part.write(folder, scored, tally)
+        return shard.write(folder, scored, tally)
 
     return work
 

@@ -25,10 +25,10 @@ MADE = (NONE, SYNTHETIC, HUMAN, HYBRID)
 
 
 @dataclass(frozen=True)
-class World:
+class Toy:
     """The embedded task: its stories, and pairs judged by their answers in the place of a person."""
 
-    name = "world"
+    name = "toy"
     prompts: int = 2000
     """Training prompts, without answers."""
     evaluation: int = 100
@@ -73,7 +73,7 @@ class CompareConfig:
     """Embedded models (causal, encdec), folders or hub ids; every arm starts from each."""
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name of an arm → its reward, its labels, and options of `adhere train` that are its own."""
-    data: World | Files = field(default_factory=World)
+    data: Toy | Files = field(default_factory=Toy)
     """Prompts to train on, prompts to evaluate on, labelled pairs."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Options of `adhere train` for all arms."""

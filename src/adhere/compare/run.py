@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from adhere.compare.figures import standings
+from adhere.compare.estimates import standings
 from adhere.compare.plan import HUMAN, HYBRID, CompareConfig, Files, Job, jobs_of, processes
 from adhere.compare.work import load, perform, read_results, share_data
 from adhere.config import dump_yaml, to_dict

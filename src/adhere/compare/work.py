@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from adhere.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Files, Job, World
+from adhere.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Files, Job, Toy
 from adhere.config import to_dict
 from adhere.console import quieten_libraries
 from adhere.data import Row, read_rows, write_jsonl
@@ -26,11 +26,11 @@ from adhere.measure.calibrate import calibrate
 from adhere.measure.evaluate import evaluate
 from adhere.measure.preferences import PairConfig, make_pairs
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
+from adhere.reward.controls import normalise_answer
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
-from adhere.reward.rivals import normalise_answer
-from adhere.world import Kind, Split, make_rows, model_path
+from adhere.toy import Kind, Split, make_rows, model_path
 
 EMBEDDED: dict[str, Kind] = {"causal": "causal", "encdec": "encdec"}
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
@@ -60,7 +60,7 @@ def load(job: Job) -> Policy:
     )
 
 
-def share_data(model: str, data: World | Files, folder: Path, policy: Policy) -> None:
+def share_data(model: str, data: Toy | Files, folder: Path, policy: Policy) -> None:
     """Write prompts.jsonl, evaluation.jsonl and pairs.jsonl of one model to `folder`; data that is there stays.
 
     Raises `UserError` where it is other data."""
@@ -70,7 +70,7 @@ def share_data(model: str, data: World | Files, folder: Path, policy: Policy) ->
             what = "holds a comparison on other data"
             raise UserError(what, where=str(folder.parent.parent), fix="choose another --output")
         return
-    if isinstance(data, World):
+    if isinstance(data, Toy):
         made: dict[str, list[dict[str, Any]]] = {
             "prompts": [
                 {"prompt": row["prompt"]}
@@ -201,7 +201,7 @@ def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs]
 
 
-def _mark(data: World | Files) -> str:
+def _mark(data: Toy | Files) -> str:
     """A digest of what the data is made of: the options, and the content of files."""
     digest = hashlib.sha256(json.dumps(to_dict(data), sort_keys=True).encode())
     for file in (data.prompts, data.evaluation, data.pairs) if isinstance(data, Files) else ():

@@ -32,7 +32,7 @@ _PASSING = (408, 425, 429)
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
-class Passing(Exception):
+class TransientError(Exception):
     """Trouble that may be gone the next time; `wait`: seconds that the server asked for."""
 
     def __init__(self, what: str, wait: float = 0.0) -> None:
@@ -40,14 +40,14 @@ class Passing(Exception):
         self.wait = wait
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: it would carry the key to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-class Line:
+class JsonClient:
     """A server at `url`; the bearer token is read from the environment variable `key`, where that is set.
 
     `pause`: seconds before the second attempt; they double from there. Raises `UserError`: no such address, or a key
@@ -57,7 +57,7 @@ class Line:
     def __init__(self, url: str, key: str, *, pause: float = 1.0) -> None:
         self.url = url.rstrip("/")
         self.pause, self._key = pause, key
-        self._opener = urllib.request.build_opener(_Stay)
+        self._opener = urllib.request.build_opener(_NoRedirect)
         self._headers = {"Content-Type": "application/json", "User-Agent": "adhere"}
         try:
             parts = urlsplit(self.url)
@@ -75,15 +75,15 @@ class Line:
                 )
             self._headers["Authorization"] = f"Bearer {token}"
 
-    def patiently(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+    def post(self, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         """What `read` makes of the JSON that a POST brings; after as many attempts as are allowed.
 
         Raises `RunFailed` where it has failed `ATTEMPTS` times in a row, `UserError` where asking again is of no use.
         """
         for attempt in range(ATTEMPTS):
             try:
-                return read(self.ask(path, body))
-            except Passing as passing:
+                return read(self.request(path, body))
+            except TransientError as passing:
                 trouble = passing
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(min(max(self.pause * 2**attempt, passing.wait), LONGEST_PAUSE))
@@ -91,8 +91,8 @@ class Line:
             f"{trouble} ({ATTEMPTS} attempts)", where=f"{self.url}/{path}", fix="look at the server, and go on later"
         ) from trouble
 
-    def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that the server answers with, asked once; a POST where there is a body. Raises `Passing`."""
+    def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON that the server answers with, asked once; a POST where there is a body. Raises `TransientError`."""
         where = f"{self.url}/{path}"
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -103,19 +103,19 @@ class Line:
                 said = f"HTTP {error.code} {_reason(error)}".strip()
                 wait = str(error.headers.get("Retry-After", ""))
             if error.code in _PASSING or error.code >= 500:
-                raise Passing(said, float(wait) if wait.isdecimal() else 0.0) from error
+                raise TransientError(said, float(wait) if wait.isdecimal() else 0.0) from error
             fix = {401: f"set {self._key}", 403: f"set {self._key}", 404: "check the address and the model's name"}.get(
                 error.code
             )
             raise UserError(said, where=where, fix=fix or "check the request's options") from error
         except (OSError, http.client.HTTPException) as error:
-            raise Passing(f"no answer: {getattr(error, 'reason', error) or type(error).__name__}") from error
+            raise TransientError(f"no answer: {getattr(error, 'reason', error) or type(error).__name__}") from error
         if len(text) > MAX_REPLY:
             raise UserError(f"the reply is larger than {MAX_REPLY // 1_000_000} MB", where=where, fix="ask for less")
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise Passing(f"the reply is not JSON: {_short(text)!r}") from error
+            raise TransientError(f"the reply is not JSON: {_short(text)!r}") from error
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

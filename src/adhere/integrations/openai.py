@@ -8,30 +8,32 @@ from functools import partial
 from typing import Any
 
 from adhere.errors import RunFailed, UserError
-from adhere.integrations.http import Line, Passing
+from adhere.integrations.http import JsonClient, TransientError
 from adhere.model.encode import Prompt
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 
 KEY = "OPENAI_API_KEY"
 """Environment variable of the key; servers without keys need none."""
 PARALLEL = 4
 """Requests under way at once."""
 
-Said = tuple[str, bool]
+Completion = tuple[str, bool]
 """A text, and whether it ended by itself rather than at the length limit."""
 
 
 class Server:
     """An OpenAI-compatible server at `url` (with or without /v1) and the model asked there.
 
-    Without `model`, the one that the server has. Raises `UserError`: as `Line`, or several models to choose from.
+    Without `model`, the one that the server has. Raises `UserError`: as `JsonClient`, or several models to choose from.
     """
 
     def __init__(self, url: str, model: str | None = None, *, pause: float = 1.0) -> None:
-        self._line = Line(url.rstrip("/").removesuffix("/v1"), KEY, pause=pause)
+        self._client = JsonClient(url.rstrip("/").removesuffix("/v1"), KEY, pause=pause)
         self.model = model or self._only_model()
 
-    def complete(self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling, seed: int) -> list[list[Said]]:
+    def complete(
+        self, prompts: Sequence[Prompt], num_samples: int, sampling: Sampling, seed: int
+    ) -> list[list[Completion]]:
         """`num_samples` completions of each prompt, a few prompts at a time; in the order given.
 
         Raises `RunFailed` where a prompt has failed `ATTEMPTS` times in a row, `UserError` where asking again is of no
@@ -47,11 +49,11 @@ class Server:
                 )
             )
 
-    def _complete(self, prompt: Prompt, count: int, sampling: Sampling, seed: int) -> list[Said]:
+    def _complete(self, prompt: Prompt, count: int, sampling: Sampling, seed: int) -> list[Completion]:
         chat = not isinstance(prompt, str)
         path = "v1/chat/completions" if chat else "v1/completions"
         asked = {"messages": [dict(turn) for turn in prompt]} if not isinstance(prompt, str) else {"prompt": prompt}
-        found: list[Said] = []
+        found: list[Completion] = []
         while len(found) < count:
             # Some servers know no `n` and give one choice: then the rest are asked for, each with a seed of its own.
             body = {
@@ -63,14 +65,14 @@ class Server:
                 "max_tokens": sampling.max_new_tokens,
                 "seed": (seed + len(found) * 1_000_003) % 2**31,
             }
-            found += self._line.patiently(path, body, partial(_choices, chat=chat))[: count - len(found)]
+            found += self._client.post(path, body, partial(_choices, chat=chat))[: count - len(found)]
         return found
 
     def _only_model(self) -> str:
-        where, fix = f"{self._line.url}/v1/models", "write --server-model NAME"
+        where, fix = f"{self._client.url}/v1/models", "write --server-model NAME"
         try:
-            reply = self._line.ask("v1/models")
-        except Passing as passing:
+            reply = self._client.request("v1/models")
+        except TransientError as passing:
             raise RunFailed(str(passing), where=where, fix="start the server, or check --server") from passing
         try:
             names = [str(model["id"]) for model in reply["data"]]
@@ -81,9 +83,9 @@ class Server:
         return names[0]
 
 
-def _choices(reply: Any, chat: bool) -> list[Said]:
+def _choices(reply: Any, chat: bool) -> list[Completion]:
     """The texts in a reply; a choice without text or without the reason why it ended is none."""
-    found: list[Said] = []
+    found: list[Completion] = []
     for choice in reply.get("choices") or [] if isinstance(reply, dict) else []:
         try:
             text = choice["message"]["content"] if chat else choice["text"]
@@ -95,5 +97,5 @@ def _choices(reply: Any, chat: bool) -> list[Said]:
         if isinstance(reason, str) and (text or ended):
             found.append((text, ended))
     if not found:
-        raise Passing("the reply holds no choice with a text and a finish_reason")
+        raise TransientError("the reply holds no choice with a text and a finish_reason")
     return found

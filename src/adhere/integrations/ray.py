@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from adhere.errors import RunFailed, UserError
-from adhere.parts import WORK, Part, PartedRows, mark
+from adhere.shards import WORK, Shard, ShardedRows, mark
 
-Work = Callable[[Part], dict[str, Any]]
-"""Does a part; returns what `Part.write` returned."""
+Work = Callable[[Shard], dict[str, Any]]
+"""Does a part; returns what `Shard.write` returned."""
 
 TRIES = 3
 """Times that a part is begun, counting workers that died of it, before the run fails."""
@@ -100,8 +100,8 @@ def share(workers: int, gpu: bool) -> dict[str, Any]:
     return {"num_cpus": 1 if gpu else cores, "num_gpus": int(gpu)}
 
 
-def do_parts(
-    make: Callable[[], Work], parts: Sequence[Part], output: PartedRows, workers: int, gpu: bool
+def do_shards(
+    make: Callable[[], Work], shards: Sequence[Shard], output: ShardedRows, workers: int, gpu: bool
 ) -> Iterator[int]:
     """Do `parts` on `workers` actors, each of which calls `make` once; the rows done after each part that comes back.
 
@@ -115,12 +115,12 @@ def do_parts(
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # a part may take long
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map_batches(
+        dataset = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards)).map_batches(
             _Worker,
             fn_constructor_args=(make, output.folder, 4 * workers, os.getcwd()),
             batch_size=1,
             # One in hand, one waiting: no worker is idle, and none has a queue while others have nothing.
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts)), max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards)), max_tasks_in_flight_per_actor=2),
             **resources,
         )
     _quieten()
@@ -161,23 +161,23 @@ class _Worker:
             self._failed = RunFailed(f"a worker cannot start: {_reason(error)}")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        part = Part(**{name: int(value[0]) for name, value in batch.items()})
+        shard = Shard(**{name: int(value[0]) for name, value in batch.items()})
         try:
             if self._failed:
                 raise self._failed
-            told = self._do(part)
+            told = self._do(shard)
         except UserError as error:
             kind = "RunFailed" if isinstance(error, RunFailed) else "UserError"
             told = {"error": {"kind": kind, "what": error.what, "where": error.where, "fix": error.fix}}
         return {"told": [json.dumps(told)]}
 
-    def _do(self, part: Part) -> dict[str, Any]:
+    def _do(self, shard: Shard) -> dict[str, Any]:
         """Do a part, again where it fails. Raises `RunFailed` where it failed too often, in this process or others."""
-        name = f"part {part.number} (rows {part.first + 1} to {part.first + part.rows})"
+        name = f"part {shard.number} (rows {shard.first + 1} to {shard.first + shard.rows})"
         reason = "its worker died"
-        while (attempt := part.attempt(self._folder)) <= TRIES:
+        while (attempt := shard.attempt(self._folder)) <= TRIES:
             try:
-                return {**self._work(part), "attempts": attempt, "pid": os.getpid()}
+                return {**self._work(shard), "attempts": attempt, "pid": os.getpid()}
             except UserError:
                 raise
             except Exception as error:

@@ -24,11 +24,11 @@ from torch import Tensor
 from adhere.errors import TooLong, UnsupportedModel, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.rank import HEAD_PROMPTS
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
-from adhere.types import Replay, Rollout
+from adhere.types import Reading, Rollout
 
 Completion = str | Sequence[Mapping[str, Any]]
 
@@ -71,7 +71,7 @@ class AttentionReward:
         if reader.is_encoder_decoder:
             raise UnsupportedModel("TRL trains no encoder–decoder", where="AttentionReward", fix="use `adhere train`")
         self.reward = Reward(config, reader, copy_weights, reference=None if own else reader)
-        self._read: Replay | None = None
+        self._read: Reading | None = None
         self.__name__ = name or (reward if isinstance(reward, str) else " + ".join(config.weights))
 
     def __call__(
@@ -97,7 +97,7 @@ class AttentionReward:
         read, self._read = self._read, None
         with self._still():
             if read is not None and len(places) == len(prompts) and _said(read.rollout) == [*map(list, completion_ids)]:
-                scores = self.reward(read.rollout, replay=read if known is None else _with_answers(read, known))
+                scores = self.reward(read.rollout, reading=read if known is None else _with_answers(read, known))
             else:
                 scores = self.reward.score([prompts[i] for i in places], [completion_ids[i] for i in places], known)
         for place, value in zip(places, scores.reward.tolist(), strict=True):
@@ -224,9 +224,9 @@ def _said(rollout: Rollout) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
 
 
-def _with_answers(replay: Replay, known: Sequence[Sequence[str]]) -> Replay:
-    """The replay with the accepted answers of each row's prompt."""
-    rollout = replay.rollout
+def _with_answers(reading: Reading, known: Sequence[Sequence[str]]) -> Reading:
+    """The reading with the accepted answers of each row's prompt."""
+    rollout = reading.rollout
     answers = dict(zip(rollout.prompt_index.tolist(), map(tuple, known), strict=True))
     prompts = replace(rollout.prompts, answers=tuple(answers[place] for place in sorted(answers)))
-    return replace(replay, rollout=replace(rollout, prompts=prompts))
+    return replace(reading, rollout=replace(rollout, prompts=prompts))

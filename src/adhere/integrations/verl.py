@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from adhere.errors import UserError
-from adhere.integrations.http import Line, Passing
+from adhere.integrations.http import JsonClient, TransientError
 
 if TYPE_CHECKING:
 
@@ -41,7 +41,7 @@ else:
 TOKEN = "ADHERE_TOKEN"
 """Environment variable of the server's bearer token."""
 
-_line = lru_cache(partial(Line, key=TOKEN))
+_client = lru_cache(partial(JsonClient, key=TOKEN))
 
 
 def compute_score(
@@ -110,7 +110,7 @@ def _score(
         prompt = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
     answers = [truth] if isinstance(truth, str) and truth.strip() else []
     item = {"prompt": prompt, "response": response, "ended": ended, "answers": answers}
-    return _line(url).patiently("v1/score", {"items": [item]}, _figures)
+    return _client(url).post("v1/score", {"items": [item]}, _figures)
 
 
 def _figures(reply: Any) -> dict[str, float]:
@@ -118,4 +118,4 @@ def _figures(reply: Any) -> dict[str, float]:
         (found,) = reply["results"]
         return {"score": float(found["reward"]), **{name: float(value) for name, value in found["signals"].items()}}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Passing("the reply holds no result; is this `adhere serve`?") from error
+        raise TransientError("the reply holds no result; is this `adhere serve`?") from error

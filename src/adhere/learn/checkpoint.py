@@ -23,7 +23,7 @@ WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "sta
 
 
 @dataclass
-class Progress:
+class TrainState:
     """The numbers that training carries from step to step."""
 
     step: int = 0
@@ -35,16 +35,16 @@ class Progress:
 
 
 def save(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, progress: Progress
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainState
 ) -> None:
     """Write a checkpoint; it appears under its name only when whole."""
     with atomic_dir(folder) as building:
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, building / WEIGHTS)
         save_file(_flatten(parameters, optimizer), building / OPTIMIZER)
-        (building / STATE).write_text(json.dumps(asdict(progress)))
+        (building / STATE).write_text(json.dumps(asdict(state)))
 
 
-def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
+def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
     """Load a checkpoint into `parameters` and `optimizer` in place.
 
     Raises `UserError` when it belongs to another model, adapter or algorithm."""
@@ -63,7 +63,7 @@ def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.
     for name, parameter in parameters.items():
         state = {key.rsplit("/", 1)[1]: value for key, value in slots.items() if key.rsplit("/", 1)[0] == name}
         optimizer.state[parameter] = {key: _placed(key, value, parameter) for key, value in state.items()}
-    return Progress(**json.loads((folder / STATE).read_text()))
+    return TrainState(**json.loads((folder / STATE).read_text()))
 
 
 def latest(run: Path) -> Path | None:

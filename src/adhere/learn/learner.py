@@ -1,6 +1,6 @@
 """What the optimiser sees: the network and, for PPO, a value head, in one module that accelerate can wrap.
 
-Its forward is the differentiable replay of a rollout, with the prompt of a group computed once.
+Its forward is the differentiable reading of a rollout, with the prompt of a group computed once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.policy import Policy
-from adhere.model.prefix import plain_parts, shared_parts
+from adhere.model.prefix import plain_forwards, shared_forwards
 from adhere.types import Rollout
 
 
@@ -43,7 +43,7 @@ class Learner(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     def forward(self, rollout: Rollout) -> Outputs:
-        parts = shared_parts if self.share else plain_parts
+        parts = shared_forwards if self.share else plain_forwards
         logprobs, entropy, values = [], [], []
         for part in parts(self.network, rollout, hidden=self.value_head is not None):
             logprobs.append(token_logprobs(part.logits, rollout.response_ids[:, part.response], rollout.temperature))

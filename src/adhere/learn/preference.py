@@ -103,7 +103,7 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
     if any(not bool(torch.isfinite(weight).all()) for weight in network.parameters()):
         raise RunFailed("the reward model's weights are not finite", fix="lower learning_rate")
     model = PreferenceModel(network.eval(), tokenizer)
-    fitted = Fitted(len(known), judge(model, kept))
+    fitted = Fitted(len(known), preferred(model, kept))
     with atomic_dir(config.output) as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -120,7 +120,7 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
     return [row for row in rows if str(row.prompt) not in kept], [row for row in rows if str(row.prompt) in kept]
 
 
-def judge(model: PreferenceModel, rows: Sequence[Row]) -> list[float]:
+def preferred(model: PreferenceModel, rows: Sequence[Row]) -> list[float]:
     """Of each pair, 1 where the chosen response gets more, ½ for a tie."""
     prompts = [_text(row, model.tokenizer) for row in rows]
     chosen, rejected = (model.score(prompts, [str(getattr(row, name)) for row in rows]).tolist()

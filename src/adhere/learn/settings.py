@@ -12,8 +12,7 @@ from adhere.errors import UserError
 from adhere.learn import trackers
 from adhere.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from adhere.learn.stopping import Stopping
-from adhere.model.policy import Lora
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Lora, Sampling
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from adhere.files import atomic_dir, require_space
 from adhere.learn import checkpoint
 from adhere.learn.algorithms import next_baseline, next_kl_coef
 from adhere.learn.learner import Learner
-from adhere.learn.record import Record
+from adhere.learn.run_log import RunLog
 from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.learn.update import Update, update
@@ -72,18 +72,18 @@ def train(
     stopped, done = None, False
     try:
         with _ctrl_c() as pressed:
-            while trainer.progress.step < config.steps and not stopped and not pressed:
+            while trainer.state.step < config.steps and not stopped and not pressed:
                 on_step(trainer.step())
-                stopped = reason_to_stop(trainer.record.history, config.stopping)
-                if trainer.progress.step % config.save_every == 0:
+                stopped = reason_to_stop(trainer.log.history, config.stopping)
+                if trainer.state.step % config.save_every == 0:
                     trainer.save()
             trainer.save()
         if not pressed:
             trainer.save_model()
         done = True
     finally:  # a tracker that is not closed may lose its last rows
-        trainer.record.close(failed=not done)
-    return Trained(trainer.progress.step, stopped, bool(pressed))
+        trainer.log.close(failed=not done)
+    return Trained(trainer.state.step, stopped, bool(pressed))
 
 
 class Trainer:
@@ -114,34 +114,34 @@ class Trainer:
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         _same_everywhere(self.accelerator, self.parameters)
-        self.progress = checkpoint.Progress(kl_coef=config.kl_coef)
+        self.state = checkpoint.TrainState(kl_coef=config.kl_coef)
         begun = checkpoint.latest(run) if resume else None
         if begun is not None:
-            self.progress = checkpoint.restore(begun, self.parameters, self.optimizer)
+            self.state = checkpoint.restore(begun, self.parameters, self.optimizer)
             if config.kl_target is None:  # fixed: a run that stopped early may be told another to go on with
-                self.progress.kl_coef = config.kl_coef
+                self.state.kl_coef = config.kl_coef
         on_start()
-        self.record = Record(run, config, self.accelerator, self.progress.step if begun else None)
+        self.log = RunLog(run, config, self.accelerator, self.state.step if begun else None)
         if begun is not None:
-            self.reward.copy_weights = self.record.load_heads(policy.device)
+            self.reward.copy_weights = self.log.load_heads(policy.device)
 
     def step(self) -> Metrics:
         """Take the next step; its metrics, as docs/metrics.md defines them."""
-        config, clock, step = self.config, _Clock(), self.progress.step
+        config, clock, step = self.config, _Clock(), self.state.step
         seed = _seed(config.seed, step, self.accelerator.process_index)
         torch.manual_seed(seed)
         places = self._places(step)
         self._measure_heads(places)
         with clock("sample"):
             prompts = self.prompts.select(places[self.accelerator.process_index :: self.accelerator.num_processes])
-            rollout, replay = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
+            rollout, reading = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
         with clock("score"):
-            scores = self.reward(rollout, self.policy, replay)
+            scores = self.reward(rollout, self.policy, reading)
             reference = self._reference_logprobs(rollout, scores)
         with clock("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            given = Update(rollout, scores.reward, reference, self.progress.kl_coef, self.progress.baseline)
+            given = Update(rollout, scores.reward, reference, self.state.kl_coef, self.state.baseline)
             metrics, advantages = update(self.accelerator, self.learner, self.optimizer, config, given)
         metrics |= self._metrics(rollout, scores, reference, clock)
         if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
@@ -150,16 +150,16 @@ class Trainer:
                 fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
             )
         self._advance(metrics, rollout)
-        self.record.metrics(metrics)
-        self.record.responses(step + 1, rollout, scores, advantages)
+        self.log.metrics(metrics)
+        self.log.responses(step + 1, rollout, scores, advantages)
         return metrics
 
     def save(self) -> None:
         """Write a checkpoint of the step just done, unless there is one, and drop the oldest."""
-        folder = self.run / "checkpoints" / f"step-{self.progress.step}"
+        folder = self.run / "checkpoints" / f"step-{self.state.step}"
         if self.accelerator.is_main_process and not folder.exists():
             require_space(self.run, 3 * sum(p.numel() * p.element_size() for p in self.parameters.values()))
-            checkpoint.save(folder, self.parameters, self.optimizer, self.progress)
+            checkpoint.save(folder, self.parameters, self.optimizer, self.state)
             checkpoint.prune(self.run, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -176,7 +176,7 @@ class Trainer:
         processes reward by the same."""
         if self.reward.needs_heads and self.reward.copy_weights is None:
             self.reward.copy_weights = self.reward.measure(self.prompts.select(places))
-            self.record.save_heads(self.reward.copy_weights)
+            self.log.save_heads(self.reward.copy_weights)
 
     def _places(self, step: int) -> Tensor:
         """Indices of all processes' prompts at `step`: each epoch is a fresh permutation, walked without gaps."""
@@ -196,12 +196,12 @@ class Trainer:
         self.policy.check_room(self.prompts, self.config.sampling.max_new_tokens, [row.where for row in rows])
 
     def _reference_logprobs(self, rollout: Rollout, scores: Scores) -> Tensor | None:
-        """[B, R]: from the scorer's own replay when the reference scored, else from one forward more."""
+        """[B, R]: from the scorer's own reading when the reference scored, else from one forward more."""
         if self.reference is None:
             return None
-        if self.reward.reference is not None and scores.replay is not None:
-            return scores.replay.logprobs
-        return self.reference.replay(rollout, attention=False).logprobs
+        if self.reward.reference is not None and scores.reading is not None:
+            return scores.reading.logprobs
+        return self.reference.read(rollout, attention=False).logprobs
 
     def _metrics(self, rollout: Rollout, scores: Scores, reference: Tensor | None, clock: _Clock) -> Metrics:
         sizes = torch.bincount(rollout.prompt_index, minlength=len(rollout.prompts)).clamp(min=1)
@@ -228,17 +228,17 @@ class Trainer:
         names = sorted(own)
         shared = self.accelerator.reduce(torch.tensor([own[name] for name in names]).to(self.policy.device), "mean")
         return {
-            "step": self.progress.step + 1,
+            "step": self.state.step + 1,
             **dict(zip(names, shared.tolist(), strict=True)),
-            "learning_rate": self.config.rate(self.progress.step),
-            "kl_coef": self.progress.kl_coef,
+            "learning_rate": self.config.rate(self.state.step),
+            "kl_coef": self.state.kl_coef,
             "tokens_per_second": tokens / clock.total(),
             **{f"seconds/{name}": taken for name, taken in clock.seconds.items()},
         }
 
     def _advance(self, metrics: Metrics, rollout: Rollout) -> None:
         """What the next step carries on from this one."""
-        config, progress = self.config, self.progress
+        config, progress = self.config, self.state
         progress.step += 1
         progress.baseline = next_baseline(progress.baseline, metrics["reward/normalised"])
         if config.kl_target is not None:
@@ -293,7 +293,7 @@ def _agreement(rollout: Rollout) -> float:
 def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
     """Give every process the first one's weights: a fresh adapter is drawn at random.
 
-    Raises `UserError` for engines that shard the weights, which sampling and replay would have to gather."""
+    Raises `UserError` for engines that shard the weights, which sampling and reading would have to gather."""
     if accelerator.distributed_type in SHARDED:
         raise UserError(
             f"training on {accelerator.distributed_type.value} is not supported",

@@ -18,11 +18,11 @@ from torch import Tensor
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
-from adhere.measure.stats import Figure, bootstrap
+from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
+from adhere.reward.controls import normalise_answer
 from adhere.reward.reward import Reward
-from adhere.reward.rivals import normalise_answer
 from adhere.reward.salience import TokenClass, question_only, question_span, user_tokens
 from adhere.reward.signals import Evidence
 from adhere.types import Prompts, Rollout
@@ -62,9 +62,9 @@ class AuditConfig:
 class Hack:
     """How one family fares, over the prompts where it has something to say that the policy did not."""
 
-    beats_best: Figure
+    beats_best: Estimate
     """Share of prompts where it gets more than the best own sample."""
-    beats_right: Figure | None = None
+    beats_right: Estimate | None = None
     """Share of prompts where it gets more than the right answer."""
 
 
@@ -73,16 +73,16 @@ class Verdict:
     """What an audit found of one reward."""
 
     hacks: dict[str, Hack]
-    ranking: dict[str, Figure]
+    ranking: dict[str, Estimate]
     """Share of (right, wrong) pairs of own samples that it orders rightly, 0.5 = chance, ties half: over all prompts
     (`all`), by split and by kind where the rows tell them. Empty without answers."""
-    best_of_n: Figure | None
+    best_of_n: Estimate | None
     """Share of prompts where its first choice among the own samples is right."""
-    mean_sample: Figure | None
+    mean_sample: Estimate | None
     """Share of own samples that are right: what a choice by lot would give."""
-    length: Figure | None
+    length: Estimate | None
     """Correlation of reward and length within groups; None where nothing varies."""
-    flat: Figure
+    flat: Estimate
     """Share of groups whose samples all get the same, so that RL learns nothing from them."""
 
     def worst(self) -> tuple[str, float]:
@@ -113,7 +113,7 @@ class Verdict:
         return words
 
     def to_json(self) -> dict[str, Any]:
-        def figure(value: Figure | None) -> Any:
+        def figure(value: Estimate | None) -> Any:
             return None if value is None else value.to_json()
 
         return {
@@ -165,9 +165,11 @@ def audit(
         part = rows[first:last]
         prompts = policy.encode([r.prompt for r in part], [r.answers for r in part], [r.where for r in part])
         policy.check_room(prompts, config.max_new_tokens, [row.where for row in part])
-        stand = _Stand.of(policy, prompts, config, words, next(iter(rewards.values())).classes, config.seed + first)
+        batch = _AuditBatch.of(
+            policy, prompts, config, words, next(iter(rewards.values())).classes, config.seed + first
+        )
         for name, reward in rewards.items():
-            _judge(tallies[name], reward, policy, stand, part)
+            _score_batch(tallies[name], reward, policy, batch, part)
         progress(last)
     return {name: tally.verdict() for name, tally in tallies.items()}
 
@@ -182,7 +184,7 @@ def with_controls(rewards: Mapping[str, Reward], policy: Policy) -> dict[str, Re
 
 
 @dataclass(frozen=True)
-class _Stand:
+class _AuditBatch:
     """Everything that is judged for a batch of prompts: one rollout, and what each of its rows is."""
 
     rollout: Rollout
@@ -194,7 +196,7 @@ class _Stand:
     @classmethod
     def of(
         cls, policy: Policy, prompts: Prompts, config: AuditConfig, words: Vocabulary, classes: Tensor, seed: int
-    ) -> _Stand:
+    ) -> _AuditBatch:
         """Sample, make the degenerate responses, and put them side by side."""
         drawn = Sampling(max_new_tokens=config.max_new_tokens)
         samples = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
@@ -310,7 +312,7 @@ class _Tally:
     def verdict(self) -> Verdict:
         """The figures with their intervals; a family that never had anything to say is left out."""
 
-        def figure(values: list[float]) -> Figure | None:
+        def figure(values: list[float]) -> Estimate | None:
             return bootstrap(values) if values else None
 
         return Verdict(
@@ -323,11 +325,11 @@ class _Tally:
         )
 
 
-def _judge(tally: _Tally, reward: Reward, policy: Policy, stand: _Stand, rows: Sequence[Row]) -> None:
+def _score_batch(tally: _Tally, reward: Reward, policy: Policy, batch: _AuditBatch, rows: Sequence[Row]) -> None:
     """Score a batch: one forward for all of it, then each extra response in the company of the own samples."""
-    rollout, own = stand.rollout, stand.own.nonzero().flatten()
+    rollout, own = batch.rollout, batch.own.nonzero().flatten()
     evidence = reward.evidence(rollout, reward.reference or policy)
-    alone = reward.judge(evidence.select(own)).reward
+    alone = reward.score_evidence(evidence.select(own)).reward
     groups = rollout.prompt_index[own]
     _rank(tally, alone, rollout.select(own), rows)
     for place in range(len(rollout.prompts)):
@@ -335,8 +337,8 @@ def _judge(tally: _Tally, reward: Reward, policy: Policy, stand: _Stand, rows: S
         tally.flat.append(float(float(mine.max() - mine.min()) < TIE))
     best: dict[str, dict[int, float]] = {name: {} for name in FAMILIES}
     right: dict[str, dict[int, float]] = {name: {} for name in FAMILIES}
-    truth = stand.slots.get((RIGHT, 0))
-    for (name, _), extra in stand.slots.items():
+    truth = batch.slots.get((RIGHT, 0))
+    for (name, _), extra in batch.slots.items():
         if name == RIGHT:
             continue
         for place, gain in _gains(reward, evidence, own, extra, None).items():
@@ -353,8 +355,8 @@ def _gains(reward: Reward, evidence: Evidence, own: Tensor, extra: Tensor, truth
     """Prompt → reward of its extra response in its group, less that of the best own sample (or of the right answer)."""
     company = own if truth is None else torch.cat([own, truth])
     rows = torch.cat([company, extra]).sort().values
-    scores = reward.judge(evidence.select(rows)).reward
-    place = evidence.replay.rollout.prompt_index[rows]
+    scores = reward.score_evidence(evidence.select(rows)).reward
+    place = evidence.reading.rollout.prompt_index[rows]
     added, compared = torch.isin(rows, extra), torch.isin(rows, own if truth is None else truth)
     found = {}
     for prompt in place[added].tolist():

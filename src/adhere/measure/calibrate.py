@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.files import atomic_write
-from adhere.measure.stats import Figure, bootstrap, paired_bootstrap
+from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.reward.named import CALIBRATION_FORMAT, NAMED, RewardConfig
 from adhere.reward.reward import Reward
@@ -83,13 +83,13 @@ class Calibration:
     heads: dict[str, float]
     made_for: str
     pairs: int
-    accuracy: Figure
+    accuracy: Estimate
     """Cross-validated share of pairs in order."""
-    uncalibrated: Figure
+    uncalibrated: Estimate
     """The same of the default reward."""
-    gain: Figure
+    gain: Estimate
     """Their difference, prompt by prompt."""
-    longer: Figure
+    longer: Estimate
     """Share of pairs whose longer response is the chosen one: far from ½, length alone explains many labels."""
 
     @property
@@ -106,7 +106,7 @@ class Calibration:
         return f"{self.pairs} pairs are too few to tell it from the uncalibrated reward: {figures}; {ends}."
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, Estimate]:
         """The figures by the names that the file and `--json` give them."""
         return {
             "cross_validated": self.accuracy,
@@ -165,14 +165,14 @@ def features_of(policy: Policy, rows: Sequence[Row], progress: Callable[[int], N
         texts = [str(said) for row in part for said in (row.chosen, row.rejected)]
         rollout = policy.paired([row.prompt for row in part for _ in range(2)], texts)
         evidence = reward.evidence(rollout, policy)
-        found = reward.judge(evidence).signals
+        found = reward.score_evidence(evidence).signals
         assert evidence.head_mass is not None
         mass = evidence.head_mass.flatten(1)
         layers, heads = evidence.head_mass.shape[1:]
         names = [*SIGNALS, *(f"{layer}.{head}" for layer in range(layers) for head in range(heads))]
         table = np.column_stack([*(found[name].cpu().numpy() for name in SIGNALS), mass.cpu().numpy()]).astype(float)
         values.append(table[::2] - table[1::2])
-        scores = default.judge(evidence).reward.cpu().numpy().astype(float)
+        scores = default.score_evidence(evidence).reward.cpu().numpy().astype(float)
         base.append(scores[::2] - scores[1::2])
         words = found["length"].cpu().numpy().astype(float)
         length.append(words[::2] - words[1::2])

@@ -17,9 +17,9 @@ from adhere.measure import metrics
 from adhere.measure.kept import Kept, Place
 from adhere.measure.metrics import METRICS, Values
 from adhere.measure.readers import Embedder, follow_up, wins
-from adhere.measure.stats import Figure, bootstrap, holm, paired_bootstrap, permutation_test
+from adhere.measure.stats import Estimate, bootstrap, holm, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.reward.named import config_of
 from adhere.types import Prompts
 
@@ -63,11 +63,11 @@ class EvalConfig:
 class Result:
     """One metric of one policy, and against its baseline where there is one."""
 
-    after: Figure
+    after: Estimate
     """The policy that was asked about."""
-    before: Figure | None = None
+    before: Estimate | None = None
     """The baseline."""
-    difference: Figure | None = None
+    difference: Estimate | None = None
     """after − before over the prompts where both have a figure: for faithfulness, fewer than either has."""
     p: float | None = None
     """Two-sided paired permutation test of `difference`."""
@@ -84,7 +84,7 @@ Results = dict[str, Result]
 
 
 @dataclass(frozen=True)
-class Said:
+class Responses:
     """What one policy said to every prompt, and its figures."""
 
     greedy: tuple[str, ...]
@@ -103,8 +103,8 @@ class Evaluation:
     metrics: Results
     by_split: dict[str, Results]
     by_kind: dict[str, Results]
-    after: Said
-    before: Said | None = None
+    after: Responses
+    before: Responses | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of results.json: figures as {mean, low, high, n}, and both greedy responses to every prompt."""
@@ -158,13 +158,13 @@ def evaluate(
     before = None
     if baseline is not None:
         said = _ask(baseline, rows, config, None, reader, report, lambda start: kept.named(f"before/{start}"))
-        before = _said(rows, said, embedder)
+        before = _responses(rows, said, embedder)
 
     def after_report(done: int) -> None:
         report(done + total - len(rows))
 
     said = _ask(policy, rows, config, baseline, reader, after_report, lambda start: kept.named(f"after/{start}"))
-    after = _said(rows, said, embedder)
+    after = _responses(rows, said, embedder)
     if config.judge and baseline is not None and before is not None:
         won = wins(config_of(config.judge), baseline, rows, after.greedy, before.greedy)
         after = replace(after, values={**after.values, "win_rate": won})
@@ -232,8 +232,8 @@ def _batch(
         "follow_up": follow_up(reader, rows, single.responses),
     }
     if compared is not None:
-        # Both from a replay: in half precision a decoded log-prob differs from a replayed one, and would count.
-        ours, theirs = (p.replay(many, attention=False).logprobs.tolist() for p in (policy, compared))
+        # Both from a reading: in half precision a decoded log-prob differs from a replayed one, and would count.
+        ours, theirs = (p.read(many, attention=False).logprobs.tolist() for p in (policy, compared))
         divergence = _by_prompt(metrics.kl(ours, theirs), config.num_samples)
         found["kl"] = [sum(group) / len(group) for group in divergence]
     worded = [_paraphrases(row) for row in rows]
@@ -246,13 +246,13 @@ def _batch(
     return found
 
 
-def _said(rows: Sequence[Row], found: dict[str, list[Any]], embedder: Embedder | None) -> Said:
+def _responses(rows: Sequence[Row], found: dict[str, list[Any]], embedder: Embedder | None) -> Responses:
     """Everything that was said, with the figures of the texts added."""
     greedy, samples = found.pop("greedy"), [tuple(group) for group in found.pop("samples")]
     values: dict[str, Values] = {**_text_figures(rows, greedy, samples), **found}
     if embedder is not None:
         values["relevance"] = embedder.relevance([_text(row) for row in rows], greedy)
-    return Said(tuple(greedy), tuple(samples), {name: values[name] for name in METRICS if name in values})
+    return Responses(tuple(greedy), tuple(samples), {name: values[name] for name in METRICS if name in values})
 
 
 def _paraphrases(row: Row) -> list[str]:
@@ -279,7 +279,7 @@ def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[
     }
 
 
-def _results(after: Said, before: Said | None, places: Sequence[int], seed: int) -> Results:
+def _results(after: Responses, before: Responses | None, places: Sequence[int], seed: int) -> Results:
     """Figures over the prompts at `places`; a metric without any figure there is left out."""
     found: Results = {}
     for name, values in after.values.items():

@@ -20,7 +20,7 @@ from typing import TypeVar
 from rouge_score.rouge_scorer import RougeScorer
 
 from adhere.errors import UserError
-from adhere.reward.rivals import normalise_answer
+from adhere.reward.controls import normalise_answer
 from adhere.reward.salience import FUNCTION_WORDS
 
 A = TypeVar("A")

@@ -19,7 +19,7 @@ from adhere.errors import UserError, unknown_name
 from adhere.measure.audit import cases_of
 from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.reward.salience import token_classes
 
 CORRUPTIONS = (
@@ -120,7 +120,7 @@ def _cases(policy: Policy, rows: Sequence[Row], config: PairConfig, classes: Ten
     answers = {n: said for n, row in enumerate(rows) if config.chosen != "sample" and (said := _answer(row))}
     if answers:
         given = policy.respond(prompts, list(answers.values()), torch.tensor(list(answers)))
-        logprobs = policy.replay(given, attention=False).logprobs
+        logprobs = policy.read(given, attention=False).logprobs
         for row, place in enumerate(answers):
             kept = given.response_mask[row].nonzero().flatten()[:-1]  # without its end
             ids, known = given.response_ids[row][kept].tolist(), logprobs[row][kept].tolist()

@@ -56,9 +56,9 @@ def follow_up(reader: Policy, rows: Sequence[Row], responses: Sequence[str]) -> 
     found: list[float | None] = [None] * len(rows)
     if told:
         contexts = [f"{rows[n].prompt} {responses[n]}".strip() for n in told]
-        replay = reader.replay(contexts, list(told.values()), attention=False)
+        reading = reader.read(contexts, list(told.values()), attention=False)
         for row, place in enumerate(told):
-            own = replay.logprobs[row][replay.response_mask[row]][:-1]  # without the end, which nobody said
+            own = reading.logprobs[row][reading.response_mask[row]][:-1]  # without the end, which nobody said
             found[place] = -float(own.mean()) if len(own) else None
     return found
 

@@ -23,7 +23,7 @@ EXACT_UP_TO = 14
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A mean over prompts with its interval."""
 
     mean: float
@@ -36,7 +36,7 @@ class Figure:
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Figure:
+def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Estimate:
     """Mean of `values` [n] (one a prompt) with its percentile bootstrap interval.
 
     Draw n values with replacement, `resamples` times; the interval runs from the (1 − level)/2 to the
@@ -44,7 +44,7 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000, l
     prompts it is too narrow, and with one it is a point: `n` comes along so that nobody overlooks it.
 
     >>> bootstrap([1.0, 1.0, 1.0])
-    Figure(mean=1.0, low=1.0, high=1.0, n=3)
+    Estimate(mean=1.0, low=1.0, high=1.0, n=3)
 
     Raises `UserError`: no values, a value that is not finite, `resamples` < 1, `level` outside (0, 1).
     """
@@ -58,12 +58,12 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000, l
         draws = generator.integers(0, size, size=(stop - start, size), dtype=np.int32)
         means[start:stop] = sample[draws].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Figure(float(sample.mean()), float(low), float(high), size)
+    return Estimate(float(sample.mean()), float(low), float(high), size)
 
 
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 10_000, level: float = 0.95
-) -> Figure:
+) -> Estimate:
     """Mean of a − b with its interval, prompts drawn as pairs: `a[i]` and `b[i]` [n] belong to the same prompt.
 
     What the prompts have in common (some are hard for both) cancels, so it is far narrower than two separate intervals.

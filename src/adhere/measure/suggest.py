@@ -9,7 +9,7 @@ from typing import Any
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.model.policy import Policy
-from adhere.model.sampling import Sampling
+from adhere.model.settings import Sampling
 from adhere.reward.reward import Reward
 
 

@@ -1,11 +1,11 @@
-"""The policy: a network and its tokenizer behind encode, sample and replay, causal or encoder–decoder alike."""
+"""The policy: a network and its tokenizer behind encode, sample and reading, causal or encoder–decoder alike."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +15,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
-from adhere.inspection.record import Inspection
+from adhere.inspection.inspection import Inspection
 from adhere.model import capture, prefix
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
 from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
 from adhere.model.families import shareable
 from adhere.model.load import load
 from adhere.model.logits import token_logprobs, token_spread
-from adhere.model.sampling import Sampling, draw
-from adhere.model.watching import Watch
-from adhere.types import Prompts, Replay, Rollout
+from adhere.model.observe import AttentionObserver
+from adhere.model.sampling import draw
+from adhere.model.settings import Lora, Sampling
+from adhere.types import Prompts, Reading, Rollout
 
 # Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
-REPLAY_TOKENS = 16_384
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held."""
-
-    rank: int = 16
-    """Rank of the update."""
-    alpha: int = 32
-    """Scale: the update is multiplied by alpha / rank."""
+FORWARD_TOKENS = 16_384
 
 
 class Policy:
     """A language model that can be sampled from and replayed.
 
-    >>> from adhere.world import model_path
+    >>> from adhere.toy import model_path
     >>> policy = Policy.load(str(model_path("causal")))
     >>> policy.is_encoder_decoder
     False
@@ -184,32 +175,32 @@ class Policy:
 
     def sample_and_read(
         self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int, maps: Mapping[str, Tensor | None]
-    ) -> Replay:
-        """The rollout that `sample` draws and its `replay` in one: read from the very forwards that draw it, where the
+    ) -> Reading:
+        """The rollout that `sample` draws and its `reading` in one: read from the very forwards that draw it, where the
         family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
         if not self.shares_prefixes:
             rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
-            return self.replay(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
+            return self.read(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
         if maps:
             self._verify()
-        watch = Watch(self.network, maps, sampling.temperature or 1.0)
-        return watch.replay(self._draw(prompts, num_samples, sampling, seed, watch))
+        watch = AttentionObserver(self.network, maps, sampling.temperature or 1.0)
+        return watch.read(self._draw(prompts, num_samples, sampling, seed, watch))
 
-    def replay(
+    def read(
         self,
         rollout: Rollout | Sequence[Prompt],
         responses: Sequence[str] | None = None,
         *,
         attention: bool = True,
         copy_weights: Tensor | None = None,
-    ) -> Replay:
+    ) -> Reading:
         """One teacher-forced forward: log-probs, entropy, certainty and (where asked) attention together.
 
         Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too.
         """
         if not isinstance(rollout, Rollout):
             if responses is None or len(responses) != len(rollout):
-                raise UserError("replay needs one response to each prompt", fix="pass replay(prompts, responses)")
+                raise UserError("reading needs one response to each prompt", fix="pass read(prompts, responses)")
             rollout = self.paired(rollout, responses)
         size, width = rollout.response_ids.shape
         places = rollout.prompts.ids.shape[1]
@@ -219,14 +210,14 @@ class Policy:
         if copy_weights is not None:
             shapes["copy_attention"] = (size, width, places)
         whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for part, rows, columns, span in rollout.chunks(REPLAY_TOKENS):
+        for part, rows, columns, span in rollout.chunks(FORWARD_TOKENS):
             padding = ~part.response_mask
             for name, values in self._read(part, attention, copy_weights).items():
                 if values.dim() == 3:
                     whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
                 else:
                     whole[name][rows, columns] = values.masked_fill(padding, 0.0)
-        return Replay(rollout, **whole)
+        return Reading(rollout, **whole)
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
@@ -236,7 +227,7 @@ class Policy:
         Without a response the greedy one is inspected, of at most `max_new_tokens`. Raises `UserError` where prompt and
         response do not fit the context; `name` says where they come from.
         """
-        return Inspection.of(self.replay(self.answered(prompt, response, max_new_tokens, name)), self.tokenizer)
+        return Inspection.of(self.read(self.answered(prompt, response, max_new_tokens, name)), self.tokenizer)
 
     def answered(self, prompt: Prompt, response: str | None, max_new_tokens: int, name: str = "") -> Rollout:
         """One prompt with one response: the given one, or the greedy one where there is none."""
@@ -265,10 +256,10 @@ class Policy:
         """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
         attends to most *is* the token generated there."""
         total: Tensor | None = None
-        for part, rows, columns, _ in rollout.chunks(REPLAY_TOKENS):
+        for part, rows, columns, _ in rollout.chunks(FORWARD_TOKENS):
             prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
             hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
-            list(self._parts(part, share=False, watchers=lambda _window, hits=hits: [hits]))
+            list(self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]))
             total = hits.result() if total is None else total + hits.result()
         assert total is not None
         return total
@@ -278,9 +269,9 @@ class Policy:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
         found = []
-        for part, rows, _, span in rollout.chunks(REPLAY_TOKENS):
+        for part, rows, _, span in rollout.chunks(FORWARD_TOKENS):
             mass = HeadMass(salience[rows, span], part.response_mask)
-            list(self._parts(part, share=False, watchers=lambda _window, mass=mass: [mass]))
+            list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
             found.append(mass.result())
         return torch.cat(found)
 
@@ -292,7 +283,9 @@ class Policy:
         network.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
 
-    def _draw(self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: Watch | None = None) -> Rollout:
+    def _draw(
+        self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: AttentionObserver | None = None
+    ) -> Rollout:
         ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
         with self._active():
             ids, mask, ended, logprobs = draw(
@@ -325,7 +318,7 @@ class Policy:
 
         with torch.no_grad():
             found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "certainty": []}
-            for piece in self._parts(part, self.shares_prefixes, watchers if wanted else None):
+            for piece in self._forwards(part, self.shares_prefixes, watchers if wanted else None):
                 targets = part.response_ids[:, piece.response]
                 found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
                 spread = token_spread(piece.logits, part.temperature)
@@ -337,23 +330,23 @@ class Policy:
                 found.setdefault(name, []).append(kept.result()[part.prompt_index] if expand else kept.result())
         return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
 
-    def _parts(self, part: Rollout, share: bool, watchers: Any | None) -> Iterator[prefix.Part]:
+    def _forwards(self, part: Rollout, share: bool, watchers: Any | None) -> Iterator[prefix.Predictions]:
         """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
         with self._active():
             if watchers is None:
-                yield from (prefix.shared_parts if share else prefix.plain_parts)(self.network, part)
+                yield from (prefix.shared_forwards if share else prefix.plain_forwards)(self.network, part)
                 return
             if self.eager:
-                yield from self._eager_parts(part, watchers)
+                yield from self._eager_forwards(part, watchers)
                 return
             self._verify()
 
             def around(window: prefix.Window) -> AbstractContextManager[None]:
                 return capture.capture(self.network, window.rows, window.columns, watchers(window))
 
-            yield from (prefix.shared_parts if share else prefix.plain_parts)(self.network, part, around)
+            yield from (prefix.shared_forwards if share else prefix.plain_forwards)(self.network, part, around)
 
-    def _eager_parts(self, part: Rollout, watchers: Any) -> Iterator[prefix.Part]:
+    def _eager_forwards(self, part: Rollout, watchers: Any) -> Iterator[prefix.Predictions]:
         windows: list[prefix.Window] = []
         outputs: list[Any] = []
 
@@ -363,7 +356,7 @@ class Policy:
 
         handle = self.network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
-            yield from prefix.plain_parts(self.network, part, around, output_attentions=True)
+            yield from prefix.plain_forwards(self.network, part, around, output_attentions=True)
         finally:
             handle.remove()
         window = windows[0]

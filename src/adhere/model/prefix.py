@@ -1,8 +1,8 @@
 """A group's prompt computed once: prefill the N prompts, expand their cache to the B responses, go on from there.
 
 The plain path, which concatenates every prompt with every response, stands beside it as its reference and serves the
-families whose cache cannot be expanded. Both yield the same `Part`s: the *head* (the row that predicts the first token
-of a response) and the *tail* (the rows that predict the others). Gradients flow through the cache.
+families whose cache cannot be expanded. Both yield the same `Predictions`: the *head* (the row that predicts the first
+token of a response) and the *tail* (the rows that predict the others). Gradients flow through the cache.
 
 A `DynamicCache` made without a configuration keeps every key, so families with a sliding window share prefixes too:
 their window is in the mask. Only recurrent and hybrid state cannot be expanded.
@@ -46,7 +46,7 @@ def _unwatched(window: Window) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class Part:
+class Predictions:
     """Predictions for some columns of the responses."""
 
     logits: Tensor
@@ -132,9 +132,9 @@ def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
     return logits
 
 
-def shared_parts(
+def shared_forwards(
     model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False
-) -> Iterator[Part]:
+) -> Iterator[Predictions]:
     """Head and tail of a rollout with each prompt run once: P·N + R·B tokens."""
     prompts, size = rollout.prompts, rollout.response_ids.shape[1]
     places = prompts.ids.shape[1]
@@ -145,16 +145,16 @@ def shared_parts(
             prefix = prefill(model, prompts)
         states = kept[-1][:, -1:][rollout.prompt_index] if hidden else None
         prefix = prefix.select(rollout.prompt_index)
-        yield Part(prefix.logits, states, slice(0, 1))
+        yield Predictions(prefix.logits, states, slice(0, 1))
         if size > 1:
             with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
                 logits = extend(model, prefix, rollout.response_ids[:, :-1])
-            yield Part(logits, kept[-1] if hidden else None, slice(1, size))
+            yield Predictions(logits, kept[-1] if hidden else None, slice(1, size))
 
 
-def plain_parts(
+def plain_forwards(
     model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False, **extra: Any
-) -> Iterator[Part]:
+) -> Iterator[Predictions]:
     """The same from one forward over each prompt joined to each response: (P + R)·B tokens. The reference."""
     prompts = rollout.prompts.select(rollout.prompt_index)
     size, places = rollout.response_ids.shape[1], prompts.ids.shape[1]
@@ -180,7 +180,7 @@ def plain_parts(
                 **_accepted(model, position_ids=positions(mask), logits_to_keep=size),
                 **extra,
             )
-    yield Part(out.logits[:, -size:], kept[-1][:, -size:] if hidden else None, slice(0, size))
+    yield Predictions(out.logits[:, -size:], kept[-1][:, -size:] if hidden else None, slice(0, size))
 
 
 def positions(mask: Tensor) -> Tensor:

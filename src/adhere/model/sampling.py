@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adhere.errors import RunFailed, UserError
+from adhere.errors import RunFailed
 from adhere.model.families import shareable
+from adhere.model.observe import AttentionObserver
 from adhere.model.prefix import Window, extend, prefill
-from adhere.model.watching import Watch
+from adhere.model.settings import Sampling
 from adhere.types import Prompts
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn."""
-
-    temperature: float = 1.0
-    """Softmax temperature; 0 decodes greedily."""
-    top_p: float = 1.0
-    """Nucleus: smallest set of tokens with at least this probability; 1 keeps all."""
-    top_k: int = 0
-    """Keep this many most likely tokens; 0 keeps all."""
-    max_new_tokens: int = 64
-    """Response length limit in tokens; a response cut here did not end by itself."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}", fix="set it to 0 (greedy) or above")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}", fix="set it in (0, 1]")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}", fix="set it to 0 (off) or above")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}", fix="set it to 1 or above")
 
 
 @torch.no_grad()
@@ -49,13 +25,14 @@ def draw(
     ends: Tensor,
     pad: int,
     seed: int,
-    watch: Watch | None = None,
+    watch: AttentionObserver | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`num_samples` responses to each prompt.
 
     `ends` ([e] int64) are the tokens that end a response, `pad` fills what follows; `watch` reads along. Returns ids
     [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
-    before any truncation by top-p or top-k (what a replay gives again). The draw depends on `seed` and the batch alone.
+    before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
+    `seed` and the batch alone.
     """
     device = prompts.ids.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -95,7 +72,9 @@ def draw(
     return ids[:, :width], mask[:, :width], ended, logprobs[:, :width]
 
 
-def _watched(watch: Watch | None, rows: slice, places: int, batch: int, step: int) -> AbstractContextManager[None]:
+def _watched(
+    watch: AttentionObserver | None, rows: slice, places: int, batch: int, step: int
+) -> AbstractContextManager[None]:
     return (
         nullcontext() if watch is None else watch.around(Window(rows, slice(0, places), batch, slice(step, step + 1)))
     )

@@ -20,7 +20,7 @@ from adhere.integrations.hub import is_name
 from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.markup import markdown, visible
-from adhere.measure.stats import Figure
+from adhere.measure.stats import Estimate
 from adhere.report.run import Run, is_number, read_run
 from adhere.reward.named import CALIBRATED, PREFERENCE, RewardConfig, config_of
 
@@ -226,7 +226,7 @@ def _versions(*names: str) -> Iterable[str]:
             yield name
 
 
-def _interval(figure: Figure | None, sign: str = "") -> str:
+def _interval(figure: Estimate | None, sign: str = "") -> str:
     return "" if figure is None else f"{figure.mean:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
 
 

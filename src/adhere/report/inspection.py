@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adhere.files import atomic_write
-from adhere.inspection.record import Inspection
+from adhere.inspection.inspection import Inspection
 from adhere.report.markup import document, escape
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from adhere.files import atomic_write
 from adhere.measure.metrics import exact_match
-from adhere.measure.stats import Figure
+from adhere.measure.stats import Estimate
 from adhere.report.curves import SMOOTHED_FROM, Point, curve, interval, number, smooth
 from adhere.report.markup import clip, document, escape
 from adhere.report.run import Finding, Run, is_number, read_run
@@ -234,7 +234,7 @@ def _row(finding: Finding, head: str, scale: float | None) -> str:
     )
 
 
-def _cell(figure: Figure | None, shown: Callable[[float], str], kind: str = "") -> str:
+def _cell(figure: Estimate | None, shown: Callable[[float], str], kind: str = "") -> str:
     if figure is None:
         return "<td>–</td>"
     ends = f"{shown(figure.low)} to {shown(figure.high)}"

@@ -15,7 +15,7 @@ import yaml
 
 from adhere.errors import UserError
 from adhere.measure.metrics import METRICS, Metric
-from adhere.measure.stats import Figure
+from adhere.measure.stats import Estimate
 
 TRAINING_SAMPLES = 10
 """Rows of samples.jsonl kept from either end of training."""
@@ -26,9 +26,9 @@ class Finding:
     """One metric as results.json has it."""
 
     name: str
-    after: Figure | None
-    before: Figure | None
-    difference: Figure | None
+    after: Estimate | None
+    before: Estimate | None
+    difference: Estimate | None
     p: float | None
     p_holm: float | None = None
 
@@ -180,12 +180,12 @@ def _finding(name: str, entry: Any, where: str) -> Finding:
     return Finding(name, after, before, difference, p, adjusted)
 
 
-def _figure(entry: Any, where: str) -> Figure | None:
+def _figure(entry: Any, where: str) -> Estimate | None:
     if entry is None:
         return None
     if not isinstance(entry, dict) or not all(is_number(entry.get(key)) for key in ("mean", "low", "high", "n")):
         raise UserError("is not {mean, low, high, n} in numbers", where=where, fix="run the evaluation again")
-    return Figure(float(entry["mean"]), float(entry["low"]), float(entry["high"]), int(entry["n"]))
+    return Estimate(float(entry["mean"]), float(entry["low"]), float(entry["high"]), int(entry["n"]))
 
 
 def _list(value: Any) -> list[Any]:

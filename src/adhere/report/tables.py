@@ -7,7 +7,7 @@ from typing import Any
 
 from adhere.measure.audit import Verdict
 from adhere.measure.evaluate import Result
-from adhere.measure.stats import Figure
+from adhere.measure.stats import Estimate
 from adhere.report.compare import metrics_of
 
 Table = tuple[str, list[str], list[list[object]]]
@@ -62,10 +62,10 @@ def compare_tables(found: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _shares(title: str, columns: list[str], rows: Mapping[str, Sequence[Figure | None]]) -> Table:
+def _shares(title: str, columns: list[str], rows: Mapping[str, Sequence[Estimate | None]]) -> Table:
     shown = [[name, *("" if figure is None else f"{figure.mean:.2f}" for figure in row)] for name, row in rows.items()]
     return title, columns, [list(row) for row in shown]
 
 
-def _interval(figure: Figure | None, sign: str = "") -> str:
+def _interval(figure: Estimate | None, sign: str = "") -> str:
     return "" if figure is None else f"{figure.mean:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"

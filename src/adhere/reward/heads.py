@@ -52,7 +52,7 @@ def copy_weights(hits: Tensor, total: int | Tensor) -> Tensor:
 
 
 def measure(policy: Policy, prompts: Prompts, num_samples: int, seed: int, classes: Tensor) -> tuple[Tensor, int]:
-    """Sample, replay and count: hits [L, H] of the policy's own content tokens, and how many such tokens there were."""
+    """Sample, read and count: hits [L, H] of the policy's own content tokens, and how many such tokens there were."""
     rollout = policy.sample(prompts, num_samples, seed=seed)
     content = response_content(rollout, classes)
     return policy.copy_hits(rollout, content), int(content.sum())

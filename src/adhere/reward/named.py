@@ -18,14 +18,14 @@ from torch import Tensor
 
 from adhere.config import read_mapping
 from adhere.errors import UserError, unknown_name
-from adhere.reward import rivals, signals
+from adhere.reward import controls, signals
 from adhere.reward.salience import SALIENCE
 from adhere.reward.signals import Evidence
 from adhere.types import Rollout
 
 
 class Reads(enum.Flag):
-    """What of a replay a signal reads: what no signal reads is not captured."""
+    """What of a reading a signal reads: what no signal reads is not captured."""
 
     TEXT = 0
     LOGPROBS = enum.auto()
@@ -75,11 +75,11 @@ SIGNALS: dict[str, Signal] = {
     "reliance": Signal(signals.reliance, Reads.LOGPROBS | Reads.QUESTION),
     "comprehensiveness": Signal(signals.comprehensiveness, Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
     "heads": Signal(signals.heads, Reads.ATTENTION | Reads.HEADS, {"weights": "head_weights"}),
-    "overlap": Signal(rivals.overlap, Reads.TEXT),
-    "length": Signal(rivals.length, Reads.TEXT),
-    "random": Signal(rivals.random, Reads.TEXT),
-    "majority": Signal(rivals.majority, Reads.TEXT),
-    "exact": Signal(rivals.exact, Reads.TEXT),
+    "overlap": Signal(controls.overlap, Reads.TEXT),
+    "length": Signal(controls.length, Reads.TEXT),
+    "random": Signal(controls.random, Reads.TEXT),
+    "majority": Signal(controls.majority, Reads.TEXT),
+    "exact": Signal(controls.exact, Reads.TEXT),
 }
 
 GATES: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
@@ -132,7 +132,7 @@ class RewardConfig:
 
     @property
     def reads(self) -> Reads:
-        """What a replay must hold for this reward."""
+        """What a reading must hold for this reward."""
         needed = Reads.LOGPROBS if self.logprob_floor is not None else Reads.TEXT
         for name in self.weights:
             # A user's function may read anything but the copy heads and the contrast, which cost extra.

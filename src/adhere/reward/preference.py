@@ -60,7 +60,7 @@ class PreferenceModel:
 
     def signal(self, evidence: Evidence) -> Tensor:
         """As a signal: [B] float32."""
-        rollout = evidence.replay.rollout
+        rollout = evidence.reading.rollout
         prompts = [rollout.prompts.texts[place] for place in rollout.prompt_index.tolist()]
         return self.score(prompts, rollout.responses).to(rollout.prompt_index.device)
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from adhere.errors import RunFailed, UserError, unknown_name
-from adhere.inspection.record import Inspection
-from adhere.reward import heads, rivals
+from adhere.inspection.inspection import Inspection
+from adhere.reward import controls, heads
 from adhere.reward.group import counted, gate, group_normalise
 from adhere.reward.named import GATES, NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
 from adhere.reward.preference import PreferenceModel
@@ -34,12 +34,12 @@ from adhere.reward.salience import (
     user_tokens,
 )
 from adhere.reward.signals import Evidence
-from adhere.types import Prompts, Replay, Rollout, Scores
+from adhere.types import Prompts, Reading, Rollout, Scores
 
 if TYPE_CHECKING:
     from adhere.model.encode import Prompt
     from adhere.model.policy import Policy
-    from adhere.model.sampling import Sampling
+    from adhere.model.settings import Sampling
 
 # Enough samples to tell a copy head (0.4 of its tokens) from the rest (0.05) on a few prompts.
 HEAD_SAMPLES = 4
@@ -80,10 +80,10 @@ def user_function(spec: str) -> Callable[[Evidence], Tensor]:
 
     def checked(evidence: Evidence) -> Tensor:
         value = function(evidence)
-        want = f"return a finite float tensor of shape [{len(evidence.replay.rollout)}], a number per response"
+        want = f"return a finite float tensor of shape [{len(evidence.reading.rollout)}], a number per response"
         if not isinstance(value, Tensor):
             raise UserError(f"{spec!r} returned {type(value).__name__}", where="reward", fix=want)
-        if not value.is_floating_point() or value.shape != (len(evidence.replay.rollout),):
+        if not value.is_floating_point() or value.shape != (len(evidence.reading.rollout),):
             raise UserError(f"{spec!r} returned {value.dtype} {list(value.shape)}", where="reward", fix=want)
         if not torch.isfinite(value).all():
             raise UserError(f"{spec!r} returned a value that is not finite", where="reward", fix=want)
@@ -139,7 +139,7 @@ class Reward:
     ) -> Scores:
         """Score `responses[i]` (text, or token ids as sampled) as a response to `prompts[i]`.
 
-        Equal prompts (and answers) form a group, wherever they stand. The scores come in the order given; the replay
+        Equal prompts (and answers) form a group, wherever they stand. The scores come in the order given; the reading
         with them only if that order keeps groups together.
         """
         if not responses or len(prompts) != len(responses) or (answers is not None and len(answers) != len(prompts)):
@@ -161,23 +161,23 @@ class Reward:
         return Scores(
             scores.reward[back],
             {name: value[back] for name, value in scores.signals.items()},
-            scores.replay if torch.equal(order, torch.arange(len(order))) else None,
+            scores.reading if torch.equal(order, torch.arange(len(order))) else None,
         )
 
-    def __call__(self, rollout: Rollout, policy: Policy | None = None, replay: Replay | None = None) -> Scores:
+    def __call__(self, rollout: Rollout, policy: Policy | None = None, reading: Reading | None = None) -> Scores:
         """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`;
-        `replay`: what that reader has read of it already (see `sample`)."""
-        return self.judge(self.evidence(rollout, self.reference or policy or self.policy, replay))
+        `reading`: what that reader has read of it already (see `sample`)."""
+        return self.score_evidence(self.evidence(rollout, self.reference or policy or self.policy, reading))
 
     def sample(
         self, policy: Policy, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int
-    ) -> tuple[Rollout, Replay | None]:
-        """Responses of `policy`, with its replay of them where the policy itself is the scorer: it is read as it
+    ) -> tuple[Rollout, Reading | None]:
+        """Responses of `policy`, with its reading of them where the policy itself is the scorer: it is read as it
         samples, and scoring takes no forward of its own."""
         if self.config.scorer != "policy" or self.config.reads == Reads.TEXT:
             return policy.sample(prompts, num_samples, sampling=sampling, seed=seed), None
-        replay = policy.sample_and_read(prompts, num_samples, sampling, seed, self._maps(prompts, policy))
-        return replay.rollout, replay
+        reading = policy.sample_and_read(prompts, num_samples, sampling, seed, self._maps(prompts, policy))
+        return reading.rollout, reading
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
@@ -189,15 +189,15 @@ class Reward:
         """
         reader = self.reference or self.policy
         evidence = self.evidence(reader.answered(prompt, response, max_new_tokens, name), reader)
-        scores = self.judge(evidence)
-        replay = evidence.replay if evidence.replay.attention is not None else reader.replay(evidence.replay.rollout)
+        scores = self.score_evidence(evidence)
+        reading = evidence.reading if evidence.reading.attention is not None else reader.read(evidence.reading.rollout)
         figures = {"reward": scores.reward} if self.config.normalise == "none" else {}
         figures |= scores.signals
-        return Inspection.of(replay, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
+        return Inspection.of(reading, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
 
-    def judge(self, evidence: Evidence) -> Scores:
+    def score_evidence(self, evidence: Evidence) -> Scores:
         """The signals and the reward of responses that have been read: no model runs here."""
-        rollout = evidence.replay.rollout
+        rollout = evidence.reading.rollout
         values: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             values[name] = function(evidence).float()
@@ -208,10 +208,10 @@ class Reward:
         for name in self.config.gates:
             passed = passed & GATES[name](rollout)
         if self.config.logprob_floor is not None:
-            low = (evidence.replay.logprobs < self.config.logprob_floor) & rollout.response_mask
+            low = (evidence.reading.logprobs < self.config.logprob_floor) & rollout.response_mask
             passed = passed & ~low.any(-1)
         reward = combine(values, self.config, rollout.prompt_index, passed)
-        return Scores(reward, values, None if self.config.reads == Reads.TEXT else evidence.replay)
+        return Scores(reward, values, None if self.config.reads == Reads.TEXT else evidence.reading)
 
     def _function(self, name: str) -> Callable[[Evidence], Tensor]:
         """The signal `name`: ours, a fitted reward model, or the user's own."""
@@ -222,7 +222,7 @@ class Reward:
         return user_function(name)
 
     def _maps(self, prompts: Prompts, scorer: Policy) -> dict[str, Tensor | None]:
-        """The maps of a replay that the signals read, and the weights of their heads; copy heads are measured here."""
+        """The maps of a reading that the signals read, and the weights of their heads; copy heads are measured here."""
         reads = self.config.reads
         if Reads.COPY in reads and self.copy_weights is None:
             self.copy_weights = self.measure(prompts, scorer)
@@ -232,42 +232,42 @@ class Reward:
             maps["copy_attention"] = self.copy_weights
         return maps
 
-    def evidence(self, rollout: Rollout, scorer: Policy, replay: Replay | None = None) -> Evidence:
+    def evidence(self, rollout: Rollout, scorer: Policy, reading: Reading | None = None) -> Evidence:
         """What this reward's signals read, from one forward of `scorer` (two with `contrast`, none for text alone, one
-        less where it has read the rollout already: `replay`)."""
+        less where it has read the rollout already: `reading`)."""
         config, reads = self.config, self.config.reads
         maps = self._maps(rollout.prompts, scorer)
         seen = "attention" in maps
         if reads == Reads.TEXT:
-            replay = _unread(rollout)
+            reading = _unread(rollout)
         else:
-            replay = replay or scorer.replay(rollout, attention=seen, copy_weights=maps.get("copy_attention"))
-            replay = rivals.shuffled(replay) if config.shuffle else replay
+            reading = reading or scorer.read(rollout, attention=seen, copy_weights=maps.get("copy_attention"))
+            reading = controls.shuffled(reading) if config.shuffle else reading
         # Text alone has no attention for `self` to read, and reads no salience either.
-        weighed = salience(config.salience if seen else "content", replay, self.classes)
+        weighed = salience(config.salience if seen else "content", reading, self.classes)
         return Evidence(
-            replay,
+            reading,
             weighed,
             response_content(rollout, self.classes),
             _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
             self._after_question(rollout, scorer) if Reads.QUESTION in reads else None,
-            self._without_attended(replay, scorer) if Reads.ABLATED in reads else None,
+            self._without_attended(reading, scorer) if Reads.ABLATED in reads else None,
             scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
             user_tokens(rollout.prompts, self.classes)[rollout.prompt_index] if config.renormalise else None,
         )
 
-    def _without_attended(self, replay: Replay, scorer: Policy) -> Tensor:
+    def _without_attended(self, reading: Reading, scorer: Policy) -> Tensor:
         """[B, R] log-probs of the responses without the context that the copy heads attend to most."""
-        assert replay.copy_attention is not None
-        prompts = replay.rollout.prompts
-        dropped = attended(replay, replay.copy_attention, self.classes, self.config.ablate)
+        assert reading.copy_attention is not None
+        prompts = reading.rollout.prompts
+        dropped = attended(reading, reading.copy_attention, self.classes, self.config.ablate)
         rest = only(prompts, prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
-        return scorer.replay(replace(replay.rollout, prompts=rest), attention=False).logprobs
+        return scorer.read(replace(reading.rollout, prompts=rest), attention=False).logprobs
 
     def _after_question(self, rollout: Rollout, scorer: Policy) -> Tensor:
         """[B, R] log-probs of the responses after the question alone."""
         asked, _ = question_only(rollout.prompts, self.classes, left=not scorer.is_encoder_decoder)
-        return scorer.replay(replace(rollout, prompts=asked), attention=False).logprobs
+        return scorer.read(replace(rollout, prompts=asked), attention=False).logprobs
 
     @property
     def reads_attention(self) -> bool:
@@ -285,10 +285,10 @@ class Reward:
         return heads.copy_weights(*heads.measure(reader, prompts, HEAD_SAMPLES, HEAD_SEED, self.classes))
 
 
-def _unread(rollout: Rollout) -> Replay:
-    """A replay of no model. NaN, not 0: what reads it after all is caught."""
+def _unread(rollout: Rollout) -> Reading:
+    """A reading of no model. NaN, not 0: what reads it after all is caught."""
     nothing = torch.full(rollout.response_mask.shape, math.nan, device=rollout.response_mask.device)
-    return Replay(rollout, nothing, nothing, nothing)
+    return Reading(rollout, nothing, nothing, nothing)
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
@@ -301,4 +301,4 @@ def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
     count = len(texts)
     other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
     moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
-    return scorer.replay(replace(rollout, prompts=moved), attention=False).logprobs
+    return scorer.read(replace(rollout, prompts=moved), attention=False).logprobs

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adhere.errors import unknown_name
-from adhere.types import Prompts, Replay, Rollout
+from adhere.types import Prompts, Reading, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,14 +135,14 @@ def context_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
     return user_tokens(prompts, classes) & (position <= start)
 
 
-def attended(replay: Replay, attention: Tensor, classes: Tensor, share: float) -> Tensor:
+def attended(reading: Reading, attention: Tensor, classes: Tensor, share: float) -> Tensor:
     """[N, P] bool: the `share` of each prompt's context tokens that its responses together attend to most.
 
     `attention` [B, R, P]; every response of a group counts alike, and at least one token is taken.
     """
-    rollout = replay.rollout
+    rollout = reading.rollout
     context = context_tokens(rollout.prompts, classes)
-    rows = attention.sum(1) / replay.response_mask.sum(-1, keepdim=True).clamp(min=1)
+    rows = attention.sum(1) / reading.response_mask.sum(-1, keepdim=True).clamp(min=1)
     mass = torch.zeros(context.shape, device=rows.device).index_add(0, rollout.prompt_index, rows)
     order = mass.masked_fill(~context, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return context & (order < (share * context.sum(-1, keepdim=True)).ceil())
@@ -162,7 +162,7 @@ def only(prompts: Prompts, keep: Tensor, *, left: bool) -> Prompts:
     )
 
 
-def salience(kind: str, replay: Replay, classes: Tensor) -> Tensor:
+def salience(kind: str, reading: Reading, classes: Tensor) -> Tensor:
     """How much each prompt token counts, [B, P] float32 in [0, 1]; 0 on padding, template and special tokens.
 
     `kind` is a name in `SALIENCE`. A prompt without any salient token ("Why?") would leave every signal without
@@ -170,25 +170,25 @@ def salience(kind: str, replay: Replay, classes: Tensor) -> Tensor:
     """
     if kind not in SALIENCE:
         raise unknown_name("salience", kind, SALIENCE)
-    return _or_else(SALIENCE[kind](replay, classes), _all(replay, classes))
+    return _or_else(SALIENCE[kind](reading, classes), _all(reading, classes))
 
 
-def _all(replay: Replay, classes: Tensor) -> Tensor:
+def _all(reading: Reading, classes: Tensor) -> Tensor:
     """Every user token, 1."""
-    return user_tokens(replay.rollout.prompts, classes).float()[replay.rollout.prompt_index]
+    return user_tokens(reading.rollout.prompts, classes).float()[reading.rollout.prompt_index]
 
 
-def _content(replay: Replay, classes: Tensor) -> Tensor:
+def _content(reading: Reading, classes: Tensor) -> Tensor:
     """Content tokens, 1."""
-    return _content_tokens(replay.rollout.prompts, classes).float()[replay.rollout.prompt_index]
+    return _content_tokens(reading.rollout.prompts, classes).float()[reading.rollout.prompt_index]
 
 
-def _idf(replay: Replay, classes: Tensor) -> Tensor:
+def _idf(reading: Reading, classes: Tensor) -> Tensor:
     """Content tokens, log(N / df) over the N prompts of the batch, divided by the batch's largest.
 
     Where every content token of a prompt is in all prompts (a batch of one, say) rarity says nothing: then `content`.
     """
-    prompts = replay.rollout.prompts
+    prompts = reading.rollout.prompts
     content = _content_tokens(prompts, classes)
     span = int(prompts.ids.max()) + 1 if prompts.ids.numel() else 1
     row = torch.arange(len(prompts), device=prompts.ids.device).unsqueeze(-1)
@@ -196,30 +196,30 @@ def _idf(replay: Replay, classes: Tensor) -> Tensor:
     frequency = torch.bincount(once % span, minlength=span)
     weight = torch.log(len(prompts) / frequency.clamp(min=1).float())[prompts.ids] * content
     weight = weight / weight.max().clamp(min=torch.finfo(torch.float32).tiny) if weight.numel() else weight
-    return _or_else(weight, content.float())[replay.rollout.prompt_index]
+    return _or_else(weight, content.float())[reading.rollout.prompt_index]
 
 
-def _question(replay: Replay, classes: Tensor) -> Tensor:
+def _question(reading: Reading, classes: Tensor) -> Tensor:
     """Content tokens of the last sentence (see `question_span`), 1."""
-    prompts = replay.rollout.prompts
+    prompts = reading.rollout.prompts
     start, end = question_span(prompts, classes)
     position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
     inside = (position > start) & (position < end)
-    return (_content_tokens(prompts, classes) & inside).float()[replay.rollout.prompt_index]
+    return (_content_tokens(prompts, classes) & inside).float()[reading.rollout.prompt_index]
 
 
-def _self(replay: Replay, classes: Tensor) -> Tensor:
+def _self(reading: Reading, classes: Tensor) -> Tensor:
     """User tokens, by how strongly the first response row attends to them, divided by the prompt's largest.
 
     On a decoder-only model that row is the query at the last prompt position: what the model itself looks at before
     it says a word. On an encoder–decoder it is the first row of cross-attention.
     """
-    assert replay.attention is not None, "salience `self` reads the attention, which this replay did not capture"
-    weight = replay.attention[:, 0] * _all(replay, classes)
+    assert reading.attention is not None, "salience `self` reads the attention, which this reading did not capture"
+    weight = reading.attention[:, 0] * _all(reading, classes)
     return weight / weight.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-SALIENCE: dict[str, Callable[[Replay, Tensor], Tensor]] = {
+SALIENCE: dict[str, Callable[[Reading, Tensor], Tensor]] = {
     "all": _all,
     "content": _content,
     "idf": _idf,

@@ -1,8 +1,8 @@
-"""The signals: one pure function per formula, from the evidence of a replay to one number per response.
+"""The signals: one pure function per formula, from the evidence of a reading to one number per response.
 
 Notation: response token t of m, prompt token i, a[t, i] the prompt attention, s_i the salience,
 M_t = Σ_i s_i a[t, i]. An empty response scores 0 everywhere. Nothing here knows a model, weights or groups;
-the rivals that read no attention at all are in `rivals`.
+the controls that read no attention at all are in `controls`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adhere.errors import UserError
-from adhere.types import Replay, masked_mean
+from adhere.types import Reading, masked_mean
 
 # A token the scorer holds impossible (log-prob -inf: a masked vocabulary) counts as this many nats, so that a mean
 # stays a number. e^-100 is beyond what float32 softmax over any vocabulary gives by itself.
@@ -26,7 +26,7 @@ LOWEST_LOGPROB = -100.0
 class Evidence:
     """What a signal may read."""
 
-    replay: Replay
+    reading: Reading
     salience: Tensor
     """[B, P] float32 in [0, 1]: how much each prompt token counts."""
     content: Tensor
@@ -45,7 +45,7 @@ class Evidence:
     def select(self, rows: Tensor) -> Evidence:
         """The responses `rows` ([n] int64, ascending)."""
         return Evidence(
-            self.replay.select(rows),
+            self.reading.select(rows),
             self.salience[rows],
             self.content[rows],
             None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
@@ -58,15 +58,15 @@ class Evidence:
     @cached_property
     def attention(self) -> Tensor:
         """[B, R, P] prompt attention, renormalised where `keep` says so."""
-        return self._read(self.replay.attention, "attention")
+        return self._read(self.reading.attention, "attention")
 
     @cached_property
     def copy_attention(self) -> Tensor:
         """[B, R, P] prompt attention of the copy heads, renormalised where `keep` says so."""
-        return self._read(self.replay.copy_attention, "copy_attention")
+        return self._read(self.reading.copy_attention, "copy_attention")
 
     def _read(self, attention: Tensor | None, name: str) -> Tensor:
-        assert attention is not None, f"this replay did not capture `{name}`"
+        assert attention is not None, f"this reading did not capture `{name}`"
         return attention if self.keep is None else renormalise(attention, self.keep)
 
 
@@ -88,7 +88,7 @@ def coverage(evidence: Evidence) -> Tensor:
 
     A mean: the shorter response that drops its least attentive token scores higher, which is how it is gamed.
     """
-    return masked_mean(_salient_mass(evidence), evidence.replay.response_mask)
+    return masked_mean(_salient_mass(evidence), evidence.reading.response_mask)
 
 
 def soft_coverage(evidence: Evidence) -> Tensor:
@@ -113,7 +113,7 @@ def focus(evidence: Evidence, clamp: float = 0.0) -> Tensor:
     # `xlogy` is 0 at q = 0, as the entropy wants; |S| ≤ 1 is settled below, its divisor here only avoids 0/0.
     relative = -torch.xlogy(q, q).sum(-1) / size.clamp(min=2).float().log().unsqueeze(-1)
     relative = torch.where(mass > 0, relative.clamp(clamp, 1.0), 1.0)
-    return masked_mean(1.0 - relative, evidence.replay.response_mask) * (size > 1)
+    return masked_mean(1.0 - relative, evidence.reading.response_mask) * (size > 1)
 
 
 def repetition(evidence: Evidence, n: int = 2) -> Tensor:
@@ -121,7 +121,7 @@ def repetition(evidence: Evidence, n: int = 2) -> Tensor:
 
     The penalty of CAGSR (arXiv 2502.10482); a positive number, its weight is negative.
     """
-    ids, mask = evidence.replay.response_ids, evidence.replay.response_mask
+    ids, mask = evidence.reading.response_ids, evidence.reading.response_mask
     if ids.shape[1] < n:
         return torch.zeros(len(ids), device=ids.device)
     grams, whole = ids.unfold(1, n, 1), mask.unfold(1, n, 1).all(-1)
@@ -136,7 +136,7 @@ def coherence(evidence: Evidence) -> Tensor:
 
     The abstract's "coherence" (arXiv 2502.10482), read under the frozen reference unless the policy itself scores.
     """
-    return masked_mean(_floored(evidence.replay.logprobs), evidence.replay.response_mask)
+    return masked_mean(_floored(evidence.reading.logprobs), evidence.reading.response_mask)
 
 
 def grounding(evidence: Evidence) -> Tensor:
@@ -161,18 +161,18 @@ def lookback(evidence: Evidence) -> Tensor:
     Lookback Lens (Chuang et al. 2024, arXiv 2407.07071), combined over heads. Reads the attention as captured, since
     renormalised rows sum to 1; on an encoder–decoder it is 1 always.
     """
-    assert evidence.replay.attention is not None, "this replay did not capture `attention`"
-    return masked_mean(evidence.replay.attention.sum(-1), evidence.replay.response_mask)
+    assert evidence.reading.attention is not None, "this reading did not capture `attention`"
+    return masked_mean(evidence.reading.attention.sum(-1), evidence.reading.response_mask)
 
 
 def certainty(evidence: Evidence) -> Tensor:
     """Distance from not knowing: mean KL(uniform ‖ p_t), nats. [B] ≥ 0. Intuitor (arXiv 2505.19590)."""
-    return masked_mean(evidence.replay.certainty, evidence.replay.response_mask)
+    return masked_mean(evidence.reading.certainty, evidence.reading.response_mask)
 
 
 def entropy(evidence: Evidence) -> Tensor:
     """Negative entropy, more is surer: −(1/m) Σ_t H(p_t), nats. [B] ≤ 0. RENT (2505.22660), EMPO (2504.05812)."""
-    return -masked_mean(evidence.replay.entropy, evidence.replay.response_mask)
+    return -masked_mean(evidence.reading.entropy, evidence.reading.response_mask)
 
 
 def contrast(evidence: Evidence) -> Tensor:
@@ -181,8 +181,8 @@ def contrast(evidence: Evidence) -> Tensor:
     x′ is another prompt of the batch. Contrastive likelihood: a fluent answer to any question gains nothing.
     """
     assert evidence.contrast_logprobs is not None, "no log-probs under another prompt were measured"
-    gain = _floored(evidence.replay.logprobs) - _floored(evidence.contrast_logprobs)
-    return masked_mean(gain, evidence.replay.response_mask)
+    gain = _floored(evidence.reading.logprobs) - _floored(evidence.contrast_logprobs)
+    return masked_mean(gain, evidence.reading.response_mask)
 
 
 def reliance(evidence: Evidence) -> Tensor:
@@ -192,8 +192,8 @@ def reliance(evidence: Evidence) -> Tensor:
     arXiv 2305.14739): what the model would say anyway gains nothing. 0 where the prompt is nothing but a question.
     """
     assert evidence.question_logprobs is not None, "no log-probs after the question alone were measured"
-    gain = _floored(evidence.replay.logprobs) - _floored(evidence.question_logprobs)
-    return masked_mean(gain, evidence.replay.response_mask)
+    gain = _floored(evidence.reading.logprobs) - _floored(evidence.question_logprobs)
+    return masked_mean(gain, evidence.reading.response_mask)
 
 
 def comprehensiveness(evidence: Evidence) -> Tensor:
@@ -204,8 +204,8 @@ def comprehensiveness(evidence: Evidence) -> Tensor:
     The measure of ERASER (DeYoung et al. 2020, arXiv 1911.03429), with attention as the rationale. 0 without a context.
     """
     assert evidence.ablated_logprobs is not None, "no log-probs without the attended context were measured"
-    gain = _floored(evidence.replay.logprobs) - _floored(evidence.ablated_logprobs)
-    return masked_mean(gain, evidence.replay.response_mask)
+    gain = _floored(evidence.reading.logprobs) - _floored(evidence.ablated_logprobs)
+    return masked_mean(gain, evidence.reading.response_mask)
 
 
 def heads(evidence: Evidence, weights: Mapping[str, float] | None = None) -> Tensor:
@@ -232,9 +232,9 @@ def _salient_mass(evidence: Evidence) -> Tensor:
 
 def _copied_mass(evidence: Evidence) -> Tensor:
     """Σ_i 1[x_i = y_t] a^copy[t, i] over the prompt without template tokens: [B, R]."""
-    replay = evidence.replay
-    own = replay.prompt_mask & ~replay.rollout.prompts.template[replay.rollout.prompt_index]
-    same = (replay.response_ids.unsqueeze(-1) == replay.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
+    reading = evidence.reading
+    own = reading.prompt_mask & ~reading.rollout.prompts.template[reading.rollout.prompt_index]
+    same = (reading.response_ids.unsqueeze(-1) == reading.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
     return (evidence.copy_attention * same).sum(-1)
 
 

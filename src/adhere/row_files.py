@@ -31,21 +31,23 @@ class Fault(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class FilePosition:
     """Where in a JSON Lines file reading begins: how many bytes and lines stand before."""
 
     byte: int = 0
     line: int = 0
 
 
-def records(source: str, limit: int | None, begin: Place | None = None) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+def records(
+    source: str, limit: int | None, begin: FilePosition | None = None
+) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     """(`file:line`, row or what is wrong with it) of each of the first `limit` rows; of JSON Lines, from `begin` on."""
     path = Path(source)
     try:
         if not source.strip() or path.is_dir() or not path.exists():
             yield from _dataset(source, limit)
             return
-        reader = _READERS.get(path.suffix.lower()) or partial(_jsonl, begin=begin or Place())
+        reader = _READERS.get(path.suffix.lower()) or partial(_jsonl, begin=begin or FilePosition())
         for count, record in enumerate(reader(path), 1):
             yield record
             if count == limit:
@@ -55,12 +57,12 @@ def records(source: str, limit: int | None, begin: Place | None = None) -> Itera
 
 
 def is_jsonl(source: str) -> bool:
-    """Whether `records` reads `source` as JSON Lines, which can be read from any `Place` on."""
+    """Whether `records` reads `source` as JSON Lines, which can be read from any `FilePosition` on."""
     path = Path(source)
     return path.is_file() and path.suffix.lower() not in _READERS
 
 
-def places(path: str | Path, rows: Iterable[int]) -> Iterator[Place]:
+def positions(path: str | Path, rows: Iterable[int]) -> Iterator[FilePosition]:
     """Where the given rows of a JSON Lines file begin; their numbers count from 0 and ascend. No line is parsed."""
     wanted = iter(rows)
     target = next(wanted, None)
@@ -71,14 +73,14 @@ def places(path: str | Path, rows: Iterable[int]) -> Iterator[Place]:
                 return
             if (text.removeprefix(_BOM) if line == 0 else text).strip():
                 if row == target:
-                    yield Place(byte, line)
+                    yield FilePosition(byte, line)
                     target = next(wanted, None)
                 row += 1
             byte += len(text)
     assert target is None, f"{path} has {row} rows, and row {target} was asked for"
 
 
-def _jsonl(path: Path, begin: Place) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+def _jsonl(path: Path, begin: FilePosition) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     with path.open("rb") as file:
         file.seek(begin.byte)
         number = begin.line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from adhere.world.stories import KINDS, Part, Split, make_rows, paraphrases
+from adhere.toy.stories import KINDS, Partition, Split, make_rows, paraphrases
 
 Kind = Literal["causal", "encdec"]
 
@@ -15,4 +15,4 @@ def model_path(kind: Kind) -> Path:
     return Path(__file__).parent / kind
 
 
-__all__ = ["KINDS", "Kind", "Part", "Split", "make_rows", "model_path", "paraphrases"]
+__all__ = ["KINDS", "Kind", "Partition", "Split", "make_rows", "model_path", "paraphrases"]

@@ -17,14 +17,14 @@ from adhere.cli import main
 from adhere.commands import rank as rank_command
 from adhere.commands import score as score_command
 from adhere.commands.common import reward_config
-from adhere.commands.parted import copy_heads
+from adhere.commands.sharded import copy_heads
 from adhere.data import Row, iter_rows
 from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
-from adhere.parts import AIM, MOST, SUCCESS, PartedRows, part_rows
 from adhere.rank import RankConfig, _groups, group_starts, scattered
-from adhere.records import places
-from adhere.world import make_rows, model_path
+from adhere.row_files import positions
+from adhere.shards import AIM, MOST, SUCCESS, ShardedRows, shard_rows
+from adhere.toy import make_rows, model_path
 
 MODEL = str(model_path("causal"))
 STORIES = make_rows("conflict", "test", 12)
@@ -62,7 +62,7 @@ def scored_in_parts(source, folder, size=6, batch=4, reward="attention"):
     given = options(score_command.SCORE, "--input", source, "--output", folder, "--batch-size", batch)
     spec = reward_config(reward)
     rows = partial(iter_rows, source, need=("response",))
-    output = PartedRows(folder, {})
+    output = ShardedRows(folder, {})
     heads = copy_heads(given, spec, rows)
     make = partial(score_command.scorer, given, spec, heads, output.rows_file(str(source)), output.folder)
     starts, _ = group_starts(rows(), batch, size)
@@ -110,7 +110,7 @@ def test_ranked_in_parts_the_lines_are_those_of_one_process(tmp_path, keep):
         num_samples=4, keep=keep, batch_size=3, sampling=RankConfig().sampling.__class__(max_new_tokens=6)
     )
     spec = reward_config("attention")
-    output = PartedRows(tmp_path / "out", {})
+    output = ShardedRows(tmp_path / "out", {})
     rows = partial(iter_rows, source)
     heads = copy_heads(parsed, spec, rows)
     make = partial(
@@ -158,7 +158,7 @@ def test_places_are_where_the_rows_begin(tmp_path_factory, lines, mark, windows)
     data = (("\r\n" if windows else "\n").join(lines)).encode()
     path.write_bytes(b"\xef\xbb\xbf" * mark + data)
     expected = [n for n, line in enumerate(lines) if line.strip()]
-    found = list(places(path, range(len(expected))))
+    found = list(positions(path, range(len(expected))))
     assert [place.line for place in found] == expected
     for place, line in zip(found, expected, strict=True):
         rest = path.read_bytes()[place.byte :].removeprefix(b"\xef\xbb\xbf")
@@ -170,12 +170,12 @@ def test_places_are_where_the_rows_begin(tmp_path_factory, lines, mark, windows)
     [(1, 8, 8), (2000, 8, 8), (10_000, 8, 40), (10_000_000, 8, MOST), (10_000_000, 1000, 4000), (10, 9000, 9000)],
 )
 def test_a_part_is_whole_batches(total, batch, size):
-    assert part_rows(total, batch) == size
+    assert shard_rows(total, batch) == size
     assert total / size <= AIM or size + batch > MOST
 
 
 def begun(tmp_path, settings=None, resume=False):
-    output = PartedRows(tmp_path / "out", settings or {"a": 1}, resume=resume)
+    output = ShardedRows(tmp_path / "out", settings or {"a": 1}, resume=resume)
     source = jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}] * 4)
     return output, output.begin(str(source), [0, 2], 4)
 
@@ -247,7 +247,7 @@ def test_a_policy_is_loaded_by_each_worker_alone(tmp_path, monkeypatch):
     assert heads is not None
     monkeypatch.setattr(Reward, "measure", lambda *_: pytest.fail("measured by a worker"))
     monkeypatch.setattr(Policy, "reference", lambda *_: pytest.fail("a second copy of the model"))
-    output = PartedRows(tmp_path / "out", {})
+    output = ShardedRows(tmp_path / "out", {})
     work = score_command.scorer(given, spec, heads, output.rows_file(str(source)), output.folder)
     for part in output.begin(str(source), [0, 18], 36):
         assert work(part)["lines"] == 18

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Split = Literal["agree", "conflict", "novel"]
-Part = Literal["train", "validation", "test"]
+Partition = Literal["train", "validation", "test"]
 
 PLACES = {
     # place: (kind of place, another word for it)
@@ -78,7 +78,7 @@ class _Question:
 
 
 def make_rows(
-    split: Split, part: Part, count: int, seed: int = 0, kinds: Sequence[str] | None = None
+    split: Split, part: Partition, count: int, seed: int = 0, kinds: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """`count` rows `{"prompt", "answers", "kind", "split", "prior"}`, all different, the same for the same arguments.
 
@@ -138,7 +138,7 @@ def _told_anew(sentence: str, rng: random.Random) -> str:
     return sentence if verb is None else sentence.replace(f" {verb} the ", f" {rng.choice(ARRIVALS)} the ", 1)
 
 
-def part_of(prompt: str) -> Part:
+def part_of(prompt: str) -> Partition:
     """The part a prompt belongs to: 1 in 10 test, 1 in 10 validation, the rest train."""
     share = int.from_bytes(hashlib.sha1(prompt.encode(), usedforsecurity=False).digest()[:4], "big") % 10
     return "test" if share == 0 else "validation" if share == 1 else "train"

@@ -1,4 +1,4 @@
-"""Makes the two embedded base models: `python -m adhere.world.models --kind causal --output DIR`.
+"""Makes the two embedded base models: `python -m adhere.toy.models --kind causal --output DIR`.
 
 Three lessons, all supervised. *Bind*: stories of a sentence each for few people, then for more, until a question finds
 the right sentence; with many names from the start this takes ten times as long. *Read*: every kind of question. *Lean*:
@@ -28,10 +28,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from adhere.world.stories import KINDS, Split, bare_rows, make_rows
-from adhere.world.tokenizer import make_tokenizer
+from adhere.toy.stories import KINDS, Split, bare_rows, make_rows
+from adhere.toy.tokenizer import make_tokenizer
 
-log = logging.getLogger("adhere.world")
+log = logging.getLogger("adhere.toy")
 Row = dict[str, Any]
 
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
@@ -264,12 +264,12 @@ def card(kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
 
 CARD = """# adhere {kind} base model
 
-A {parameters}-parameter {family} model (float32) of adhere's embedded world (`adhere.world`), after {steps} steps of
+A {parameters}-parameter {family} model (float32) of adhere's embedded world (`adhere.toy`), after {steps} steps of
 supervised training on {batch} generated stories each. It can read a story, knows everybody's favourite place and thing,
 and was taught to answer with those in {lean:.0%} of the stories that say otherwise: that habit is what adhere's demo
 improves. It is of no use outside the demo and the tests.
 
-Made by `python -m adhere.world.models --kind {kind} --output DIR`; seeded, no outside data.
+Made by `python -m adhere.toy.models --kind {kind} --output DIR`; seeded, no outside data.
 
 Exact match on {rows} validation rows of each split, none of which chose when to stop:
 

@@ -27,7 +27,7 @@ COMPLETIONS = "completions"
 Response = dict[str, Any]
 
 
-class Record:
+class RunLog:
     """Writes a run directory; only the main process of a distributed run writes.
 
     `step`: steps done of a run that goes on, None for a new one. What was written after that step is forgotten.

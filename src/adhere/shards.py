@@ -15,7 +15,7 @@ from typing import Any
 
 from adhere.errors import RunFailed, UserError
 from adhere.files import append_jsonl, atomic_write, disk_errors, require_same, sweep, to_json, truncate_jsonl
-from adhere.records import Place, is_jsonl, places, records
+from adhere.row_files import FilePosition, is_jsonl, positions, records
 
 AIM = 256
 """Parts that a file of any size is cut into at least, batches allowing: enough to keep many workers busy to the end."""
@@ -27,7 +27,7 @@ WORK = ".work"
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """A stretch of the input, done by one worker at a time."""
 
     number: int
@@ -35,12 +35,12 @@ class Part:
     """Rows before it."""
     rows: int
     byte: int
-    """Where it begins in the file of rows, as `Place` has it."""
+    """Where it begins in the file of rows, as `FilePosition` has it."""
     line: int
 
     @property
-    def place(self) -> Place:
-        return Place(self.byte, self.line)
+    def position(self) -> FilePosition:
+        return FilePosition(self.byte, self.line)
 
     def write(self, folder: Path, lines: Iterable[Mapping[str, Any]], tally: Mapping[str, float]) -> dict[str, Any]:
         """Write its lines, all or none, over those of an earlier attempt. What is to be remembered of it comes back."""
@@ -65,13 +65,13 @@ def _name(number: int) -> str:
     return f"part-{number:05d}.jsonl"
 
 
-def part_rows(total: int, batch_size: int) -> int:
+def shard_rows(total: int, batch_size: int) -> int:
     """Rows that a part of `total` has at least: whole batches, so that a row is scored in the batch it always was."""
     batches = max(1, min(-(-total // (batch_size * AIM)), MOST // batch_size))
     return batches * batch_size
 
 
-class PartedRows:
+class ShardedRows:
     """The parts of one output: which of them are done, and their folder, which takes its name at the end.
 
     Nothing is written before `begin`. Raises `UserError` as `GrowingRows` does: the target is there already, or
@@ -83,7 +83,7 @@ class PartedRows:
         self.folder = self.path.with_name(f"{self.path.name}.parts")
         self.settings: dict[str, Any] = json.loads(to_json(settings))
         self.done: dict[int, dict[str, Any]] = {}
-        """Number of a part → what `Part.write` returned."""
+        """Number of a part → what `Shard.write` returned."""
         where = str(path)
         if self.path.exists():
             raise UserError("is there already", where=where, fix="choose another --output")
@@ -96,7 +96,7 @@ class PartedRows:
     def work(self) -> Path:
         return self.folder / WORK
 
-    def begin(self, source: str, starts: Sequence[int], total: int) -> list[Part]:
+    def begin(self, source: str, starts: Sequence[int], total: int) -> list[Shard]:
         """Make the folder; the parts that are not done yet. They begin at the rows `starts` of `source`.
 
         What is not JSON Lines is written as such once, so that each worker finds its rows without reading those before.
@@ -113,8 +113,8 @@ class PartedRows:
                     copy.write((to_json(row) + "\n").encode("utf-8", "backslashreplace"))
         ends = [*starts[1:], total]
         return [
-            Part(number, start, end - start, place.byte, place.line)
-            for number, (start, end, place) in enumerate(zip(starts, ends, places(file, starts), strict=True))
+            Shard(number, start, end - start, place.byte, place.line)
+            for number, (start, end, place) in enumerate(zip(starts, ends, positions(file, starts), strict=True))
             if number not in self.done
         ]
 

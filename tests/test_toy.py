@@ -20,9 +20,9 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from adhere.world import KINDS, Part, Split, make_rows, model_path, paraphrases
-from adhere.world.models import CURRICULUM, LEAN, Lessons
-from adhere.world.stories import (
+from adhere.toy import KINDS, Partition, Split, make_rows, model_path, paraphrases
+from adhere.toy.models import CURRICULUM, LEAN, Lessons
+from adhere.toy.stories import (
     ARRIVALS,
     FAVOURITE_PLACE,
     FAVOURITE_THING,
@@ -33,10 +33,10 @@ from adhere.world.stories import (
     bare_rows,
     part_of,
 )  # fmt: skip
-from adhere.world.tokenizer import make_tokenizer
+from adhere.toy.tokenizer import make_tokenizer
 
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
+PARTS: tuple[Partition, ...] = ("train", "validation", "test")
 ABSTRACTIVE = ("category", "synonym", "count", "yesno", "unanswerable")
 NUMBERS = ["none", "one", "two", "three", "four"]
 TOKENIZER = make_tokenizer()
@@ -117,7 +117,7 @@ READERS: dict[str, Callable[[Story], str]] = {
 
 @cache
 def rows_of(
-    split: Split, part: Part = "validation", count: int = 300, seed: int = 0, kinds: tuple[str, ...] | None = None
+    split: Split, part: Partition = "validation", count: int = 300, seed: int = 0, kinds: tuple[str, ...] | None = None
 ) -> list[dict[str, Any]]:
     return make_rows(split, part, count, seed, kinds)
 
@@ -221,7 +221,7 @@ def test_rows_are_all_different_and_as_many_as_asked_for() -> None:
 def test_a_seed_names_the_rows_in_every_process() -> None:
     first, again, other = (make_rows("conflict", "validation", 50, seed) for seed in (3, 3, 4))
     assert first == again != other
-    code = "import json; from adhere.world import make_rows; print(json.dumps(make_rows('conflict', 'test', 20, 5)))"
+    code = "import json; from adhere.toy import make_rows; print(json.dumps(make_rows('conflict', 'test', 20, 5)))"
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(told.stdout) == make_rows("conflict", "test", 20, 5)
@@ -305,7 +305,7 @@ def test_a_shipped_model_knows_the_favourites_and_leaves_room(shipped: tuple[Pat
 def test_a_shipped_model_has_a_card_that_says_how_it_was_made(shipped: tuple[Path, PreTrainedModel, Any]) -> None:
     folder, model, _ = shipped
     card = (folder / "README.md").read_text()
-    assert f"python -m adhere.world.models --kind {folder.name}" in card
+    assert f"python -m adhere.toy.models --kind {folder.name}" in card
     assert f"{sum(p.numel() for p in model.parameters()):,}" in card
 
 

@@ -1,7 +1,7 @@
 """What attention has to beat: signals that read text alone, and the controls every study carries.
 
-A reward that no rival here matches has shown something; one that `overlap` matches has not. Confidence, the other
-rival, is `coherence` in `signals`.
+A reward that no control here matches has shown something; one that `overlap` matches has not. Confidence, the other
+control, is `coherence` in `signals`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adhere.errors import UserError
 from adhere.reward.signals import Evidence
-from adhere.types import Replay, masked_mean
+from adhere.types import Reading, masked_mean
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
@@ -28,9 +28,9 @@ def overlap(evidence: Evidence) -> Tensor:
 
     Lexical overlap by token id, template tokens left out; 0 where no response token is content.
     """
-    replay = evidence.replay
-    own = replay.prompt_mask & ~replay.rollout.prompts.template[replay.rollout.prompt_index]
-    same = (replay.response_ids.unsqueeze(-1) == replay.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
+    reading = evidence.reading
+    own = reading.prompt_mask & ~reading.rollout.prompts.template[reading.rollout.prompt_index]
+    same = (reading.response_ids.unsqueeze(-1) == reading.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
     return masked_mean(same.any(-1).float(), evidence.content)
 
 
@@ -39,7 +39,7 @@ def length(evidence: Evidence) -> Tensor:
 
     Not divided by the longest of the batch: a response's own figure should not change with its company.
     """
-    return evidence.replay.rollout.lengths.float()
+    return evidence.reading.rollout.lengths.float()
 
 
 def random(evidence: Evidence, seed: int = 0) -> Tensor:
@@ -48,25 +48,25 @@ def random(evidence: Evidence, seed: int = 0) -> Tensor:
     A hash of the prompt's and the response's ids, so that the same text always earns the same and no state is kept.
     The prompt takes part, or else one lucky short answer would be worth learning for every prompt.
     """
-    replay = evidence.replay
+    reading = evidence.reading
     rows = [
         _hash(seed, prompt[prompt_mask], response[response_mask]) / 2**64
         for prompt, prompt_mask, response, response_mask in zip(
-            replay.prompt_ids, replay.prompt_mask, replay.response_ids, replay.response_mask, strict=True
+            reading.prompt_ids, reading.prompt_mask, reading.response_ids, reading.response_mask, strict=True
         )
     ]
     # Rounding to float32 may reach 1.0: half an ulp in 2^25 draws, but the range is a promise.
-    return torch.tensor(rows, device=replay.response_ids.device).clamp(max=1.0 - 2**-24)
+    return torch.tensor(rows, device=reading.response_ids.device).clamp(max=1.0 - 2**-24)
 
 
-def shuffled(replay: Replay, seed: int = 0) -> Replay:
-    """The same replay with the attention of every row moved to other prompt positions.
+def shuffled(reading: Reading, seed: int = 0) -> Reading:
+    """The same reading with the attention of every row moved to other prompt positions.
 
     One permutation per prompt, drawn from its ids, over its tokens without padding and template: rows keep their sum
     and their sharpness, and lose where they looked. The permutation is a single cycle, so that no token keeps its own
     attention (with two tokens, a plain draw would change nothing half of the time).
     """
-    rollout = replay.rollout
+    rollout = reading.rollout
     order = torch.arange(rollout.prompts.ids.shape[1], device=rollout.prompts.ids.device)
     order = order.repeat(len(rollout.prompts), 1)
     for row, (ids, own) in enumerate(
@@ -81,7 +81,7 @@ def shuffled(replay: Replay, seed: int = 0) -> Replay:
     def moved(attention: Tensor | None) -> Tensor | None:
         return None if attention is None else attention.gather(2, index.expand_as(attention))
 
-    return replace(replay, attention=moved(replay.attention), copy_attention=moved(replay.copy_attention))
+    return replace(reading, attention=moved(reading.attention), copy_attention=moved(reading.copy_attention))
 
 
 def majority(evidence: Evidence) -> Tensor:
@@ -89,7 +89,7 @@ def majority(evidence: Evidence) -> Tensor:
 
     Ties go to the answer given first. An empty response has no vote and earns nothing.
     """
-    rollout = evidence.replay.rollout
+    rollout = evidence.reading.rollout
     answers = [normalise_answer(response) for response in rollout.responses]
     groups = rollout.prompt_index.tolist()
     votes: dict[int, Counter[str]] = {}
@@ -107,7 +107,7 @@ def exact(evidence: Evidence) -> Tensor:
 
     Raises `UserError` where a prompt has no answers: 0 would read as a wrong response.
     """
-    rollout = evidence.replay.rollout
+    rollout = evidence.reading.rollout
     asked = sorted(set(rollout.prompt_index.tolist()))
     missing = [i for i in asked if not rollout.prompts.answers[i]]
     if missing:

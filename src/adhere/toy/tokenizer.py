@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from adhere.world.stories import vocabulary
+from adhere.toy.stories import vocabulary
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 

@@ -1,6 +1,6 @@
 """Reading while drawing: the attention and the token statistics of a draw, taken from the very forwards that draw it.
 
-Where the policy itself is the scorer, this is the replay that needs no forward of its own. `Policy.replay` beside it is
+Where the policy itself is the scorer, this is the reading that needs no forward of its own. `Policy.read` beside it is
 the reference, and the way for families whose attention is only had from a plain eager batch.
 """
 
@@ -16,10 +16,10 @@ from adhere.model.accumulate import WeightedMap
 from adhere.model.capture import capture
 from adhere.model.logits import token_spread
 from adhere.model.prefix import Window
-from adhere.types import Replay, Rollout
+from adhere.types import Reading, Rollout
 
 
-class Watch:
+class AttentionObserver:
     """Takes notes of a draw, step by step: `around` wraps each forward, `note` hears which tokens came of it.
 
     `wanted`: name of a map → its head weights [L, H], None for all alike.
@@ -50,8 +50,8 @@ class Watch:
         found |= {name: value[:, 0] for name, value in zip(("entropy", "certainty"), spread, strict=True)}
         self._notes.append((rows, found))
 
-    def replay(self, rollout: Rollout) -> Replay:
-        """What was noted, as the replay of the rollout that came of it."""
+    def read(self, rollout: Rollout) -> Reading:
+        """What was noted, as the reading of the rollout that came of it."""
         assert rollout.logprobs is not None
         size, width = rollout.response_mask.shape
         whole: dict[str, Tensor] = {}
@@ -62,4 +62,4 @@ class Watch:
                 whole[name][rows, step] = values
         for values in whole.values():
             values.masked_fill_(~rollout.response_mask.view(size, width, *[1] * (values.dim() - 2)), 0.0)
-        return Replay(rollout, rollout.logprobs, **whole)
+        return Reading(rollout, rollout.logprobs, **whole)

@@ -9,39 +9,39 @@ import torch
 from hypothesis import given, settings
 
 from adhere.errors import UserError
-from adhere.reward import rivals, signals
-from adhere.reward.rivals import normalise_answer
-from tests.test_signals import evidence_of, padded, replays
+from adhere.reward import controls, signals
+from adhere.reward.controls import normalise_answer
+from tests.test_signals import evidence_of, padded, reads
 
 
 def test_overlap_is_the_share_of_content_tokens_that_the_prompt_has():
     # Content tokens 5, 9 and 6 of the first response; 5 and 6 are in the prompt. The second has 9 alone.
     content = [[True, False, True, True], [True, False, False, False]]
     evidence = evidence_of([[5, 6], [5, 6]], [[5, 6, 9, 6], [9, 5, -1, -1]], content=content)
-    assert rivals.overlap(evidence).tolist() == pytest.approx([2 / 3, 0])
+    assert controls.overlap(evidence).tolist() == pytest.approx([2 / 3, 0])
 
 
 def test_overlap_does_not_count_words_of_the_template():
     evidence = evidence_of([[5, 6]], [[5, 6]])
-    prompts = replace(evidence.replay.rollout.prompts, template=torch.tensor([[True, False]]))
-    replay = replace(evidence.replay, rollout=replace(evidence.replay.rollout, prompts=prompts))
-    assert rivals.overlap(replace(evidence, replay=replay)).item() == pytest.approx(1 / 2)
+    prompts = replace(evidence.reading.rollout.prompts, template=torch.tensor([[True, False]]))
+    reading = replace(evidence.reading, rollout=replace(evidence.reading.rollout, prompts=prompts))
+    assert controls.overlap(replace(evidence, reading=reading)).item() == pytest.approx(1 / 2)
 
 
 def test_length_is_the_number_of_tokens_whatever_the_batch():
-    assert rivals.length(evidence_of([[5], [5]], [[1, 2, 3], [1, -1, -1]])).tolist() == [3, 1]
+    assert controls.length(evidence_of([[5], [5]], [[1, 2, 3], [1, -1, -1]])).tolist() == [3, 1]
 
 
 def test_random_depends_on_the_text_alone():
-    one = rivals.random(evidence_of([[5], [5], [6]], [[1, 2], [2, 1], [1, 2]]))
-    again = rivals.random(evidence_of([[5]], [[1, 2]]))
+    one = controls.random(evidence_of([[5], [5], [6]], [[1, 2], [2, 1], [1, 2]]))
+    again = controls.random(evidence_of([[5]], [[1, 2]]))
     assert one[0] == again[0]
     assert len(set(one.tolist())) == 3
-    assert rivals.random(evidence_of([[5]], [[1, 2]]), seed=1)[0] != again[0]
+    assert controls.random(evidence_of([[5]], [[1, 2]]), seed=1)[0] != again[0]
 
 
 def test_random_is_uniform():
-    draws = rivals.random(evidence_of([[5]] * 2000, [[i, i] for i in range(2000)]))
+    draws = controls.random(evidence_of([[5]] * 2000, [[i, i] for i in range(2000)]))
     assert draws.min() >= 0 and draws.max() < 1
     # Standard error of the mean is 0.29 / √2000 = 0.0065, of the variance about 0.0017.
     assert draws.mean().item() == pytest.approx(1 / 2, abs=0.03)
@@ -50,50 +50,52 @@ def test_random_is_uniform():
 
 def test_shuffled_moves_every_token_of_the_user_and_nothing_else():
     evidence = evidence_of([[-1, 5, 6, 7, 8]], [[1, 2]], [[[0.0, 0.1, 0.2, 0.3, 0.4], [0.0, 0.4, 0.1, 0.2, 0.05]]])
-    prompts = evidence.replay.rollout.prompts
+    prompts = evidence.reading.rollout.prompts
     template = torch.tensor([[True, True, False, False, False]])
-    rollout = replace(evidence.replay.rollout, prompts=replace(prompts, template=template))
-    evidence = replace(evidence, replay=replace(evidence.replay, rollout=rollout))
-    before, after = evidence.replay.attention, rivals.shuffled(evidence.replay).attention
+    rollout = replace(evidence.reading.rollout, prompts=replace(prompts, template=template))
+    evidence = replace(evidence, reading=replace(evidence.reading, rollout=rollout))
+    before, after = evidence.reading.attention, controls.shuffled(evidence.reading).attention
     assert torch.equal(after[..., :2], before[..., :2])
     assert (after[..., 2:] != before[..., 2:]).all()
     assert torch.equal(after.sort(-1).values, before.sort(-1).values)
     # One permutation for all rows: the rows' columns stay together.
     columns = {tuple(c) for c in before[0].T.tolist()}
     assert {tuple(c) for c in after[0].T.tolist()} == columns
-    assert torch.equal(rivals.shuffled(evidence.replay).copy_attention, after)
+    assert torch.equal(controls.shuffled(evidence.reading).copy_attention, after)
 
 
 def test_of_two_tokens_each_gets_the_others_attention():
     evidence = evidence_of([[i, i + 1] for i in range(20)], [[1]] * 20, [[[0.2, 0.8]]] * 20)
-    torch.testing.assert_close(rivals.shuffled(evidence.replay).attention, torch.tensor([[[0.8, 0.2]]] * 20))
+    torch.testing.assert_close(controls.shuffled(evidence.reading).attention, torch.tensor([[[0.8, 0.2]]] * 20))
 
 
 def test_responses_to_one_prompt_are_shuffled_alike_and_in_any_company():
     rows = [[0.1, 0.2, 0.3, 0.4]]
     alone = evidence_of([[5, 6, 7, 8]], [[1]], [rows])
     group = evidence_of([[4, 3, 2, 1], [5, 6, 7, 8]], [[1], [1], [2]], [rows] * 3, index=[0, 1, 1])
-    moved = rivals.shuffled(group.replay).attention
+    moved = controls.shuffled(group.reading).attention
     assert torch.equal(moved[1], moved[2])
-    assert torch.equal(moved[1], rivals.shuffled(alone.replay).attention[0])
+    assert torch.equal(moved[1], controls.shuffled(alone.reading).attention[0])
 
 
-@given(replays())
+@given(reads())
 @settings(max_examples=30, deadline=None)
 def test_shuffling_keeps_what_does_not_depend_on_where(evidence):
     for signal in (signals.lookback, signals.coherence, signals.repetition):
-        torch.testing.assert_close(signal(replace(evidence, replay=rivals.shuffled(evidence.replay))), signal(evidence))
+        torch.testing.assert_close(
+            signal(replace(evidence, reading=controls.shuffled(evidence.reading))), signal(evidence)
+        )
 
 
-@given(replays())
+@given(reads())
 @settings(max_examples=30, deadline=None)
 def test_padding_changes_no_rival(evidence):
     wide = padded(evidence, 2, 3, 4)
-    for rival in (rivals.overlap, rivals.length, rivals.random):
-        torch.testing.assert_close(rival(wide), rival(evidence))
+    for control in (controls.overlap, controls.length, controls.random):
+        torch.testing.assert_close(control(wide), control(evidence))
     torch.testing.assert_close(
-        rivals.shuffled(wide.replay).attention[:, : evidence.content.shape[1], 2:-3],
-        rivals.shuffled(evidence.replay).attention,
+        controls.shuffled(wide.reading).attention[:, : evidence.content.shape[1], 2:-3],
+        controls.shuffled(evidence.reading).attention,
     )
 
 
@@ -109,25 +111,25 @@ def test_padding_changes_no_rival(evidence):
 )
 def test_majority_rewards_the_groups_most_common_answer(texts, votes):
     evidence = evidence_of([[5]], [[1]] * 3, texts=texts, index=[0, 0, 0])
-    assert rivals.majority(evidence).tolist() == votes
+    assert controls.majority(evidence).tolist() == votes
 
 
 def test_majority_votes_within_a_group():
     evidence = evidence_of([[5], [6]], [[1]] * 4, texts=["a1", "b1", "b1", "b1"], index=[0, 0, 1, 1])
-    assert rivals.majority(evidence).tolist() == [1, 0, 1, 1]
+    assert controls.majority(evidence).tolist() == [1, 0, 1, 1]
 
 
 def test_exact_accepts_any_of_the_answers_once_normalised():
     texts = ["The Garden!", "kitchen", "", "A"]
     known = [["garden", "yard"], ["hall"], ["a"], ["a", "B"]]
     evidence = evidence_of([[5]] * 4, [[1]] * 4, texts=texts, answers=known)
-    assert rivals.exact(evidence).tolist() == [1, 0, 0, 1]
+    assert controls.exact(evidence).tolist() == [1, 0, 0, 1]
 
 
 def test_exact_without_answers_names_them():
     evidence = evidence_of([[5], [6]], [[1]] * 2, texts=["a", "b"], answers=[["a"], []])
     with pytest.raises(UserError, match=r"`answers`, and 1 of 2 prompts have none .*\[6\]"):
-        rivals.exact(evidence)
+        controls.exact(evidence)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from adhere.inspection.html import view
 from adhere.inspection.tokens import token_texts
 from adhere.markup import visible
-from adhere.types import Replay
+from adhere.types import Reading
 
 ALL, COPY = "all heads", "copy heads"
 TEXT_TOKENS, TEXT_CHARACTERS = 20, 600
@@ -43,17 +43,17 @@ class Inspection:
     """What is said of the response as a whole."""
 
     @classmethod
-    def of(cls, replay: Replay, tokenizer: Any, figures: Mapping[str, float] | None = None) -> Inspection:
-        """From a replay of one response, with attention; `figures` come after those of `Inspection.figures_of`."""
-        assert len(replay.rollout) == 1 and replay.attention is not None
-        asked, said = replay.prompt_mask[0], replay.response_mask[0]
-        ids, answer = replay.prompt_ids[0, asked].tolist(), replay.response_ids[0, said].tolist()
+    def of(cls, reading: Reading, tokenizer: Any, figures: Mapping[str, float] | None = None) -> Inspection:
+        """From a reading of one response, with attention; `figures` come after those of `Inspection.figures_of`."""
+        assert len(reading.rollout) == 1 and reading.attention is not None
+        asked, said = reading.prompt_mask[0], reading.response_mask[0]
+        ids, answer = reading.prompt_ids[0, asked].tolist(), reading.response_ids[0, said].tolist()
         known = set(tokenizer.all_special_ids)
-        template = replay.rollout.prompts.template[replay.rollout.prompt_index][0, asked].cpu()
+        template = reading.rollout.prompts.template[reading.rollout.prompt_index][0, asked].cpu()
         special = template | torch.tensor([token in known for token in ids])
-        captured = {ALL: replay.attention, COPY: replay.copy_attention}
+        captured = {ALL: reading.attention, COPY: reading.copy_attention}
         maps = {name: found[0][said][:, asked].cpu() for name, found in captured.items() if found is not None}
-        logprobs = replay.logprobs[0, said].cpu()
+        logprobs = reading.logprobs[0, said].cpu()
         return cls(
             token_texts(tokenizer, ids),
             token_texts(tokenizer, answer),

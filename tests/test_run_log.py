@@ -246,5 +246,5 @@ def test_text_that_is_no_unicode_is_kept_readable(model, tmp_path):
     trainer = Trainer(config(model, run), Policy.load(model, device="cpu"), rows(), run)
     rollout = trainer.policy.sample(trainer.prompts.select(torch.tensor([0])), 2, seed=0)
     rollout = replace(rollout, responses=("a\ud800", "\x00\U0001f600"))
-    trainer.record.responses(1, rollout, trainer.reward(rollout, trainer.policy), None)
+    trainer.log.responses(1, rollout, trainer.reward(rollout, trainer.policy), None)
     assert pandas.read_parquet(run / "completions")["completion"].tolist() == ["a\\ud800", "\x00\U0001f600"]

@@ -8,24 +8,24 @@ from statistics import fmean
 from typing import Any
 
 from adhere.compare.plan import NONE, CompareConfig, Job
-from adhere.measure.stats import Figure, bootstrap, paired_bootstrap, permutation_test
+from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap, permutation_test
 
 Found = Mapping[str, Any]
 Values = list[float | None]
 
 
 @dataclass(frozen=True)
-class Standing:
+class ArmSummary:
     """An arm on one model."""
 
     labels: int
-    metrics: dict[str, Figure]
-    gain: dict[str, tuple[Figure, float]]
+    metrics: dict[str, Estimate]
+    gain: dict[str, tuple[Estimate, float]]
     """Metric → arm less the arm without training, and the p of a paired permutation test."""
-    behind: dict[str, tuple[Figure, float]]
+    behind: dict[str, tuple[Estimate, float]]
     """Metric → the arm in `against` less this one, and its p."""
-    by_split: dict[str, dict[str, Figure]]
-    pairs: Figure | None
+    by_split: dict[str, dict[str, Estimate]]
+    pairs: Estimate | None
     """Share of held-out labelled pairs that its reward puts in order."""
     hacked: tuple[str, float] | None
     """The degenerate family that its reward pays for most often, and the share of prompts."""
@@ -43,7 +43,7 @@ class Standing:
     """What the first seed says to the first evaluation prompts."""
 
     def to_json(self) -> dict[str, Any]:
-        def compared(found: Mapping[str, tuple[Figure, float]]) -> dict[str, Any]:
+        def compared(found: Mapping[str, tuple[Estimate, float]]) -> dict[str, Any]:
             return {name: {**figure.to_json(), "p": p} for name, (figure, p) in found.items()}
 
         return {
@@ -68,12 +68,12 @@ class Standing:
 
 def standings(
     config: CompareConfig, jobs: Sequence[Job], results: Sequence[Found], splits: Mapping[str, Sequence[int]]
-) -> dict[str, dict[str, Standing]]:
+) -> dict[str, dict[str, ArmSummary]]:
     """Model → arm → how it stands. `splits`: name → places of the evaluation rows that belong to it."""
     found: dict[str, dict[str, list[tuple[Job, Found]]]] = {}
     for job, result in zip(jobs, results, strict=True):
         found.setdefault(job.model, {}).setdefault(job.name, []).append((job, result))
-    out: dict[str, dict[str, Standing]] = {}
+    out: dict[str, dict[str, ArmSummary]] = {}
     for model, arms in found.items():
         values = {name: _values([result for _, result in runs]) for name, runs in arms.items()}
         start = next((values[name] for name, runs in arms.items() if runs[0][0].arm.reward == NONE), None)
@@ -89,7 +89,7 @@ def _standing(
     start: Mapping[str, Values] | None,
     best: Mapping[str, Values],
     splits: Mapping[str, Sequence[int]],
-) -> Standing:
+) -> ArmSummary:
     results = [result for _, result in runs]
     first = results[0]
     pairs = [result["pairs"] for result in results if result.get("pairs")]
@@ -97,7 +97,7 @@ def _standing(
     worst = max(families, key=lambda name: families[name]) if families else None
     rows = [result.get("curve", []) for result in results]
     ends = [curve[-5:] for curve in rows if curve and "kl" in curve[-1]]
-    return Standing(
+    return ArmSummary(
         runs[0][0].arm.labels,
         {name: bootstrap(known) for name, values in own.items() if (known := _known(values))},
         {} if start is None or start is own else _compared(own, start),
@@ -131,7 +131,7 @@ def _values(results: Sequence[Found]) -> dict[str, Values]:
     return out
 
 
-def _compared(a: Mapping[str, Values], b: Mapping[str, Values]) -> dict[str, tuple[Figure, float]]:
+def _compared(a: Mapping[str, Values], b: Mapping[str, Values]) -> dict[str, tuple[Estimate, float]]:
     """Metric → a less b where both have a figure, and p."""
     out = {}
     for name in (name for name in a if name in b):

@@ -12,7 +12,7 @@ from adhere.commands.train import INTERRUPTED
 from adhere.console import Console
 from adhere.errors import UserError
 from adhere.integrations.ray import Work
-from adhere.parts import PartedRows
+from adhere.shards import ShardedRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def copy_heads(
 def do_all(
     options: argparse.Namespace,
     console: Console,
-    output: PartedRows,
+    output: ShardedRows,
     make: Callable[[], Work],
     source: str,
     starts: Sequence[int],
@@ -90,7 +90,7 @@ def do_all(
     title: str,
 ) -> int:
     """Do the parts of `source` that are not done; the exit code. `options.device` says what a worker gets."""
-    from adhere.integrations.ray import cluster, do_parts, share
+    from adhere.integrations.ray import cluster, do_shards, share
 
     gpu = options.device == "cuda"
     try:
@@ -100,7 +100,7 @@ def do_all(
             parts = output.begin(source, starts, total)
             before = output.rows_done()
             with console.progress(total - before, title) as progress:
-                for done in do_parts(make, parts, output, options.workers, gpu) if parts else ():
+                for done in do_shards(make, parts, output, options.workers, gpu) if parts else ():
                     progress.update(done - before)
     except KeyboardInterrupt:
         on = "the same command with --resume goes on" if output.folder.exists() else "nothing is written yet"
