@@ -27,8 +27,6 @@ from adhere.model.settings import Sampling
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
 
-# Prompts that copy heads are measured on: more change the weights by less than their rounding.
-HEAD_PROMPTS = 64
 NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0}
 """What `lines_of` adds to."""
 
@@ -172,11 +170,7 @@ def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
 
 
 def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, first: int = 0) -> Iterator[list[Ranked]]:
-    """The rows, ranked, a batch at a time. Before them stand `first` others (whole batches, or all), ranked elsewhere.
-
-    A reward that reads copy heads measures them on the first batch, unless `measure_heads` was called before, as one
-    must be who resumes: later batches would measure other weights.
-    """
+    """The rows, ranked, a batch at a time. `first`: rows before them (whole batches, or all) that are ranked elsewhere."""
     start = -(-first // config.batch_size)  # rounded up: after the last row, which need not fill its batch
     for number, batch in enumerate(batched(rows, config.batch_size), start):
         prompts = reward.policy.encode(
@@ -232,17 +226,6 @@ def blank_between(policy: Policy) -> Callable[[str, str], str]:
     return between
 
 
-def measure_heads(reward: Reward, rows: Iterable[Row]) -> None:
-    """Copy heads measured on the first prompts, where the reward needs them and none are known."""
-    if reward.needs_heads and reward.copy_weights is None:
-        prompts: dict[str, Prompt] = {}
-        for row in rows:
-            prompts.setdefault(_key(row), row.prompt)
-            if len(prompts) == HEAD_PROMPTS:
-                break
-        reward.copy_weights = reward.measure(reward.policy.encode(list(prompts.values())))
-
-
 def score_rows(
     reward: Reward,
     rows: Sequence[Row],
@@ -259,7 +242,6 @@ def score_rows(
     reward.policy.encode(
         [row.prompt for row in rows], names=[row.where for row in rows]
     )  # all readable, or none scored
-    measure_heads(reward, rows)
     scored: list[dict[str, Any]] = [{} for _ in rows]
     done = 0
     for places in _groups(rows, batch_size):

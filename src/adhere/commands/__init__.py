@@ -8,6 +8,7 @@ from __future__ import annotations
 from adhere.commands.calibrate import CALIBRATE
 from adhere.commands.common import Command
 from adhere.commands.compare import COMPARE
+from adhere.commands.heads import HEADS
 from adhere.commands.inspect import INSPECT
 from adhere.commands.judge import AUDIT, EVAL
 from adhere.commands.preferences import PREFERENCES
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "score": SCORE,
     "rank": RANK,
     "inspect": INSPECT,
+    "heads": HEADS,
     "eval": EVAL,
     "calibrate": CALIBRATE,
     "preferences": PREFERENCES,

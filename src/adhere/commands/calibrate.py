@@ -9,6 +9,8 @@ from adhere.commands.common import (
     Command,
     Parser,
     columns_of,
+    given_heads,
+    heads_argument,
     load_policy,
     model_arguments,
     reward_config,
@@ -33,6 +35,7 @@ def _arguments(parser: Parser) -> None:
         metavar="FILE",
         help="gets the weights (YAML), questions or answers",
     )
+    heads_argument(parser)
     row_arguments(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
     parser.add_argument(
@@ -74,7 +77,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     if options.output.exists():
         raise UserError("is there already", where=str(options.output), fix="choose another --output")
     with console.progress(len(rows), "reading pairs") as progress:
-        found = calibrate(load_policy(options), rows, config.seed, progress.update)
+        found = calibrate(load_policy(options), rows, config.seed, progress.update, given_heads(options))
     found.save(options.output)
     weights = found.reward()["weights"]
     console.table(
@@ -99,7 +102,7 @@ def _suggest(options: argparse.Namespace, console: Console) -> int:
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
     policy = load_policy(options)
     with console.progress(len(rows), "sampling") as progress:
-        asked = suggest(policy, Reward(spec, policy, reference=policy), rows, config, progress.update)
+        asked = suggest(policy, Reward(spec, policy, given_heads(options)), rows, config, progress.update)
     write_jsonl(options.output, asked)
     answering = f"adhere calibrate --answer {options.output} --output pairs.jsonl"
     console.note(f"{len(asked)} pairs in {options.output}; answer them: {answering}")

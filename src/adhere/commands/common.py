@@ -12,6 +12,7 @@ from adhere.console import Console
 if TYPE_CHECKING:
     from adhere.data import Columns
     from adhere.model.policy import Policy
+    from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
 
 Parser = argparse.ArgumentParser
@@ -66,6 +67,20 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def heads_argument(parser: Parser) -> None:
+    """The option that says which copy heads to read."""
+    parser.add_argument(
+        "--heads", metavar="FILE", help="copy heads that `adhere heads` or a run has saved (default: the model's own)"
+    )
+
+
+def given_heads(options: argparse.Namespace) -> CopyHeads | None:
+    """What `heads_argument` was given."""
+    from adhere.reward.heads import load_heads
+
+    return load_heads(options.heads) if options.heads else None
 
 
 def reward_config(given: str) -> RewardConfig:

@@ -9,6 +9,8 @@ from adhere.commands.common import (
     Command,
     Parser,
     columns_of,
+    given_heads,
+    heads_argument,
     load_policy,
     mean,
     model_arguments,
@@ -29,6 +31,7 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--response", metavar="TEXT", help="the response to --prompt (default: the model's greedy one)")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets the page, HTML")
     parser.add_argument("--reward", help="a reward's name, module:function, or a YAML file: shown beside the attention")
+    heads_argument(parser)
     row_arguments(parser)
     parser.add_argument("--limit", type=int, default=10, metavar="N", help="the first N rows only (default: 10)")
     parser.add_argument(
@@ -37,8 +40,7 @@ def _arguments(parser: Parser) -> None:
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from adhere.data import Row, iter_rows, read_rows
-    from adhere.rank import measure_heads
+    from adhere.data import Row, read_rows
     from adhere.report.inspection import write_inspections
     from adhere.reward.reward import Reward
 
@@ -56,10 +58,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     policy = load_policy(options)
     look = policy.inspect
     if spec is not None:
-        reward = Reward(spec, policy, reference=policy)
-        # On as many rows as there are: the few that are shown may not tell which heads copy.
-        measure_heads(reward, iter_rows(options.prompts, columns) if options.prompts else rows)
-        look = reward.inspect
+        look = Reward(spec, policy, given_heads(options)).inspect
     found = []
     with console.progress(len(rows), "inspecting") as progress:
         for row in rows:

@@ -9,6 +9,8 @@ from adhere.commands.common import (
     Command,
     Parser,
     columns_of,
+    given_heads,
+    heads_argument,
     load_policy,
     model_arguments,
     reward_config,
@@ -84,6 +86,7 @@ def _audit_arguments(parser: Parser) -> None:
         metavar="NAME",
         help="the reward to audit (default: attention); more stand beside it: names, module:function, or YAML files",
     )
+    heads_argument(parser)
     row_arguments(parser)
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="the first N prompts only (default: 100)")
     add_arguments(parser, AuditConfig)
@@ -105,8 +108,8 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     if (options.output / "audit.json").exists():
         raise UserError("already holds an audit", where=str(options.output), fix="choose another --output")
     policy = load_policy(options)
-    # Nothing is trained here, so the policy is its own reference, and no copy of it is held.
-    own = {name: Reward(spec, policy, reference=policy) for name, spec in specs.items()}
+    heads = given_heads(options)
+    own = {name: Reward(spec, policy, heads) for name, spec in specs.items()}
     rewards = with_controls(own, policy)
     with console.progress(len(rows), "auditing") as progress:
         verdicts = audit(policy, rows, rewards, config, progress.update)

@@ -15,6 +15,8 @@ from adhere.commands.common import (
     Command,
     Parser,
     columns_of,
+    given_heads,
+    heads_argument,
     load_policy,
     model_arguments,
     reward_config,
@@ -26,12 +28,11 @@ from adhere.console import Console
 from adhere.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
     from adhere.rank import Draw, RankConfig
+    from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
 
@@ -51,6 +52,7 @@ def _arguments(parser: Parser) -> None:
     row_arguments(parser)
     parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
     parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
+    heads_argument(parser)
     engine_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
     add_arguments(parser, RankConfig)
@@ -60,7 +62,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config, to_dict
     from adhere.data import iter_rows
     from adhere.files import GrowingRows
-    from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, measure_heads, rank
+    from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, rank
     from adhere.reward.reward import Reward
 
     ray = by_ray(options)
@@ -88,8 +90,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     policy = load_policy(options)
     check(policy, rows(), config)
     draw = _draw(options, policy, config, brought)
-    reward = Reward(spec, policy, reference=policy)
-    measure_heads(reward, rows())
+    reward = Reward(spec, policy, given_heads(options))
     blank = blank_between(policy)
     first, tally = output.done, {**NO_TALLY, **output.tally}
     try:
@@ -137,7 +138,7 @@ def _in_shards(
         check(policy, rows(), config)
         _draw(options, policy, config, brought)
 
-    heads = copy_heads(options, spec, rows, fits)
+    heads = copy_heads(options, spec, fits)
     make = partial(ranker, options, config, spec, heads, brought, output.rows_file(options.prompts), output.folder)
     starts = range(0, total, size)
     if ended := do_all(options, console, output, make, options.prompts, starts, total, "ranking"):
@@ -150,7 +151,7 @@ def ranker(
     options: argparse.Namespace,
     config: RankConfig,
     spec: RewardConfig,
-    heads: Tensor | None,
+    heads: CopyHeads | None,
     brought: bool,
     file: Path,
     folder: Path,
@@ -161,7 +162,7 @@ def ranker(
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
-    reward = Reward(spec, policy, heads, reference=policy)
+    reward = Reward(spec, policy, heads)
     draw, blank, columns = _draw(options, policy, config, brought), blank_between(policy), columns_of(options)
 
     def work(shard: Shard) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from adhere.commands.common import (
     Command,
     Parser,
     columns_of,
+    given_heads,
+    heads_argument,
     load_policy,
     mean,
     model_arguments,
@@ -25,11 +27,10 @@ from adhere.console import Console
 from adhere.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
+    from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
 
@@ -46,6 +47,7 @@ def _arguments(parser: Parser) -> None:
     parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
     row_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows scored at a time (default: 64)")
+    heads_argument(parser)
     engine_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="go on with what --engine ray left unfinished")
 
@@ -74,7 +76,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
     for row in rows:
         writable(row)
     policy = load_policy(options)
-    reward = Reward(spec, policy, reference=policy)
+    reward = Reward(spec, policy, given_heads(options))
     with console.progress(len(rows), "scoring") as progress:
         scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
     write_jsonl(options.output, scored)
@@ -113,7 +115,7 @@ def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig
         "shard_rows": size,
     }
     output = ShardedRows(options.output, settings, resume=options.resume)
-    heads = copy_heads(options, spec, rows, lambda policy: _check(policy, rows()))
+    heads = copy_heads(options, spec, lambda policy: _check(policy, rows()))
     starts, groups = group_starts(rows(), options.batch_size, size)
     make = partial(scorer, options, spec, heads, output.rows_file(options.input), output.folder)
     if ended := do_all(options, console, output, make, options.input, starts, total, "scoring"):
@@ -131,14 +133,14 @@ def _check(policy: Policy, rows: Iterable[Row]) -> None:
         policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
 
 
-def scorer(options: argparse.Namespace, spec: RewardConfig, heads: Tensor | None, file: Path, folder: Path) -> Work:
+def scorer(options: argparse.Namespace, spec: RewardConfig, heads: CopyHeads | None, file: Path, folder: Path) -> Work:
     """What a worker does: load the model once, then score the rows of shard after shard."""
     from adhere.data import iter_rows
     from adhere.rank import score_rows
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
-    reward = Reward(spec, policy, heads, reference=policy)
+    reward = Reward(spec, policy, heads)
     columns = columns_of(options)
 
     def work(shard: Shard) -> dict[str, Any]:

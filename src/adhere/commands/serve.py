@@ -13,12 +13,12 @@ from pathlib import Path
 from adhere.commands.common import (
     Command,
     Parser,
-    columns_of,
+    given_heads,
+    heads_argument,
     load_policy,
     model_arguments,
     reward_config,
     reward_name,
-    row_arguments,
 )
 from adhere.console import Console
 from adhere.errors import UserError
@@ -33,9 +33,7 @@ def _arguments(parser: Parser) -> None:
 
     model_arguments(parser)
     parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
-    parser.add_argument("--prompts", metavar="FILE", help="rows like those to come: copy heads are measured on them")
-    row_arguments(parser)
-    parser.add_argument("--heads", type=Path, metavar="FOLDER", help="a run whose copy heads to use, instead")
+    heads_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 = any that is free (default: 8000)")
     add_arguments(parser, ServeConfig)
@@ -43,9 +41,6 @@ def _arguments(parser: Parser) -> None:
 
 def _serve(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config
-    from adhere.data import read_rows
-    from adhere.rank import HEAD_PROMPTS, measure_heads
-    from adhere.reward.heads import load_heads
     from adhere.reward.reward import Reward
     from adhere.serve.config import ServeConfig
 
@@ -53,18 +48,9 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
         raise UserError("the server's packages are not installed", fix="pip install 'adhere[serve]'")
     config = load_config(ServeConfig, None, flags_given(options, ServeConfig))
     spec = reward_config(options.reward)
-    if options.prompts and options.heads:
-        raise UserError("--prompts and --heads both say which copy heads", fix="leave one out")
-    rows = read_rows(options.prompts, columns_of(options), limit=HEAD_PROMPTS) if options.prompts else []
     listener = _listener(options.host, options.port)
     policy = load_policy(options)
-    reward = Reward(spec, policy, load_heads(options.heads) if options.heads else None, reference=policy)
-    if reward.needs_heads and not (rows or options.heads):
-        raise UserError(
-            f"{options.reward} reads copy heads, which are measured on prompts",
-            fix="give --prompts FILE with some like those to come, or --heads with the folder of a run",
-        )
-    measure_heads(reward, rows)
+    reward = Reward(spec, policy, given_heads(options))
     token = os.environ.get(TOKEN) or None
     if options.host not in LOOPBACK and token is None:
         console.warn(f"anyone who reaches {options.host} can use this server; set {TOKEN} to ask for a bearer token")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from adhere.commands.common import Parser, load_policy
+from adhere.commands.common import Parser, given_heads, load_policy
 from adhere.commands.train import INTERRUPTED
 from adhere.console import Console
 from adhere.errors import UserError
@@ -15,10 +15,8 @@ from adhere.integrations.ray import Work
 from adhere.shards import ShardedRows
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adhere.data import Row
     from adhere.model.policy import Policy
+    from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
 
 
@@ -54,29 +52,25 @@ def by_ray(options: argparse.Namespace) -> bool:
 def copy_heads(
     options: argparse.Namespace,
     spec: RewardConfig,
-    rows: Callable[[], Iterable[Row]],
     check: Callable[[Policy], None] = lambda policy: None,
-) -> Tensor | None:
+) -> CopyHeads | None:
     """The copy heads that `spec` reads, measured here, once: every worker scores by the same.
 
     With the model at hand, `check` sees whether the rows fit it, and `options.device` gets the device it was put on.
     """
-    from adhere.rank import measure_heads
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
     options.device = policy.device.type
     check(policy)
-    reward = Reward(spec, policy, reference=policy)
-    measure_heads(reward, rows())
-    weights = None if reward.copy_weights is None else reward.copy_weights.cpu()
+    found = Reward(spec, policy, given_heads(options)).heads
     if options.device == "cuda":  # a worker may be given this very GPU
         import torch
 
-        del policy, reward
+        del policy
         gc.collect()
         torch.cuda.empty_cache()
-    return weights
+    return found
 
 
 def do_all(

@@ -119,6 +119,7 @@ def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run
     from adhere.files import atomic_write, to_json
     from adhere.measure.audit import AuditConfig, audit, summary
     from adhere.report.card import AUDIT
+    from adhere.reward.heads import load_heads
     from adhere.reward.named import config_of
     from adhere.reward.reward import Reward
 
@@ -127,7 +128,8 @@ def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run
     some = rows[:: max(1, len(rows) // AUDITED)][:AUDITED]
     if len(some) < 2 or config.num_samples < 2:
         return
-    reward = Reward(config_of(config.reward), policy, reference=policy)
+    heads = load_heads(config.heads) if config.heads is not None else None
+    reward = Reward(config_of(config.reward), policy, heads)
     name = reward_name(config.reward)
     found = summary(config.model, len(some), audit(policy, some, {name: reward}, settings), settings)
     atomic_write(run / AUDIT, to_json(found, indent=2))

@@ -1,9 +1,9 @@
 """adhere's rewards in TRL: `AttentionReward` stands in `reward_funcs` of `GRPOTrainer` and `RLOOTrainer`.
 
 It reads the token ids that TRL sampled, not their text again: what is scored is what was said, and whether a response
-ended by itself is known. Nothing is kept from call to call but the copy-head weights, so gradient accumulation, several
-iterations on one batch and evaluation in between change nothing. As GRPO's `rollout_func`, `AttentionReward.rollout`
-samples in TRL's place; what it read while it did is kept for the one call that scores those samples.
+ended by itself is known. Nothing is kept from call to call, so gradient accumulation, several iterations on one batch
+and evaluation in between change nothing. As GRPO's `rollout_func`, `AttentionReward.rollout` samples in TRL's place;
+what it read while it did is kept for the one call that scores those samples.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adhere.errors import TooLong, UnsupportedModel, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.rank import HEAD_PROMPTS
-from adhere.reward.named import config_of
+from adhere.reward.heads import CopyHeads
+from adhere.reward.named import Reads, config_of
 from adhere.reward.reward import Reward
 from adhere.types import Reading, Rollout
 
@@ -39,7 +38,8 @@ class AttentionReward:
     `policy`: a folder or hub id, loaded as a frozen scorer; or the `Policy` whose `model` the trainer trains. Of that,
     the reward reads a copy made now (with LoRA: the model with its adapter off), or, where its config says
     `scorer: policy`, the model as it learns. `reward`: a name, `module:function`, or a mapping as in YAML.
-    `name` is what TRL's logs call it (default: the reward's name).
+    `name` is what TRL's logs call it (default: the reward's name). `heads`: copy heads of the model, where they are not
+    to be looked up or measured (`adhere.reward.heads`); every process finds the same.
 
     Equal prompts of a call form a group. Over several processes, a group-normalised reward and its gates see the part
     of a group that their process holds: let `per_device_train_batch_size × steps_per_generation` be a multiple of
@@ -55,7 +55,7 @@ class AttentionReward:
         reward: str | Mapping[str, Any] = "attention",
         *,
         name: str | None = None,
-        copy_weights: Tensor | None = None,
+        heads: CopyHeads | None = None,
     ) -> None:
         if find_spec("trl") is None:
             raise UserError("TRL is not installed", fix="pip install 'adhere[trl]'")
@@ -70,7 +70,8 @@ class AttentionReward:
         reader = policy if isinstance(policy, Policy) else Policy.load(policy)
         if reader.is_encoder_decoder:
             raise UnsupportedModel("TRL trains no encoder–decoder", where="AttentionReward", fix="use `adhere train`")
-        self.reward = Reward(config, reader, copy_weights, reference=None if own else reader)
+        frozen = own and config.scorer == "reference" and config.reads != Reads.TEXT
+        self.reward = Reward(config, reader, heads, reader.reference() if frozen else None)
         self._read: Reading | None = None
         self.__name__ = name or (reward if isinstance(reward, str) else " + ".join(config.weights))
 
@@ -89,7 +90,6 @@ class AttentionReward:
         row by row. Raises `UserError` where the ids are not of this policy's tokenizer."""
         self._check_vocabulary(completions, completion_ids)
         places = self._scorable(prompts, completion_ids)
-        self._measure_heads([prompts[i] for i in places])
         rewards: list[float | None] = [None] * len(prompts)
         if not places:
             return rewards
@@ -133,7 +133,6 @@ class AttentionReward:
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_completion_length)
         runs = [len(list(run)) for _, run in groupby(map(json.dumps, prompts))]
         count = gcd(*runs)  # samples of a group stand side by side
-        self._measure_heads(prompts)
         with self._still():
             asking = policy.encode(prompts[::count])
             policy.check_room(asking, sampling.max_new_tokens, [""] * len(asking))
@@ -170,23 +169,6 @@ class AttentionReward:
         except TooLong:
             return 0
         return float("inf") if left is None else int(left)
-
-    def _measure_heads(self, prompts: Sequence[Prompt]) -> None:
-        """Copy heads, where the reward reads them, measured at the first call; every process ends with the same."""
-        if not self.reward.needs_heads or self.reward.copy_weights is not None:
-            return
-        distinct = [prompt for place, prompt in enumerate(prompts) if place == 0 or prompt != prompts[place - 1]]
-        weights: Tensor | None = None
-        if distinct:
-            with self._still():
-                weights = self.reward.measure(self.reward.policy.encode(distinct[:HEAD_PROMPTS]))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            # Each process sees prompts of its own; rewards by different heads could not be compared.
-            torch.distributed.all_gather_object(everyone, None if weights is None else weights.tolist())
-            measured = [torch.tensor(one) for one in everyone if one is not None]
-            weights = torch.stack(measured).mean(0) if measured else None
-        self.reward.copy_weights = weights
 
     def _check_vocabulary(self, completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]]) -> None:
         """Ids of another tokenizer would be scored as other words: compare what they say with TRL's text."""

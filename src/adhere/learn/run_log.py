@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -69,16 +68,10 @@ class RunLog:
         if due:
             atomic_write(self.run / COMPLETIONS / f"step-{step:06d}.parquet", _parquet(whole))
 
-    def save_heads(self, weights: Tensor) -> None:
-        """Keep the copy-head weights [L, H] with the run."""
-        if self._accelerator.is_main_process:
-            heads.save_heads(self.run, weights)
-
-    def load_heads(self, device: torch.device) -> Tensor | None:
-        """The copy-head weights that the run began with, if it uses any."""
-        if not (self.run / heads.FILE_NAME).exists():
-            return None
-        return heads.load_heads(self.run).to(device)
+    def save_heads(self, found: heads.CopyHeads | None) -> None:
+        """Keep the copy heads that the reward reads, if any, with the run."""
+        if found is not None and self._accelerator.is_main_process:
+            heads.save_heads(self.run / heads.FILE_NAME, found)
 
     def close(self, failed: bool = False) -> None:
         """Let the trackers finish."""

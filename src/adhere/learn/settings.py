@@ -27,6 +27,8 @@ class TrainConfig:
     """Folder of the run; must not hold one yet, unless --resume."""
     reward: str | Mapping[str, Any] = "attention"
     """Name of a reward, your own `module:function`, or (in YAML) weights over signals."""
+    heads: str | None = None
+    """Copy heads that `adhere heads` or a run has saved (default: those of the model, measured where need be)."""
     algorithm: Algorithm = field(default_factory=GRPO)
     """How the reward becomes an update."""
     steps: int = 100

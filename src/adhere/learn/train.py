@@ -33,6 +33,8 @@ from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.learn.update import Update, update
 from adhere.model.policy import Policy
+from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
+from adhere.reward.named import Reads, config_of
 from adhere.reward.reward import Reward
 from adhere.types import Rollout, Scores
 
@@ -105,9 +107,12 @@ class Trainer:
             [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
         )
         self._check_lengths(rows)
-        self.reward = Reward.resolve(config.reward, policy)
-        frozen = config.algorithm.needs_reference or config.kl_coef > 0
-        self.reference = (self.reward.reference or policy.reference()) if frozen else None
+        spec = config_of(config.reward)
+        scoring = spec.scorer == "reference" and spec.reads != Reads.TEXT
+        # Taken now: the reference is what the policy is at the start.
+        frozen = policy.reference() if scoring or config.algorithm.needs_reference or config.kl_coef > 0 else None
+        self.reward = Reward(spec, policy, self._heads(resume), frozen)
+        self.reference = frozen if config.algorithm.needs_reference or config.kl_coef > 0 else None
         self.learner = Learner(policy, config.algorithm.needs_value_head)
         self.parameters = self.learner.trained()
         self.optimizer = torch.optim.AdamW(
@@ -122,8 +127,7 @@ class Trainer:
                 self.state.kl_coef = config.kl_coef
         on_start()
         self.log = RunLog(run, config, self.accelerator, self.state.step if begun else None)
-        if begun is not None:
-            self.reward.copy_weights = self.log.load_heads(policy.device)
+        self.log.save_heads(self.reward.heads)
 
     def step(self) -> Metrics:
         """Take the next step; its metrics, as docs/metrics.md defines them."""
@@ -131,7 +135,6 @@ class Trainer:
         seed = _seed(config.seed, step, self.accelerator.process_index)
         torch.manual_seed(seed)
         places = self._places(step)
-        self._measure_heads(places)
         with clock("sample"):
             prompts = self.prompts.select(places[self.accelerator.process_index :: self.accelerator.num_processes])
             rollout, reading = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
@@ -171,12 +174,11 @@ class Trainer:
                 self.policy.save(building)
         self.accelerator.wait_for_everyone()
 
-    def _measure_heads(self, places: Tensor) -> None:
-        """Copy heads, where the reward reads them and has none: once a run, on a whole step's prompts, so that all
-        processes reward by the same."""
-        if self.reward.needs_heads and self.reward.copy_weights is None:
-            self.reward.copy_weights = self.reward.measure(self.prompts.select(places))
-            self.log.save_heads(self.reward.copy_weights)
+    def _heads(self, resume: bool) -> CopyHeads | None:
+        """The copy heads that the run began with, or that the user gave; None: those of the model."""
+        if resume and (self.run / FILE_NAME).is_file():
+            return load_heads(self.run)
+        return load_heads(self.config.heads) if self.config.heads is not None else None
 
     def _places(self, step: int) -> Tensor:
         """Indices of all processes' prompts at `step`: each epoch is a fresh permutation, walked without gaps."""

@@ -179,7 +179,7 @@ def with_controls(rewards: Mapping[str, Reward], policy: Policy) -> dict[str, Re
     first = next(iter(rewards))
     found = dict(rewards)
     if rewards[first].reads_attention and not rewards[first].config.shuffle:
-        found[f"{first}, shuffled"] = Reward(replace(rewards[first].config, shuffle=True), policy, reference=policy)
+        found[f"{first}, shuffled"] = Reward(replace(rewards[first].config, shuffle=True), policy, rewards[first].heads)
     return found | {name: Reward.named(name, policy) for name in CONTROLS if name not in found}
 
 

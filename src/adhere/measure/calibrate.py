@@ -23,6 +23,7 @@ from adhere.errors import UserError
 from adhere.files import atomic_write
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
+from adhere.reward.heads import CopyHeads
 from adhere.reward.named import CALIBRATION_FORMAT, NAMED, RewardConfig
 from adhere.reward.reward import Reward
 
@@ -139,7 +140,11 @@ class Calibration:
 
 
 def calibrate(
-    policy: Policy, rows: Sequence[Row], seed: int = 0, progress: Callable[[int], None] = lambda done: None
+    policy: Policy,
+    rows: Sequence[Row],
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+    heads: CopyHeads | None = None,
 ) -> Calibration:
     """Fit the weights to `rows` (prompt, chosen, rejected); a row whose two responses are the same says nothing.
 
@@ -150,15 +155,19 @@ def calibrate(
     told = [row for row in rows if row.chosen != row.rejected]
     if len(told) < 4 or len({str(row.prompt) for row in told}) < 2:
         raise UserError(f"{len(told)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
-    return fit(features_of(policy, told, progress), policy.kind, seed)
+    return fit(features_of(policy, told, progress, heads), policy.kind, seed)
 
 
-def features_of(policy: Policy, rows: Sequence[Row], progress: Callable[[int], None] = lambda done: None) -> Features:
+def features_of(
+    policy: Policy,
+    rows: Sequence[Row],
+    progress: Callable[[int], None] = lambda done: None,
+    heads: CopyHeads | None = None,
+) -> Features:
     """Every feature of every pair; one forward, and one more for each ablated or shortened prompt."""
     config = RewardConfig(dict.fromkeys((*SIGNALS, "length", "heads"), 1.0), normalise="none", renormalise=True)
-    reward = Reward(config, policy, reference=policy)
-    default = Reward(NAMED[BASE], policy, reference=policy)
-    reward.copy_weights = default.copy_weights = reward.measure(policy.encode([row.prompt for row in rows[:BATCH]]))
+    reward = Reward(config, policy, heads)
+    default = Reward(NAMED[BASE], policy, reward.heads)
     names, values, base, length = list(SIGNALS), list[Floats](), list[Floats](), list[Floats]()
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
@@ -168,8 +177,8 @@ def features_of(policy: Policy, rows: Sequence[Row], progress: Callable[[int], N
         found = reward.score_evidence(evidence).signals
         assert evidence.head_mass is not None
         mass = evidence.head_mass.flatten(1)
-        layers, heads = evidence.head_mass.shape[1:]
-        names = [*SIGNALS, *(f"{layer}.{head}" for layer in range(layers) for head in range(heads))]
+        layers, count = evidence.head_mass.shape[1:]
+        names = [*SIGNALS, *(f"{layer}.{head}" for layer in range(layers) for head in range(count))]
         table = np.column_stack([*(found[name].cpu().numpy() for name in SIGNALS), mass.cpu().numpy()]).astype(float)
         values.append(table[::2] - table[1::2])
         scores = default.score_evidence(evidence).reward.cpu().numpy().astype(float)

@@ -67,7 +67,7 @@ def wins(
     config: RewardConfig, judge: Policy, rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]
 ) -> list[float]:
     """For each row 1 where a reward, read by `judge`, prefers our response to theirs, ½ for a tie, else 0."""
-    reward, found = Reward(config, judge, reference=judge), list[float]()
+    reward, found = Reward(config, judge), list[float]()
     for start in range(0, len(rows), BATCH):
         places = range(start, min(start + BATCH, len(rows)))
         prompts = [rows[n].prompt for n in places for _ in range(2)]

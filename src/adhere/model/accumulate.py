@@ -81,14 +81,13 @@ class WeightedMap:
 
 
 class CopyHits:
-    """How often the most-attended prompt token of a head *is* the token being generated (Σ over `counted` rows).
+    """How often the prompt position that a head attends to most is one that the row copies (Σ over `counted` rows).
 
-    `prompt_ids` [B, columns], `prompt_mask` [B, columns] bool, `targets` [B, rows] the token each row generates,
-    `counted` [B, rows] bool. The tile's padding columns carry no attention, so they never win.
+    `copied` [B, rows, columns] bool: the positions that count as a hit; `counted` [B, rows] bool.
     """
 
-    def __init__(self, prompt_ids: Tensor, targets: Tensor, counted: Tensor) -> None:
-        self._prompt_ids, self._targets, self._counted = prompt_ids, targets, counted
+    def __init__(self, copied: Tensor, counted: Tensor) -> None:
+        self._copied, self._counted = copied, counted
         self._hits: dict[int, Tensor] = {}
 
     def wants(self, layer: int) -> bool:
@@ -96,8 +95,8 @@ class CopyHits:
 
     def add(self, layer: int, tile: Tile) -> None:
         best = tile.values[..., tile.columns].argmax(-1)  # [b, H, r]
-        ids = self._prompt_ids[tile.batch, None, :].expand(-1, best.shape[1], -1)
-        hit = ids.gather(-1, best) == self._targets[tile.batch, None, tile.rows]
+        copied = self._copied[tile.batch, None, tile.rows].expand(-1, best.shape[1], -1, -1)
+        hit = copied.gather(-1, best.unsqueeze(-1)).squeeze(-1)
         counted = hit & self._counted[tile.batch, None, tile.rows]
         self._hits[layer] = self._hits.get(layer, 0) + counted.sum((0, 2))
 

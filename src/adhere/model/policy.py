@@ -19,7 +19,8 @@ from adhere.inspection.inspection import Inspection
 from adhere.model import capture, prefix
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
 from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
-from adhere.model.families import shareable
+from adhere.model.families import attention_layers, shareable
+from adhere.model.fingerprint import fingerprint
 from adhere.model.load import load
 from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.observe import AttentionObserver
@@ -47,9 +48,11 @@ class Policy:
         *,
         adapter: bool = True,
         eager: bool = False,
+        folder: Path | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.folder = folder
         network = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(network, PreTrainedModel)
         self.network = network
@@ -73,11 +76,12 @@ class Policy:
         model, tokenizer = load(
             str(path), dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
         )
+        eager, folder = attention == "eager", Path(path) if Path(path).is_dir() else None
         if lora is None:
-            return cls(model, tokenizer, eager=attention == "eager")
+            return cls(model, tokenizer, eager=eager, folder=folder)
         task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
         config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=task)
-        return cls(get_peft_model(model, config).eval(), tokenizer, eager=attention == "eager")
+        return cls(get_peft_model(model, config).eval(), tokenizer, eager=eager, folder=folder)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -92,6 +96,17 @@ class Policy:
         return f"{config.model_type} {shape}, vocabulary {text.vocab_size}"
 
     @property
+    def attention_shape(self) -> tuple[int, int]:
+        """(L, H): layers and heads whose attention reaches the prompt."""
+        config = self.network.config.get_text_config(decoder=True)
+        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+        return attention_layers(self.network), int(heads)
+
+    def fingerprint(self) -> str:
+        """Which weights this policy has, the adapter included where it is on (`adhere.model.fingerprint`)."""
+        return fingerprint(self.network, adapters=self._adapter)
+
+    @property
     def device(self) -> torch.device:
         return self.network.device
 
@@ -103,9 +118,9 @@ class Policy:
     def reference(self) -> Policy:
         """A frozen policy that stays what this one is now: the adapter switched off, or a copy without gradients."""
         if isinstance(self.model, PeftModel):
-            return Policy(self.model, self.tokenizer, adapter=False, eager=self.eager)
+            return Policy(self.model, self.tokenizer, adapter=False, eager=self.eager, folder=self.folder)
         frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
-        return Policy(frozen, self.tokenizer, eager=self.eager)
+        return Policy(frozen, self.tokenizer, eager=self.eager, folder=self.folder)
 
     def encode(
         self,
@@ -117,6 +132,10 @@ class Policy:
 
         Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
         return self._moved(encode_prompts(self.tokenizer, self.network, prompts, answers, names))
+
+    def encode_texts(self, texts: Sequence[str]) -> Prompts:
+        """Tokenise bare texts, without any chat template."""
+        return self._moved(encode_prompts(self.tokenizer, self.network, texts))
 
     def response_room(self, prompts: Prompts) -> Tensor | None:
         """[N] int64: tokens that a response to each prompt may have before the context is full; None = no limit."""
@@ -252,17 +271,30 @@ class Policy:
         return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
 
     @torch.no_grad()
-    def copy_hits(self, rollout: Rollout, counted: Tensor) -> Tensor:
-        """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
-        attends to most *is* the token generated there."""
+    def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor | None = None) -> tuple[Tensor, float]:
+        """In how many of the `counted` response places ([B, R] bool) the prompt position that head (l, h) attends to
+        most is the one copied there, [L, H] int64; and the mean log-prob of the tokens at those places, nats.
+
+        `copied` [B, R] int64: the prompt position that each token repeats, -1 for none. Without it every prompt token
+        equal to the one generated is a hit.
+        """
         total: Tensor | None = None
-        for part, rows, columns, _ in rollout.chunks(FORWARD_TOKENS):
-            prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
-            hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
-            list(self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]))
+        logprobs: list[Tensor] = []
+        for part, rows, columns, span in rollout.chunks(FORWARD_TOKENS):
+            if copied is None:
+                prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
+                wanted = prompt_ids[:, None, :] == part.response_ids[..., None]
+            else:
+                places = torch.arange(span.start, span.stop, device=self.device)
+                wanted = copied[rows, columns, None] == places
+            counted_here = counted[rows, columns]
+            hits = CopyHits(wanted, counted_here)
+            for piece in self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]):
+                found = token_logprobs(piece.logits, part.response_ids[:, piece.response])
+                logprobs.append(found[counted_here[:, piece.response]])
             total = hits.result() if total is None else total + hits.result()
         assert total is not None
-        return total
+        return total, float(torch.cat(logprobs).mean())
 
     @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:

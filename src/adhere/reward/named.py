@@ -3,6 +3,7 @@
 Where this departs from the published reward: `paper` keeps the form of CAGSR (raw sum, policy as scorer) and collapses
 as it does; every weight of it is 1, `focus` is an entropy brought to [0, 1]. `attention` is the default, made to stand:
 the frozen reference scores, fluency and faithfulness hold each other, a response that did not end by itself cannot win.
+Imports no torch, so that the command line can list and check rewards at once.
 """
 
 from __future__ import annotations
@@ -10,18 +11,12 @@ from __future__ import annotations
 import enum
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from torch import Tensor
-
 from adhere.config import read_mapping
 from adhere.errors import UserError, unknown_name
-from adhere.reward import controls, signals
-from adhere.reward.salience import SALIENCE
-from adhere.reward.signals import Evidence
-from adhere.types import Rollout
 
 
 class Reads(enum.Flag):
@@ -47,43 +42,40 @@ CALIBRATION_FORMAT = 1
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal's formula and what it reads."""
+    """What a signal reads. Its formula is the function of the same name in `signals` or `controls`."""
 
-    function: Callable[..., Tensor]
     reads: Reads
     options: Mapping[str, str] = field(default_factory=dict)
     """Keyword of the function → field of `RewardConfig` that sets it."""
 
-    def __call__(self, evidence: Evidence, config: RewardConfig | None = None) -> Tensor:
-        """[B] float32; without a config, with the function's own defaults."""
-        chosen = {} if config is None else {name: getattr(config, option) for name, option in self.options.items()}
-        return self.function(evidence, **chosen)
-
 
 SIGNALS: dict[str, Signal] = {
-    "coverage": Signal(signals.coverage, Reads.ATTENTION),
-    "soft_coverage": Signal(signals.soft_coverage, Reads.ATTENTION),
-    "focus": Signal(signals.focus, Reads.ATTENTION, {"clamp": "focus_clamp"}),
-    "repetition": Signal(signals.repetition, Reads.TEXT, {"n": "ngram"}),
-    "coherence": Signal(signals.coherence, Reads.LOGPROBS),
-    "grounding": Signal(signals.grounding, Reads.COPY),
-    "grounding_sum": Signal(signals.grounding_sum, Reads.COPY),
-    "lookback": Signal(signals.lookback, Reads.ATTENTION),
-    "certainty": Signal(signals.certainty, Reads.LOGPROBS),
-    "entropy": Signal(signals.entropy, Reads.LOGPROBS),
-    "contrast": Signal(signals.contrast, Reads.LOGPROBS | Reads.CONTRAST),
-    "reliance": Signal(signals.reliance, Reads.LOGPROBS | Reads.QUESTION),
-    "comprehensiveness": Signal(signals.comprehensiveness, Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
-    "heads": Signal(signals.heads, Reads.ATTENTION | Reads.HEADS, {"weights": "head_weights"}),
-    "overlap": Signal(controls.overlap, Reads.TEXT),
-    "length": Signal(controls.length, Reads.TEXT),
-    "random": Signal(controls.random, Reads.TEXT),
-    "majority": Signal(controls.majority, Reads.TEXT),
-    "exact": Signal(controls.exact, Reads.TEXT),
+    "coverage": Signal(Reads.ATTENTION),
+    "soft_coverage": Signal(Reads.ATTENTION),
+    "focus": Signal(Reads.ATTENTION, {"clamp": "focus_clamp"}),
+    "repetition": Signal(Reads.TEXT, {"n": "ngram"}),
+    "coherence": Signal(Reads.LOGPROBS),
+    "grounding": Signal(Reads.COPY),
+    "grounding_sum": Signal(Reads.COPY),
+    "lookback": Signal(Reads.ATTENTION),
+    "certainty": Signal(Reads.LOGPROBS),
+    "entropy": Signal(Reads.LOGPROBS),
+    "contrast": Signal(Reads.LOGPROBS | Reads.CONTRAST),
+    "reliance": Signal(Reads.LOGPROBS | Reads.QUESTION),
+    "comprehensiveness": Signal(Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
+    "heads": Signal(Reads.ATTENTION | Reads.HEADS, {"weights": "head_weights"}),
+    "overlap": Signal(Reads.TEXT),
+    "length": Signal(Reads.TEXT),
+    "random": Signal(Reads.TEXT),
+    "majority": Signal(Reads.TEXT),
+    "exact": Signal(Reads.TEXT),
 }
 
-GATES: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
-"""What a response must pass: [B] bool each."""
+SALIENCES = ("all", "content", "idf", "question", "self")
+"""Readings of a prompt: the functions of `salience`."""
+
+GATES = ("ended",)
+"""What a response must pass: the functions of `gates` in `adhere.reward.group`."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,7 @@ def _faults(config: RewardConfig) -> list[UserError]:
             if not _number(weight):
                 faults.append(UserError(f"weight of {name} is {weight!r}", where=where, fix="write a finite number"))
     for kind, value, known in (
-        ("salience", config.salience, list(SALIENCE)),
+        ("salience", config.salience, list(SALIENCES)),
         ("scorer", config.scorer, ["reference", "policy"]),
         ("normalise", config.normalise, ["group", "none"]),
     ):

@@ -5,13 +5,8 @@ reward = Σ_k weight_k · z(signal_k), z within the responses of one prompt, the
 
 from __future__ import annotations
 
-import importlib
 import json
-import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,19 +15,14 @@ from torch import Tensor
 
 from adhere.errors import RunFailed, UserError, unknown_name
 from adhere.inspection.inspection import Inspection
-from adhere.reward import controls, heads
+from adhere.reward import controls, signals
+from adhere.reward.custom import user_function
+from adhere.reward.evidence import gather, maps_read
 from adhere.reward.group import counted, gate, group_normalise
-from adhere.reward.named import GATES, NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
+from adhere.reward.heads import CopyHeads, check_shape, copy_heads
+from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
 from adhere.reward.preference import PreferenceModel
-from adhere.reward.salience import (
-    attended,
-    only,
-    question_only,
-    response_content,
-    salience,
-    token_classes,
-    user_tokens,
-)
+from adhere.reward.salience import token_classes
 from adhere.reward.signals import Evidence
 from adhere.types import Prompts, Reading, Rollout, Scores
 
@@ -41,9 +31,13 @@ if TYPE_CHECKING:
     from adhere.model.policy import Policy
     from adhere.model.settings import Sampling
 
-# Enough samples to tell a copy head (0.4 of its tokens) from the rest (0.05) on a few prompts.
-HEAD_SAMPLES = 4
-HEAD_SEED = 0
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    name: getattr(signals, name, None) or getattr(controls, name) for name in SIGNALS
+}
+"""Name of a signal → its formula."""
+
+GATES: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
+"""What a response must pass: [B] bool each."""
 
 
 def combine(values: Mapping[str, Tensor], config: RewardConfig, group: Tensor, passed: Tensor) -> Tensor:
@@ -59,52 +53,23 @@ def combine(values: Mapping[str, Tensor], config: RewardConfig, group: Tensor, p
     return gate(total, group, passed)
 
 
-def user_function(spec: str) -> Callable[[Evidence], Tensor]:
-    """Import `module:function`, looking in the working directory too. Raises `UserError` where it is not there."""
-    module_name, _, name = spec.partition(":")
-    fix = "write module:function, the module on the Python path or in the working directory"
-    here = os.getcwd()
-    there = here in sys.path
-    if not there:
-        sys.path.append(here)  # last, so that a stray file never hides an installed module
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
-        raise UserError(f"{spec!r} cannot be imported ({error})", where="reward", fix=fix) from error
-    finally:
-        if not there:
-            sys.path.remove(here)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{spec!r}: {module_name} has no function {name!r}", where="reward", fix=fix)
-
-    def checked(evidence: Evidence) -> Tensor:
-        value = function(evidence)
-        want = f"return a finite float tensor of shape [{len(evidence.reading.rollout)}], a number per response"
-        if not isinstance(value, Tensor):
-            raise UserError(f"{spec!r} returned {type(value).__name__}", where="reward", fix=want)
-        if not value.is_floating_point() or value.shape != (len(evidence.reading.rollout),):
-            raise UserError(f"{spec!r} returned {value.dtype} {list(value.shape)}", where="reward", fix=want)
-        if not torch.isfinite(value).all():
-            raise UserError(f"{spec!r} returned a value that is not finite", where="reward", fix=want)
-        return value
-
-    return checked
-
-
 class Reward:
     """A reward bound to the model that reads: call it on a rollout, or `score` texts.
 
-    `copy_weights` [L, H] are measured on the first prompts it sees when a signal needs them and none were given; they
-    stay from then on, as `reward.copy_weights`, for the run to save. `reference` is the frozen scorer: by default
-    a copy of the policy as it is now; where nothing is trained, the policy itself will do.
+    `policy` is read as it is and never copied. While it is trained, give `reference`, a frozen policy that reads in its
+    place (`policy.reference()`), unless the config says `scorer: policy`. `heads` are the copy heads of the model that
+    reads; where a signal needs them and none are given, they are looked up or measured now (`heads.copy_heads`), and
+    never change afterwards: no prompt and no other response has a part in them.
+
+    Raises `UserError`: the reward was made for another kind of model, or the heads were; or the model has no copy heads
+    of its own to be found.
     """
 
     def __init__(
         self,
         config: RewardConfig,
         policy: Policy,
-        copy_weights: Tensor | None = None,
+        heads: CopyHeads | None = None,
         reference: Policy | None = None,
     ) -> None:
         if config.made_for not in (None, policy.kind):
@@ -112,24 +77,39 @@ class Reward:
             raise UserError(what, where="reward", fix="calibrate on this very model")
         self.config = config
         self.policy = policy
-        self.copy_weights = copy_weights
+        self.reference = reference if config.scorer == "reference" else None
         self.classes = token_classes(policy.tokenizer)
         self._functions = {name: self._function(name) for name in config.weights}
-        # Taken now: the reference is what the policy is at the start. Text alone needs no second model.
-        frozen = config.scorer == "reference" and config.reads != Reads.TEXT
-        self.reference: Policy | None = (reference or policy.reference()) if frozen else None
+        if heads is not None:
+            check_shape(heads, self.scorer)
+        elif Reads.COPY in config.reads:
+            heads = copy_heads(self.scorer)
+        self.heads = heads
 
     @classmethod
-    def named(cls, name: str, policy: Policy, copy_weights: Tensor | None = None) -> Reward:
+    def named(
+        cls, name: str, policy: Policy, heads: CopyHeads | None = None, reference: Policy | None = None
+    ) -> Reward:
         """A reward of `NAMED`."""
         if name not in NAMED:
             raise unknown_name("reward", name, NAMED)
-        return cls(NAMED[name], policy, copy_weights)
+        return cls(NAMED[name], policy, heads, reference)
 
     @classmethod
-    def resolve(cls, spec: str | Mapping[str, Any], policy: Policy, copy_weights: Tensor | None = None) -> Reward:
+    def resolve(
+        cls,
+        spec: str | Mapping[str, Any],
+        policy: Policy,
+        heads: CopyHeads | None = None,
+        reference: Policy | None = None,
+    ) -> Reward:
         """A reward from what a user wrote: see `config_of`."""
-        return cls(config_of(spec), policy, copy_weights)
+        return cls(config_of(spec), policy, heads, reference)
+
+    @property
+    def scorer(self) -> Policy:
+        """The model that reads responses: the reference where there is one, else the policy."""
+        return self.reference or self.policy
 
     def score(
         self,
@@ -176,7 +156,7 @@ class Reward:
         samples, and scoring takes no forward of its own."""
         if self.config.scorer != "policy" or self.config.reads == Reads.TEXT:
             return policy.sample(prompts, num_samples, sampling=sampling, seed=seed), None
-        reading = policy.sample_and_read(prompts, num_samples, sampling, seed, self._maps(prompts, policy))
+        reading = policy.sample_and_read(prompts, num_samples, sampling, seed, maps_read(self.config, self.heads))
         return reading.rollout, reading
 
     def inspect(
@@ -184,10 +164,9 @@ class Reward:
     ) -> Inspection:
         """`Policy.inspect` by the model that reads, with this reward and its signals beside.
 
-        Copy heads, where a signal reads them, are measured on this prompt alone unless the reward has some already.
         A reward normalised within the group says nothing of one response, so its signals stand by themselves.
         """
-        reader = self.reference or self.policy
+        reader = self.scorer
         evidence = self.evidence(reader.answered(prompt, response, max_new_tokens, name), reader)
         scores = self.score_evidence(evidence)
         reading = evidence.reading if evidence.reading.attention is not None else reader.read(evidence.reading.rollout)
@@ -216,89 +195,17 @@ class Reward:
     def _function(self, name: str) -> Callable[[Evidence], Tensor]:
         """The signal `name`: ours, a fitted reward model, or the user's own."""
         if name in SIGNALS:
-            return partial(SIGNALS[name], config=self.config)
+            options = {option: getattr(self.config, where) for option, where in SIGNALS[name].options.items()}
+            return partial(FORMULAS[name], **options)
         if name.startswith(PREFERENCE):
             return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
         return user_function(name)
 
-    def _maps(self, prompts: Prompts, scorer: Policy) -> dict[str, Tensor | None]:
-        """The maps of a reading that the signals read, and the weights of their heads; copy heads are measured here."""
-        reads = self.config.reads
-        if Reads.COPY in reads and self.copy_weights is None:
-            self.copy_weights = self.measure(prompts, scorer)
-        maps: dict[str, Tensor | None] = {"attention": None} if Reads.ATTENTION in reads else {}
-        own = any(name not in SIGNALS and not name.startswith(PREFERENCE) for name in self.config.weights)
-        if self.copy_weights is not None and (Reads.COPY in reads or own):
-            maps["copy_attention"] = self.copy_weights
-        return maps
-
-    def evidence(self, rollout: Rollout, scorer: Policy, reading: Reading | None = None) -> Evidence:
-        """What this reward's signals read, from one forward of `scorer` (two with `contrast`, none for text alone, one
-        less where it has read the rollout already: `reading`)."""
-        config, reads = self.config, self.config.reads
-        maps = self._maps(rollout.prompts, scorer)
-        seen = "attention" in maps
-        if reads == Reads.TEXT:
-            reading = _unread(rollout)
-        else:
-            reading = reading or scorer.read(rollout, attention=seen, copy_weights=maps.get("copy_attention"))
-            reading = controls.shuffled(reading) if config.shuffle else reading
-        # Text alone has no attention for `self` to read, and reads no salience either.
-        weighed = salience(config.salience if seen else "content", reading, self.classes)
-        return Evidence(
-            reading,
-            weighed,
-            response_content(rollout, self.classes),
-            _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
-            self._after_question(rollout, scorer) if Reads.QUESTION in reads else None,
-            self._without_attended(reading, scorer) if Reads.ABLATED in reads else None,
-            scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
-            user_tokens(rollout.prompts, self.classes)[rollout.prompt_index] if config.renormalise else None,
-        )
-
-    def _without_attended(self, reading: Reading, scorer: Policy) -> Tensor:
-        """[B, R] log-probs of the responses without the context that the copy heads attend to most."""
-        assert reading.copy_attention is not None
-        prompts = reading.rollout.prompts
-        dropped = attended(reading, reading.copy_attention, self.classes, self.config.ablate)
-        rest = only(prompts, prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
-        return scorer.read(replace(reading.rollout, prompts=rest), attention=False).logprobs
-
-    def _after_question(self, rollout: Rollout, scorer: Policy) -> Tensor:
-        """[B, R] log-probs of the responses after the question alone."""
-        asked, _ = question_only(rollout.prompts, self.classes, left=not scorer.is_encoder_decoder)
-        return scorer.read(replace(rollout, prompts=asked), attention=False).logprobs
+    def evidence(self, rollout: Rollout, scorer: Policy | None = None, reading: Reading | None = None) -> Evidence:
+        """What this reward's signals read of a rollout: see `adhere.reward.evidence.gather`."""
+        return gather(self.config, rollout, scorer or self.scorer, self.heads, self.classes, reading)
 
     @property
     def reads_attention(self) -> bool:
         """Whether a signal of this reward reads any attention."""
         return bool(self.config.reads & (Reads.ATTENTION | Reads.COPY))
-
-    @property
-    def needs_heads(self) -> bool:
-        """Whether a signal of this reward reads the copy heads."""
-        return Reads.COPY in self.config.reads
-
-    def measure(self, prompts: Prompts, scorer: Policy | None = None) -> Tensor:
-        """Copy-head weights [L, H] from the scorer's own samples to `prompts`. Raises `UserError` if none copies."""
-        reader = scorer or self.reference or self.policy
-        return heads.copy_weights(*heads.measure(reader, prompts, HEAD_SAMPLES, HEAD_SEED, self.classes))
-
-
-def _unread(rollout: Rollout) -> Reading:
-    """A reading of no model. NaN, not 0: what reads it after all is caught."""
-    nothing = torch.full(rollout.response_mask.shape, math.nan, device=rollout.response_mask.device)
-    return Reading(rollout, nothing, nothing, nothing)
-
-
-def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
-    """[B, R] log-probs of the responses after the next prompt of the batch that reads differently."""
-    texts = rollout.prompts.texts
-    if len(set(texts)) < 2:
-        raise UserError(
-            "signal contrast needs another prompt in the batch", fix="score several different prompts at once"
-        )
-    count = len(texts)
-    other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
-    moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
-    return scorer.read(replace(rollout, prompts=moved), attention=False).logprobs

@@ -45,15 +45,13 @@ PROBLEMS = {
 def create_app(reward: Reward, model: str, name: str, config: ServeConfig, token: str | None = None) -> FastAPI:
     """The application that serves `reward`, by the name `name`, of `model`.
 
-    Raises `UserError` for a reward that reads other prompts of its batch (`contrast`), or whose copy heads are not
-    known: its scores would depend on who else asks.
+    Raises `UserError` for a reward that reads other prompts of its batch (`contrast`): its scores would depend on who
+    else asks.
     """
     if Reads.CONTRAST in reward.config.reads:
         raise UserError(
             "reads another prompt of the batch, which here is another client's", where=name, fix="choose another reward"
         )
-    if reward.needs_heads and reward.copy_weights is None:
-        raise UserError("reads copy heads, and none are known", where=name, fix="give prompts to measure them on")
     meters = Meters()
     batcher = Batcher(
         lambda groups: score_groups(reward, groups), config.batch_size, config.queue_size, meters.responses.inc

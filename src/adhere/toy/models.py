@@ -28,6 +28,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from adhere.model.policy import Policy
+from adhere.reward.heads import measure_on_answers, save_heads
 from adhere.toy.stories import KINDS, Split, bare_rows, make_rows
 from adhere.toy.tokenizer import make_tokenizer
 
@@ -49,6 +51,7 @@ CHECK_EVERY = 50
 CHECK_ROWS = 300
 CARD_ROWS = 600
 SAMPLES = 8
+HEAD_PROMPTS = 64
 LONGEST_ANSWER = 6  # tokens, its end included
 
 BATCH = 96
@@ -288,6 +291,13 @@ Greedy exact match by kind of question (rows):
 """
 
 
+def save_copy_heads(folder: Path) -> None:
+    """Measure the model's copy heads on its own answers, since it never learned to repeat, and keep them beside it."""
+    policy = Policy.load(folder, device="cpu")
+    prompts = [row["prompt"] for row in make_rows("conflict", "train", HEAD_PROMPTS)]
+    save_heads(folder, measure_on_answers(policy, policy.encode(prompts)))
+
+
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / max(len(values), 1), 4)
 
@@ -309,6 +319,7 @@ def main() -> None:
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     (options.output / "README.md").write_text(card(options.kind, model, tokenizer, steps))
+    save_copy_heads(options.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""The forwards that gather what a reward's signals read; nothing is computed that no signal asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adhere.errors import UserError
+from adhere.reward import controls
+from adhere.reward.heads import CopyHeads
+from adhere.reward.named import PREFERENCE, SIGNALS, Reads, RewardConfig
+from adhere.reward.salience import attended, only, question_only, response_content, salience, user_tokens
+from adhere.reward.signals import Evidence
+from adhere.types import Reading, Rollout
+
+if TYPE_CHECKING:
+    from adhere.model.policy import Policy
+
+
+def maps_read(config: RewardConfig, heads: CopyHeads | None) -> dict[str, Tensor | None]:
+    """The attention maps that the signals of `config` read, and the head weights of each (None: all heads alike)."""
+    maps: dict[str, Tensor | None] = {"attention": None} if Reads.ATTENTION in config.reads else {}
+    own = any(name not in SIGNALS and not name.startswith(PREFERENCE) for name in config.weights)
+    if heads is not None and (Reads.COPY in config.reads or own):
+        maps["copy_attention"] = heads.weights
+    return maps
+
+
+def gather(
+    config: RewardConfig,
+    rollout: Rollout,
+    scorer: Policy,
+    heads: CopyHeads | None,
+    classes: Tensor,
+    reading: Reading | None = None,
+) -> Evidence:
+    """What the signals of `config` read of a rollout, from one forward of `scorer` and one more for each prompt that is
+    changed (`contrast`, `reliance`, `comprehensiveness`); none for text alone. `reading`: what `scorer` has read of the
+    rollout already. `classes` [V]: the token classes of its tokenizer."""
+    reads = config.reads
+    maps = maps_read(config, heads)
+    seen = "attention" in maps
+    if reads == Reads.TEXT:
+        reading = _unread(rollout)
+    else:
+        reading = reading or scorer.read(rollout, attention=seen, copy_weights=maps.get("copy_attention"))
+        reading = controls.shuffled(reading) if config.shuffle else reading
+    # Text alone has no attention for `self` to read, and reads no salience either.
+    weighed = salience(config.salience if seen else "content", reading, classes)
+    return Evidence(
+        reading,
+        weighed,
+        response_content(rollout, classes),
+        _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
+        _after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,
+        _without_attended(reading, scorer, classes, config.ablate) if Reads.ABLATED in reads else None,
+        scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
+        user_tokens(rollout.prompts, classes)[rollout.prompt_index] if config.renormalise else None,
+    )
+
+
+def _unread(rollout: Rollout) -> Reading:
+    """A reading by no model. NaN, not 0: what reads it after all is caught."""
+    nothing = torch.full(rollout.response_mask.shape, math.nan, device=rollout.response_mask.device)
+    return Reading(rollout, nothing, nothing, nothing)
+
+
+def _without_attended(reading: Reading, scorer: Policy, classes: Tensor, share: float) -> Tensor:
+    """[B, R] log-probs of the responses without the `share` of the context that the copy heads attend to most."""
+    assert reading.copy_attention is not None
+    prompts = reading.rollout.prompts
+    dropped = attended(reading, reading.copy_attention, classes, share)
+    rest = only(prompts, prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
+    return scorer.read(replace(reading.rollout, prompts=rest), attention=False).logprobs
+
+
+def _after_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tensor:
+    """[B, R] log-probs of the responses after the question alone."""
+    asked, _ = question_only(rollout.prompts, classes, left=not scorer.is_encoder_decoder)
+    return scorer.read(replace(rollout, prompts=asked), attention=False).logprobs
+
+
+def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
+    """[B, R] log-probs of the responses after the next prompt of the batch that reads differently."""
+    texts = rollout.prompts.texts
+    if len(set(texts)) < 2:
+        raise UserError(
+            "signal contrast needs another prompt in the batch", fix="score several different prompts at once"
+        )
+    count = len(texts)
+    other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
+    moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
+    return scorer.read(replace(rollout, prompts=moved), attention=False).logprobs
