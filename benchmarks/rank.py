@@ -15,7 +15,7 @@ from adhere.data import Row
 from adhere.measure.stats import bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.rank import RankConfig, Ranked, measure_heads, rank, sampled_candidates
+from adhere.rank import RankConfig, Ranked, rank, sampled_candidates
 from adhere.reward.controls import normalise_answer
 from adhere.reward.named import RewardConfig, config_of
 from adhere.reward.reward import Reward
@@ -42,8 +42,7 @@ def measure(policy: Policy, rows: list[Row], config: RankConfig) -> dict[str, li
     found: dict[str, list[float]] = {}
     hits: list[list[float]] = []
     for name, spec in ARMS.items():
-        reward = Reward(spec, policy, reference=policy)
-        measure_heads(reward, rows)
+        reward = Reward(spec, policy)
         hits = [
             right(ranked)
             for batch in rank(reward, rows, config, sampled_candidates(policy, config))

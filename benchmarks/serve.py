@@ -32,7 +32,7 @@ from step import prompts, save_model
 
 from adhere.model.policy import Policy
 from adhere.rank import Group, score_groups
-from adhere.reward.heads import load_heads, save_heads
+from adhere.reward.heads import load_heads, measure_on_answers, save_heads
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
 from adhere.serve.config import ServeConfig
@@ -51,14 +51,14 @@ def pairs_of(name: str, count: int) -> Pairs:
 
 def measure_heads(model: Path, folder: Path, pairs: Pairs) -> None:
     policy = Policy.load(model, device="cpu")
-    save_heads(folder, Reward.named("attention", policy).measure(policy.encode([prompt for prompt, _ in pairs[:32]])))
+    save_heads(folder, measure_on_answers(policy, policy.encode([prompt for prompt, _ in pairs[:32]])))
 
 
 def offline(model: Path, heads: Path, pairs: Pairs, line: Any) -> None:
     """Scores all pairs whenever it is asked to, and says how many seconds that took."""
     torch.set_num_threads(1)
     policy = Policy.load(model, device="cpu")
-    reward = Reward(config_of("attention"), policy, load_heads(heads), reference=policy)
+    reward = Reward(config_of("attention"), policy, load_heads(heads))
     size = ServeConfig().batch_size
     groups = [Group(prompt, [response], [True]) for prompt, response in pairs]
     while line.recv():

@@ -27,9 +27,8 @@ from adhere.data import Row, read_rows
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.reward import heads
 from adhere.reward.controls import normalise_answer
-from adhere.reward.salience import token_classes
+from adhere.reward.heads import measure_on_answers
 
 BATCH = 50
 HEADS = ("all heads", "copy heads")
@@ -120,8 +119,7 @@ def main() -> None:
         policy = Policy.load(model, device="cpu")
         if copy_weights is None:
             prompts = policy.encode([row.prompt for row in rows[:64]])
-            measured = heads.measure(policy, prompts, 4, 0, token_classes(policy.tokenizer))
-            copy_weights = heads.copy_weights(*measured)
+            copy_weights = measure_on_answers(policy, prompts).weights
         looked = look(policy, rows, copy_weights)
         found[model] = {"right": bootstrap(looked.right).to_json()}
         for name in HEADS:

@@ -7,7 +7,7 @@ import argparse
 
 from adhere import Policy, Reward, Sampling
 from adhere.data import Row
-from adhere.rank import RankConfig, blank_between, measure_heads, rank, sampled_candidates
+from adhere.rank import RankConfig, blank_between, rank, sampled_candidates
 from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,7 +20,6 @@ policy = Policy.load(options.model)
 rows = [Row(row["prompt"], tuple(row["answers"])) for row in make_rows("conflict", "test", options.prompts)]
 config = RankConfig(num_samples=options.samples, sampling=Sampling(max_new_tokens=8))
 reward = Reward.named("attention", policy)
-measure_heads(reward, [Row(row["prompt"]) for row in make_rows("conflict", "train", 64)])  # which heads copy words
 
 pairs = []
 for batch in rank(reward, rows, config, sampled_candidates(policy, config)):

@@ -152,7 +152,6 @@ def test_the_saved_reward_orders_pairs_as_the_regression_did(policy, rows, tmp_p
     known = features_of(policy, rows)
     margins = known.values[:, : len(SIGNALS)] @ np.array([found.weights.get(name, 0.0) for name in SIGNALS])
     reward = Reward.resolve(f"calibrated:{path}", policy)
-    reward.copy_weights = reward.measure(policy.encode([row.prompt for row in rows]))
     for row, margin in zip(rows, margins, strict=True):
         scores = reward.score([row.prompt, row.prompt], [row.chosen, row.rejected]).reward.tolist()
         assert scores[0] - scores[1] == pytest.approx(margin, abs=2e-3)

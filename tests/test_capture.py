@@ -93,7 +93,7 @@ def test_copy_hits_count_the_rows_whose_most_attended_token_is_the_target(family
     targets = best[0, :, 0].clone()  # so that head (0, 0) always hits
     counted = torch.ones(3, RESPONSE, dtype=torch.bool)
     counted[1, 2:] = False
-    hits = CopyHits(prompt, targets, counted)
+    hits = CopyHits(prompt[:, None, :] == targets[..., None], counted)
     with capture(model, rows, columns, [hits]):
         model(**inputs)
     expected = ((best == targets[None, :, None]) & counted[None, :, None]).sum((1, 3))

@@ -14,9 +14,12 @@ from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.reward import signals
+from adhere.reward.custom import user_function
 from adhere.reward.group import GATE_MARGIN
-from adhere.reward.named import NAMED, SIGNALS, RewardConfig, config_of
-from adhere.reward.reward import Reward, user_function
+from adhere.reward.heads import CopyHeads
+from adhere.reward.named import GATES, NAMED, SALIENCES, SIGNALS, RewardConfig, config_of
+from adhere.reward.reward import FORMULAS, GATE_FUNCTIONS, Reward
+from adhere.reward.salience import SALIENCE
 from tests.families import save
 from tests.test_signals import evidence_of, padded, reads
 
@@ -122,7 +125,7 @@ def test_a_users_function_that_is_no_reward_is_named(user_module, causal, name, 
 # --- on real models ------------------------------------------------------------------------------------------------
 
 PROMPTS = ["mary is in the garden . where is mary ?", "w3 w4 w5 the w6 ?"]
-HEADS = torch.full((3, 4), 1 / 12)
+HEADS = CopyHeads(torch.full((3, 4), 0.5), "copying", 40, -0.5, "0" * 32)
 RESPONSES = ["garden", "mary is in the garden", "w1 w1 w1 w1 w1"]
 
 
@@ -182,7 +185,7 @@ def test_comprehensiveness_is_what_the_attended_context_does_for_the_response(po
     prompt, said = "w9 is in the w8 . w5 w6 . where is w9 ?", ["w8", "w7"]
     reward = Reward(RewardConfig({"comprehensiveness": 1.0}, normalise="none", ablate=0.4), policy, HEADS)
     scores = reward.score([prompt] * 2, said)
-    reading = policy.read([prompt] * 2, said, copy_weights=HEADS)
+    reading = policy.read([prompt] * 2, said, copy_weights=HEADS.weights)
     rows = reading.copy_attention.sum(1) / reading.response_mask.sum(-1, keepdim=True)
     context = prompt.split(" ")[:9]
     start = int(reading.prompt_mask.shape[1]) - len(prompt.split(" ")) if not policy.is_encoder_decoder else 0
@@ -259,28 +262,19 @@ def test_only_what_the_signals_read_is_captured(policy, monkeypatch, weights, op
     scores = reward.score(PROMPTS, ["garden", "w3"], [["Garden."], ["w4"]])
     assert seen == captured
     assert (scores.reading is None) == (not captured)
-    assert (reward.reference is None) == (not captured)
     if "exact" in weights:
         assert scores.signals["exact"].tolist() == [1, 0]
 
 
-def test_copy_heads_are_measured_once_on_the_first_prompts(causal, monkeypatch):
-    count = []
-    real = Policy.copy_hits
-    monkeypatch.setattr(Policy, "copy_hits", lambda *a: count.append(1) or real(*a))
-    reward = Reward(RewardConfig({"grounding": 1.0}, normalise="none"), causal)
-    first = reward.score(PROMPTS, ["garden mary", "w3"])
-    assert reward.copy_weights.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(reward.score(PROMPTS, ["garden mary", "w3"]).reward, first.reward)
-    assert len(count) == 1
-    fresh = Reward(reward.config, causal, reward.copy_weights)
-    torch.testing.assert_close(fresh.score(PROMPTS, ["garden mary", "w3"]).reward, first.reward)
+def test_every_signal_that_has_a_name_has_a_formula_and_every_salience_too():
+    assert FORMULAS.keys() == SIGNALS.keys() and all(callable(formula) for formula in FORMULAS.values())
+    assert tuple(SALIENCE) == SALIENCES and tuple(GATE_FUNCTIONS) == GATES
 
 
 def test_the_reference_stays_and_the_policy_moves(tmp_path):
     policy = Policy.load(save("llama", tmp_path), device="cpu")
     fixed, moving = (
-        Reward(RewardConfig({"coherence": 1.0}, scorer=scorer, normalise="none"), policy)
+        Reward(RewardConfig({"coherence": 1.0}, scorer=scorer, normalise="none"), policy, reference=policy.reference())
         for scorer in ("reference", "policy")
     )
     before = fixed.score(PROMPTS, ["garden", "w3"]).reward
@@ -391,12 +385,12 @@ def test_padding_changes_no_signal_of_the_table(evidence):
     known = replace(rollout, prompts=replace(rollout.prompts, answers=(("a",),) * 2))
     evidence = replace(evidence, reading=replace(evidence.reading, rollout=known))
     wide = padded(evidence, 1, 2, 3)
-    for name, signal in SIGNALS.items():
-        torch.testing.assert_close(signal(wide), signal(evidence), msg=name)
-        assert signal(evidence).dtype == torch.float32 and signal(evidence).shape == (2,)
+    for name, formula in FORMULAS.items():
+        torch.testing.assert_close(formula(wide), formula(evidence), msg=name)
+        assert formula(evidence).dtype == torch.float32 and formula(evidence).shape == (2,)
 
 
 def test_every_signal_of_the_table_says_zero_of_an_empty_response():
     evidence = evidence_of([[5]], [[-1]], texts=[""], answers=[["a"]])
-    values = {name: signal(evidence).item() for name, signal in SIGNALS.items() if name != "random"}
+    values = {name: formula(evidence).item() for name, formula in FORMULAS.items() if name != "random"}
     assert values == dict.fromkeys(values, 0.0)

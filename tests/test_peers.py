@@ -33,8 +33,7 @@ NAMES = ("coherence", "comprehensiveness", "overlap")
 def reward():
     policy = Policy.load(model_path("causal"), device="cpu")
     policy.tokenizer.chat_template = CHAT
-    heads = Reward.named("attention", policy).measure(policy.encode([row["prompt"] for row in ROWS]))
-    return Reward(config_of("attention"), policy, heads, reference=policy)
+    return Reward(config_of("attention"), policy)
 
 
 @pytest.fixture(scope="module")

@@ -40,15 +40,10 @@ CHAT = "{% for turn in messages %}{{ turn.role }} : {{ turn.content }} {% endfor
 PROMPT, ANSWER = ROWS[0]["prompt"], ROWS[0]["answers"][0]
 
 
-def heads_of(policy):
-    return Reward.named("attention", policy).measure(policy.encode([row["prompt"] for row in ROWS]))
-
-
 @pytest.fixture(scope="module")
 def rewards():
     policy = Policy.load(model_path("causal"), device="cpu")
-    heads = heads_of(policy)
-    return {name: Reward(config_of(name), policy, heads, reference=policy) for name in ("attention", "length")}
+    return {name: Reward(config_of(name), policy) for name in ("attention", "length")}
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +203,6 @@ def test_a_reward_that_depends_on_who_else_asks_is_not_served(reward):
     contrast = Reward(config_of({"weights": {"contrast": 1.0}, "normalise": "none"}), reward.policy)
     with pytest.raises(UserError, match="another client's"):
         create_app(contrast, "m", "contrast", ServeConfig())
-    unmeasured = Reward(config_of("attention"), reward.policy, reference=reward.policy)
-    with pytest.raises(UserError, match="copy heads, and none are known"):
-        create_app(unmeasured, "m", "attention", ServeConfig())
 
 
 def test_a_bearer_token_is_asked_for_everywhere_but_at_health(reward):
@@ -322,14 +314,14 @@ def test_a_group_that_cannot_be_scored_fails_alone():
 @pytest.fixture
 def served(tmp_path, reward):
     """A server process with one thread, and its address."""
-    save_heads(tmp_path, reward.copy_weights)
-    with process(tmp_path) as found:
+    save_heads(tmp_path, reward.heads)
+    with process("--heads", str(tmp_path)) as found:
         yield found
 
 
 @contextmanager
-def process(heads, *more):
-    given = ["--model", str(model_path("causal")), "--heads", str(heads), "--port", "0", "--device", "cpu", "--json"]
+def process(*more):
+    given = ["--model", str(model_path("causal")), "--port", "0", "--device", "cpu", "--json"]
     running = subprocess.Popen(
         [sys.executable, "-m", "adhere.cli", "serve", *given, *more],
         stdout=subprocess.PIPE,
@@ -398,9 +390,7 @@ def test_a_server_under_load_hang_ups_and_a_clean_end(served, reward):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ([], "attention reads copy heads, which are measured on prompts; give --prompts FILE"),
-        (["--prompts", "x.jsonl", "--heads", "y"], "leave one out"),
-        (["--heads", "nowhere"], "no copy-head weights here"),
+        (["--heads", "nowhere"], "no copy heads here"),
         (["--reward", "atention"], "did you mean attention"),
         (["--reward", "contrast.yaml"], "contrast.yaml"),
         (["--timeout", "0"], "timeout is 0"),
@@ -428,7 +418,7 @@ def api():
     """The OpenAPI description of a server in a thread of this process, of a model that takes messages."""
     policy = Policy.load(model_path("causal"), device="cpu")
     policy.tokenizer.chat_template = CHAT
-    reward = Reward(config_of("attention"), policy, heads_of(policy), reference=policy)
+    reward = Reward(config_of("attention"), policy)
     app = create_app(reward, "embedded", "attention", ServeConfig(), token="sesame")
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)

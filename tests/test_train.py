@@ -150,7 +150,7 @@ def test_a_resumed_run_takes_the_kl_coef_it_is_given(tmp_path):
     assert [(m["step"], m["kl_coef"]) for m in seen] == [(3, 0.2)] and seen[0]["kl"] > 0
 
 
-def test_heads_first_measured_after_a_resume_stay_with_the_run(tmp_path):
+def test_the_heads_that_a_run_began_with_stay_with_it(tmp_path):
     model, run = model_path("causal"), tmp_path / "run"
     stories = [Row(row["prompt"]) for row in make_rows("conflict", "train", 8)]
     settings = config(model, run, steps=1, reward="certainty")
@@ -161,7 +161,7 @@ def test_heads_first_measured_after_a_resume_stay_with_the_run(tmp_path):
         later = replace(settings, steps=steps, reward="attention")
         train(later, Policy.load(model, device="cpu"), stories, run, resume=True)
         kept.append(load_heads(run))
-    assert torch.equal(*kept)
+    assert torch.equal(kept[0].scores, kept[1].scores)
 
 
 def test_kl_is_zero_at_the_start_and_grows(tmp_path):
@@ -393,7 +393,7 @@ trainer = Trainer(settings, policy, stories if settings.reward == "attention" el
 for _ in range(3):
     metrics = trainer.step()
 weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
-heads = None if trainer.reward.copy_weights is None else trainer.reward.copy_weights.tolist()
+heads = None if trainer.reward.heads is None else trainer.reward.heads.scores.tolist()
 torch.save((weights, metrics["loss"], metrics["reward"], heads), run / f"rank-{{state.process_index}}.pt")
 """
 

@@ -90,7 +90,7 @@ def test_a_run_learns_from_the_frozen_start_and_logs_every_signal(kind, adapter,
     # The last rewards are what adhere says of the same texts with the model as it was before training. Texts say
     # nothing of whether a response ended, so only those that did are compared.
     given, rewards = heard.calls[-1]
-    own = Reward.resolve("attention", start, heard.reward.reward.copy_weights)
+    own = Reward.resolve("attention", start, heard.reward.reward.heads)
     again = own.score(given["prompts"], given["completion_ids"])
     assert rewards == pytest.approx(again.reward.tolist(), abs=1e-4)
     texts = own.score(given["prompts"], given["completions"])
@@ -149,7 +149,7 @@ def test_gradient_accumulation_and_evaluation_in_between_change_nothing(policy, 
         eval_dataset=Dataset.from_list(rows[:2]),
     )
     trainer.train()
-    fresh = Reward.resolve("attention", Policy.load(CAUSAL, device="cpu"), heard.reward.reward.copy_weights)
+    fresh = Reward.resolve("attention", Policy.load(CAUSAL, device="cpu"), heard.reward.reward.heads)
     assert len(heard.calls) >= 3
     for given, rewards in heard.calls:
         again = fresh.score(given["prompts"], given["completion_ids"]).reward.tolist()
@@ -195,16 +195,6 @@ def test_a_response_that_was_cut_stands_behind_the_gate(policy):
     garden, end = policy.tokenizer("garden")["input_ids"], policy.tokenizer.eos_token_id
     found = reward([prompts()[0]] * 2, ["garden", "garden garden garden"], [[*garden, end], garden * 3])
     assert found == [2.0, 1.0]
-
-
-def test_heads_are_measured_once_at_the_first_call(policy):
-    reward = AttentionReward(policy)
-    assert reward.reward.copy_weights is None
-    ids = [*policy.tokenizer("garden")["input_ids"], policy.tokenizer.eos_token_id]
-    reward(prompts()[:3], ["garden"] * 3, [ids] * 3)
-    weights = reward.reward.copy_weights
-    reward(prompts()[3:6], ["garden"] * 3, [ids] * 3)
-    assert reward.reward.copy_weights is weights and float(weights.sum()) == pytest.approx(1.0)
 
 
 def test_ids_of_another_tokenizer_are_refused(tmp_path):
@@ -286,7 +276,7 @@ def test_two_processes_agree_on_the_heads(tmp_path):
         "trainer = trained('grpo', policy, reward, sys.argv[1])\n"
         "rank = os.environ['RANK']\n"
         "weights = [float(p.sum()) for p in policy.model.parameters()]\n"
-        "found = {'heads': reward.reward.copy_weights.tolist(), 'weights': weights}\n"
+        "found = {'heads': reward.reward.heads.scores.tolist(), 'weights': weights}\n"
         "Path(sys.argv[1], f'{rank}.json').write_text(json.dumps(found))\n"
     )
     run = tmp_path / "run"
@@ -315,7 +305,7 @@ def test_adhere_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_p
     given, rewards = heard.calls[0]  # before the first update
     assert all(0 < len(ids) <= 5 for ids in given["completion_ids"])
     assert len(set(map(tuple, given["completion_ids"]))) > 1
-    theirs = Reward.resolve(spec, start, reward.reward.copy_weights)
+    theirs = Reward.resolve(spec, start, reward.reward.heads)
     expected = theirs.score(given["prompts"], given["completion_ids"], given["answers"]).reward
     torch.testing.assert_close(torch.tensor(rewards), expected, atol=1e-5, rtol=1e-5)
     assert any((p != q).any() for p, q in zip(policy.model.parameters(), start.model.parameters(), strict=True))

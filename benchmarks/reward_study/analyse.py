@@ -10,6 +10,7 @@ heads that choose what is taken away: the copy heads, all alike, each layer by i
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from candidates import changed
@@ -19,6 +20,7 @@ from torch import Tensor
 from adhere.data import Row
 from adhere.measure.audit import AuditConfig, Verdict, audit
 from adhere.model.policy import Policy
+from adhere.reward.heads import copy_heads
 from adhere.reward.named import NAMED, SIGNALS, RewardConfig
 from adhere.reward.reward import Reward
 from adhere.toy import model_path
@@ -35,19 +37,17 @@ def of_signals(policy: Policy, rows: list[Row]) -> dict[str, Reward]:
     """A reward of each signal alone."""
     names = [name for name in SIGNALS if name not in LEFT_OUT]
     configs = {name: RewardConfig({name: 1.0}, normalise="none", renormalise=name != "lookback") for name in names}
-    return {name: Reward(config, policy, reference=policy) for name, config in configs.items()}
+    return {name: Reward(config, policy) for name, config in configs.items()}
 
 
 def of_heads(policy: Policy, rows: list[Row]) -> dict[str, Reward]:
     """`comprehensiveness` alone and `attention` with each choice of heads."""
-    measured = Reward(NAMED["attention"], policy, reference=policy).measure(
-        policy.encode([row.prompt for row in rows[:64]])
-    )
+    measured = copy_heads(policy)
     alone = RewardConfig(**changed({"overlap": 0, "coherence": 0, "repetition": 0}))
     found = {}
-    for name, weights in choices(measured).items():
+    for name, weights in choices(measured.weights).items():
         for what, config in (("comprehensiveness", alone), ("attention", NAMED["attention"])):
-            found[f"{what}, {name}"] = Reward(config, policy, copy_weights=weights, reference=policy)
+            found[f"{what}, {name}"] = Reward(config, policy, replace(measured, scores=weights))
     return found
 
 

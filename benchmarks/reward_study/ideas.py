@@ -241,11 +241,10 @@ def shown(figure: Estimate, sign: str = "") -> str:
 def study(kind: str, count: int) -> None:
     policy = Policy.load(model_path(kind), device="cpu")
     reader = Policy.load(model_path(kind), device="cpu", attention="eager")
-    reward = Reward(NAMED["attention"], policy, reference=policy)
+    reward = Reward(NAMED["attention"], policy)
     values: dict[str, list[Tensor]] = {}
     right: list[Tensor] = []
     rows = stories("validation", count)
-    reward.copy_weights = reward.measure(policy.encode([row.prompt for row in rows[:count]]))
     for first in range(0, len(rows), 50):
         part = rows[first : first + 50]
         prompts = policy.encode([row.prompt for row in part], [row.answers for row in part])

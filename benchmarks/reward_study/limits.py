@@ -27,6 +27,7 @@ from adhere.errors import UserError
 from adhere.measure.audit import AuditConfig, audit
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
+from adhere.reward.heads import measure_on_answers
 from adhere.reward.reward import Reward
 from adhere.reward.salience import TokenClass, attended, classes_of
 from adhere.toy import make_rows, model_path
@@ -44,10 +45,9 @@ def stories(split: str, kinds: Sequence[str], count: int) -> list[Row]:
     return [Row(prompt=row["prompt"], answers=tuple(row["answers"]), fields=row) for row in rows]
 
 
-def rewards_of(policy: Policy, rows: list[Row]) -> dict[str, Reward]:
-    """The rewards of the table, by heads that are measured on `rows`."""
-    heads = Reward.named("attention", policy).measure(policy.encode([row.prompt for row in rows]))
-    return {name: Reward.resolve(spec, policy, heads) for name, spec in REWARDS.items()}
+def rewards_of(policy: Policy) -> dict[str, Reward]:
+    """The rewards of the table."""
+    return {name: Reward.resolve(spec, policy) for name, spec in REWARDS.items()}
 
 
 def own_samples(policy: Policy, rewards: dict[str, Reward], rows: list[Row]) -> dict[str, Estimate | None]:
@@ -108,7 +108,7 @@ def without_story(rows: list[Row]) -> list[Row]:
 def refusal(policy: Policy, rows: list[Row]) -> str:
     """What a user is told whose prompts these are."""
     try:
-        Reward.named("attention", policy).measure(policy.encode([row.prompt for row in rows]))
+        measure_on_answers(policy, policy.encode([row.prompt for row in rows]))
     except UserError as error:
         return str(error)
     return "not refused"
@@ -168,7 +168,7 @@ def main() -> None:
         policy = Policy.load(model_path(kind), device="cpu")
         print(f"\n{kind}\n{heading}")
         extractive = stories("agree", ["extractive"], options.prompts)
-        rewards, asked = rewards_of(policy, extractive[:64]), without_story(extractive)
+        rewards, asked = rewards_of(policy), without_story(extractive)
         print(f"| no story, own samples | {shown(own_samples(policy, rewards, asked))} |", flush=True)
         for name in ("count", "yesno", "twohop", "unanswerable"):
             rows = stories("conflict", [name], options.prompts)
@@ -182,7 +182,7 @@ def main() -> None:
     print(f"\nuntrained: {untrained(stories('conflict', ['extractive'], 50))}")
     if options.real:
         pairs, reader = articles(options.data, options.prompts), Policy.load(options.real)
-        rewards = rewards_of(reader, [Row(prompt=prompt) for prompt, *_ in pairs[:64]])
+        rewards = rewards_of(reader)
         print(f"\nreal text\n{heading}")
         print(f"| said simply against copied ({len(pairs)}) | {shown(two_answers(rewards, pairs))} |")
 

@@ -170,7 +170,7 @@ def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
 
 
 def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, first: int = 0) -> Iterator[list[Ranked]]:
-    """The rows, ranked, a batch at a time. `first`: rows before them (whole batches, or all) that are ranked elsewhere."""
+    """The rows, ranked, a batch at a time. `first`: rows before them (whole batches, or all), ranked elsewhere."""
     start = -(-first // config.batch_size)  # rounded up: after the last row, which need not fill its batch
     for number, batch in enumerate(batched(rows, config.batch_size), start):
         prompts = reward.policy.encode(

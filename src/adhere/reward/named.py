@@ -75,7 +75,7 @@ SALIENCES = ("all", "content", "idf", "question", "self")
 """Readings of a prompt: the functions of `salience`."""
 
 GATES = ("ended",)
-"""What a response must pass: the functions of `gates` in `adhere.reward.group`."""
+"""What a response must pass: the names in `adhere.reward.reward.GATE_FUNCTIONS`."""
 
 
 @dataclass(frozen=True)

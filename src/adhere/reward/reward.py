@@ -36,7 +36,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
 }
 """Name of a signal → its formula."""
 
-GATES: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
+GATE_FUNCTIONS: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
 """What a response must pass: [B] bool each."""
 
 
@@ -185,7 +185,7 @@ class Reward:
                 raise RunFailed(f"signal {name} is not finite", where="reward", fix=fix)
         passed = torch.ones_like(rollout.ended)
         for name in self.config.gates:
-            passed = passed & GATES[name](rollout)
+            passed = passed & GATE_FUNCTIONS[name](rollout)
         if self.config.logprob_floor is not None:
             low = (evidence.reading.logprobs < self.config.logprob_floor) & rollout.response_mask
             passed = passed & ~low.any(-1)
