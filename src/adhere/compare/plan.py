@@ -14,9 +14,9 @@ from typing import Any
 from adhere.config import load_config, to_dict
 from adhere.data import Columns
 from adhere.errors import UserError, unknown_name
-from adhere.learn.preference import PreferenceConfig
 from adhere.learn.settings import TrainConfig
 from adhere.measure.evaluate import EvalConfig
+from adhere.preferences.fit import PreferenceConfig
 from adhere.reward.named import config_of
 
 NONE, SYNTHETIC, HUMAN, HYBRID = "none", "synthetic", "human", "hybrid"

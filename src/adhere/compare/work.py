@@ -19,14 +19,14 @@ from adhere.console import quieten_libraries
 from adhere.data import Row, read_rows, write_jsonl
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_write, to_json
-from adhere.learn.preference import fit
 from adhere.learn.train import train
 from adhere.measure.audit import AuditConfig, audit
-from adhere.measure.calibrate import calibrate
 from adhere.measure.evaluate import evaluate
-from adhere.measure.preferences import PairConfig, make_pairs
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.preferences.calibrate import calibrate
+from adhere.preferences.fit import fit
+from adhere.preferences.pairs import PairConfig, make_pairs
 from adhere.reward.controls import normalise_answer
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
