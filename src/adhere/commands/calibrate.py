@@ -65,14 +65,14 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     from adhere.data import read_rows
     from adhere.preferences.calibrate import calibrate
     from adhere.preferences.suggest import SuggestConfig
+    from adhere.resume import require_new
 
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
     pairs = read_rows(options.pairs, columns_of(options), limit=options.limit)
     rows = [row for row in pairs if not row.fields.get("tie")]
     if bare := next((row for row in rows if not row.chosen or not row.rejected), None):
         raise UserError("no `chosen` and `rejected`", where=bare.where, fix="write both, or answer the pair first")
-    if options.output.exists():
-        raise UserError("is there already", where=str(options.output), fix="choose another --output")
+    require_new(options.output)
     with console.progress(len(rows), "reading pairs") as progress:
         found = calibrate(load_policy(options), rows, config.seed, progress.update)
     found.save(options.output)

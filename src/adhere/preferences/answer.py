@@ -19,8 +19,9 @@ from typing import Any
 
 from adhere.data import read_rows
 from adhere.errors import UserError
-from adhere.files import append_jsonl, truncate_jsonl
+from adhere.files import append_jsonl
 from adhere.markup import document, escape
+from adhere.resume import truncate_jsonl
 
 BUTTONS = {"a": "A is better", "b": "B is better", "tie": "No difference", "undo": "Undo"}
 TITLE = "Which is better? · adhere"
