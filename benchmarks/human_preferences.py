@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from adhere.data import Row, read_rows
-from adhere.measure.calibrate import SIGNALS, features_of, fit
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
+from adhere.preferences.calibrate import SIGNALS, features_of, fit_weights
 
 LONGEST = 1500
 """Characters of a prompt and its longer response."""
@@ -61,7 +61,7 @@ def main() -> None:
         for place, signal in enumerate(SIGNALS):
             margins = features.values[:, place].tolist()
             print(f"| {signal} | {shown(bootstrap([0.5 if m == 0 else float(m > 0) for m in margins]))} |")
-        found = fit(features, policy.kind)
+        found = fit_weights(features, policy.kind)
         print(f"| length, a control | {shown(found.longer)} |")
         print(f"| **attention**, uncalibrated | {shown(found.uncalibrated)} |")
         print(f"| **calibrated**, cross-validated | {shown(found.accuracy)} |\n\n{found.verdict}", flush=True)

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from adhere import Lora, Policy, Sampling, TrainConfig, train
 from adhere.data import Row, write_jsonl
-from adhere.files import new_run_dir
+from adhere.resume import new_run_dir
 from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,7 +10,7 @@ import argparse
 
 from adhere import Policy, Reward, Sampling, TrainConfig, train
 from adhere.data import Row, write_jsonl
-from adhere.files import new_run_dir
+from adhere.resume import new_run_dir
 from adhere.toy import make_rows, model_path
 
 

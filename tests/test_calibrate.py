@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import urllib.error
@@ -18,10 +19,10 @@ import yaml
 from adhere.cli import main
 from adhere.data import Row, read_rows
 from adhere.errors import UserError
-from adhere.measure.calibrate import HEADS_FROM, SIGNALS, Features, calibrate, features_of, fit
-from adhere.measure.suggest import SuggestConfig, suggest
 from adhere.model.policy import Policy
-from adhere.report.answer import BODY_LIMIT, Session, serve
+from adhere.preferences.answer import BODY_LIMIT, Session, serve
+from adhere.preferences.calibrate import HEADS_FROM, SIGNALS, Features, calibrate, features_of, fit_weights
+from adhere.preferences.suggest import SuggestConfig, suggest
 from adhere.reward.reward import Reward
 from adhere.toy import make_rows, model_path
 from tests.families import build, save, tokenizer
@@ -69,7 +70,7 @@ def test_attention_of_each_head_equals_eager(tmp_path):
 
 
 def test_the_signal_that_decides_gets_the_weight():
-    found = fit(features(200, "grounding"), "x")
+    found = fit_weights(features(200, "grounding"), "x")
     assert found.accuracy.mean > 0.95 and found.gain.low > 0.3
     assert max(found.weights, key=lambda name: abs(found.weights[name])) == "grounding"
     assert found.verdict.startswith("Better than the uncalibrated reward")
@@ -82,25 +83,27 @@ def test_no_fold_sees_pairs_of_its_own_prompts():
         rng = np.random.default_rng(seed)
         mark = rng.normal(size=(14, len(NAMES))).repeat(6, axis=0)
         prompts = tuple(f"p{i // 6}" for i in range(84))
-        accuracies.append(fit(Features(NAMES, mark, np.zeros(84), np.zeros(84), prompts), "x", seed).accuracy.mean)
+        accuracies.append(
+            fit_weights(Features(NAMES, mark, np.zeros(84), np.zeros(84), prompts), "x", seed).accuracy.mean
+        )
     assert np.mean(accuracies) < 0.65
 
 
 def test_pairs_of_one_prompt_count_as_one_in_the_intervals():
     many = features(120, "grounding", per_prompt=6)
-    found = fit(many, "x")
+    found = fit_weights(many, "x")
     assert found.pairs == 120 and {figure.n for figure in found.figures.values()} == {20}
     noise, claimed = np.random.default_rng(0), 0
     for seed in range(10):
         values = noise.normal(size=(20, len(NAMES))).repeat(6, axis=0)
         base = noise.normal(size=20).repeat(6)
-        claimed += fit(replace(many, values=values, base=base), "x", seed).gain.low > 0
+        claimed += fit_weights(replace(many, values=values, base=base), "x", seed).gain.low > 0
     assert claimed <= 1  # one by one, 8 in 30 such samples of pure noise passed for a gain
 
 
 def test_length_gets_no_weight_and_is_reported_beside():
     known = features(40, "grounding")
-    found = fit(replace(known, length=np.r_[np.ones(30), -np.ones(6), np.zeros(4)]), "x")
+    found = fit_weights(replace(known, length=np.r_[np.ones(30), -np.ones(6), np.zeros(4)]), "x")
     assert found.longer.mean == pytest.approx((30 + 4 / 2) / 40)
     assert "length" not in SIGNALS and "length" not in found.weights
 
@@ -110,19 +113,19 @@ def test_weights_are_in_the_units_of_the_signals():
     known = features(60, "coverage")
     scale = np.ones(len(NAMES))
     scale[NAMES.index("coverage")] = 1000.0
-    one, other = fit(known, "x"), fit(replace(known, values=known.values * scale), "x")
+    one, other = fit_weights(known, "x"), fit_weights(replace(known, values=known.values * scale), "x")
     assert other.weights["coverage"] * 1000 == pytest.approx(one.weights["coverage"], rel=1e-3)
     assert other.accuracy == one.accuracy
 
 
 def test_a_head_that_decides_is_found_once_there_are_pairs_enough():
-    found = fit(features(300, "0.1"), "x")
+    found = fit_weights(features(300, "0.1"), "x")
     assert found.accuracy.mean > 0.95 and max(found.heads, key=lambda name: abs(found.heads[name])) == "0.1"
-    assert not fit(features(HEADS_FROM - 1, "0.1"), "x").heads
+    assert not fit_weights(features(HEADS_FROM - 1, "0.1"), "x").heads
 
 
 def test_labels_that_mean_nothing_are_said_to_be_too_few():
-    found = fit(features(40, None), "x")
+    found = fit_weights(features(40, None), "x")
     assert "too few" in found.verdict or "Worse" in found.verdict
     assert found.gain.low <= 0
 
@@ -130,7 +133,7 @@ def test_labels_that_mean_nothing_are_said_to_be_too_few():
 def test_with_few_labels_it_stays_with_the_default_reward():
     known = features(12, None)
     base = np.abs(known.base) + 0.1  # the default puts every pair in order
-    found = fit(replace(known, base=base), "x")
+    found = fit_weights(replace(known, base=base), "x")
     assert found.uncalibrated.mean == 1.0 and found.accuracy.mean >= 0.75
 
 
@@ -194,7 +197,7 @@ def test_the_kind_of_a_model_tells_its_decoder_and_its_heads(family):
 
 
 def test_without_scikit_learn_the_way_to_get_it_is_told(policy, rows, monkeypatch):
-    monkeypatch.setattr("adhere.measure.calibrate.find_spec", lambda name: None)
+    monkeypatch.setattr("adhere.preferences.calibrate.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"adhere\[calibrate\]"):
         calibrate(policy, rows)
     assert util.find_spec("sklearn") is not None
@@ -337,6 +340,8 @@ def test_a_session_writes_each_answer_and_ends_when_all_are_given(asked, tmp_pat
         waiting.start()
         with urllib.request.urlopen(server.url, timeout=5) as reply:
             page = reply.read().decode()
+        nonce = re.search(r'<script nonce="(.+?)">', page)[1]
+        assert f"script-src 'nonce-{nonce}'; connect-src 'self'" in page
         assert "Pair 1 of 3" in page and "&lt;script&gt;alert" in page and "<script>alert" not in page
         assert post(server.url, {"number": 0, "choice": "b"}) == 200
         assert read_rows(output)[0].chosen == "b0"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from adhere.cli import main
-from adhere.compare.estimates import standings
+from adhere.compare.estimates import summarise
 from adhere.compare.plan import CompareConfig, arm_of, folder_name, jobs_of
 from adhere.errors import UserError
 from adhere.report.compare import write_compare
@@ -87,11 +87,11 @@ def test_arms_run_once_and_stand_side_by_side(plan, tmp_path, capsys):
     write(tmp_path / "evaluation.jsonl", ROWS[:4])
     path = tmp_path / "plan.yaml"
     assert main(["compare", str(path), "--output", str(output)]) == 2
-    assert "holds a comparison on other data" in capsys.readouterr().err
+    assert "began with other settings: content." in capsys.readouterr().err
 
     changed = plan(train={**TRAIN, "steps": 3})
     assert main(["compare", str(changed), "--output", str(output)]) == 2
-    assert "holds a run with other settings" in capsys.readouterr().err
+    assert "began with other settings: train.steps was 2, is 3; choose another --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_figures_are_over_prompts_with_seeds_averaged(tmp_path):
         result([1.0, 1.0, None], tokens=10, pairs=[1.0, 0.5], curve=[{"step": 1, "reward": 1.0, "kl": 0.5}]),
         result([0.0, 1.0, None], tokens=20, pairs=[0.0, 0.5], curve=[], stopped="x"),
     ]
-    arms = standings(config, jobs, results, {"first": [0], "none": [2]})["m"]
+    arms = summarise(config, jobs, results, {"first": [0], "none": [2]})["m"]
     # Prompt 1: (1 + 0) / 2, prompt 2: 1; the third has no figure.
     assert arms["a"].metrics["exact_match"].mean == 0.75 and arms["a"].metrics["exact_match"].n == 2
     assert arms["a"].gain["exact_match"][0].mean == 0.25 and arms["no RL"].behind["exact_match"][0].mean == 0.25
@@ -157,18 +157,18 @@ def test_figures_are_over_prompts_with_seeds_averaged(tmp_path):
     assert arms["a"].curve == [{"step": 1, "reward": 1.0, "kl": 0.5}]
 
 
-def test_a_fingerprint_changes_with_what_matters_and_not_with_the_place(tmp_path):
+def test_the_settings_of_a_run_change_with_what_matters_and_not_with_the_place(tmp_path):
     config = CompareConfig(models=("m",), arms={"a": {"reward": "overlap"}}, against="a", seeds=(0,))
     (job,), (moved,) = jobs_of(config, tmp_path / "x"), jobs_of(config, tmp_path / "y")
     (other,) = jobs_of(replace(config, train={"steps": 7}), tmp_path / "x")
-    assert job.fingerprint == moved.fingerprint != other.fingerprint
+    assert job.settings == moved.settings != other.settings
 
 
 def test_options_of_an_arm_go_before_those_of_all(tmp_path):
     config = CompareConfig(
         models=("m",), arms={"a": {"reward": "overlap", "steps": 9}}, against="a", seeds=(0,), train={"steps": 7}
     )
-    assert jobs_of(config, tmp_path)[0].settings.steps == 9
+    assert jobs_of(config, tmp_path)[0].training.steps == 9
 
 
 def test_an_arm_is_read_from_a_mapping():

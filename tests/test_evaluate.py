@@ -13,14 +13,15 @@ import torch
 
 from adhere.data import Row
 from adhere.errors import UserError
+from adhere.measure.batch_cache import BatchCache
 from adhere.measure.evaluate import EvalConfig, Evaluation, evaluate
-from adhere.measure.kept import Kept
 from adhere.measure.metrics import METRICS, token_f1, words
 from adhere.measure.readers import Embedder, follow_up
 from adhere.measure.stats import bootstrap, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.report.page import write_report
+from adhere.resume import JOURNAL
 from tests.families import save
 
 CONFIG = EvalConfig(num_samples=3, max_new_tokens=6, batch_size=4, seed=3)
@@ -309,20 +310,21 @@ def test_relevance_is_the_cosine_of_sentence_embeddings(policy: Policy, embedder
 def test_kept_batches_are_not_done_again_and_change_nothing(policy: Policy, baseline: Policy, tmp_path: Path) -> None:
     rows = [Row(prompt, fields={"follow_up": "w1"}) for prompt in PROMPTS]
     whole = evaluate(policy, rows, CONFIG, baseline).to_json()
-    path = tmp_path / "unfinished.jsonl"
-    evaluate(policy, rows, CONFIG, baseline, kept=Kept.open(path, "this", resume=False))
+    path = tmp_path / "unfinished" / JOURNAL
+    this = {"seed": 1}
+    evaluate(policy, rows, CONFIG, baseline, cache=BatchCache.open(tmp_path, this, resume=False))
     lines = path.read_text().splitlines(keepends=True)
-    assert len(lines) == 1 + 2 * 2  # the mark, and two batches of either policy
+    assert len(lines) == 1 + 2 * 2  # the settings, and two batches of either policy
     path.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote
     done: list[int] = []
-    kept = Kept.open(path, "this", resume=True)
-    assert len(kept.batches) == 2
-    again = evaluate(policy, rows, CONFIG, baseline, lambda now, _total: done.append(now), kept)
+    cache = BatchCache.open(tmp_path, this, resume=True)
+    assert len(cache.batches) == 2
+    again = evaluate(policy, rows, CONFIG, baseline, lambda now, _total: done.append(now), cache)
     assert json.dumps(again.to_json()) == json.dumps(whole)
     assert len(path.read_text().splitlines()) == len(lines)
     with pytest.raises(UserError, match="add --resume"):
-        Kept.open(path, "this", resume=False)
-    with pytest.raises(UserError, match="holds another evaluation"):
-        Kept.open(path, "that", resume=True)
-    kept.close()
-    assert not path.exists()
+        BatchCache.open(tmp_path, this, resume=False)
+    with pytest.raises(UserError, match="began with other settings: seed was 1, is 2"):
+        BatchCache.open(tmp_path, {"seed": 2}, resume=True)
+    cache.close()
+    assert not path.parent.exists()

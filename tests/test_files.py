@@ -16,14 +16,11 @@ import torch
 from adhere import files
 from adhere.errors import RunFailed, UserError
 from adhere.files import (
-    append_jsonl,
     atomic_dir,
     atomic_write,
-    new_run_dir,
     require_space,
     sweep,
     to_json,
-    truncate_jsonl,
 )
 
 
@@ -177,55 +174,3 @@ def test_json_holds_no_nan_and_reads_tensors_paths_and_records() -> None:
     assert json.loads(to_json(value)) == expected
     with pytest.raises(TypeError, match="object has no JSON form"):
         to_json({"a": object()})
-
-
-def test_resuming_keeps_the_rows_up_to_a_step_and_drops_an_unfinished_line(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    for step in range(5):
-        append_jsonl(path, {"step": step, "kl": float("nan")})
-    with path.open("a") as file:
-        file.write('{"step": 5, "k')
-    assert truncate_jsonl(path, lambda row: row["step"] < 3) == 3
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
-    assert truncate_jsonl(path, lambda _: True) == 0
-    assert truncate_jsonl(tmp_path / "absent.jsonl", lambda _: True) == 0
-
-
-@pytest.mark.parametrize("rest", ["", '{"step": 2}\n'])
-def test_a_line_that_is_broken_though_finished_is_an_error(tmp_path: Path, rest: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"st\n' + rest)
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not JSON"):
-        truncate_jsonl(path, lambda _: True)
-
-
-def test_a_complete_last_row_without_a_newline_is_kept_and_ended(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1}')
-    assert truncate_jsonl(path, lambda _: True) == 0
-    append_jsonl(path, {"step": 2})
-    assert len(path.read_text().splitlines()) == 3
-
-
-def test_a_new_run_needs_a_folder_without_one(tmp_path: Path) -> None:
-    run = new_run_dir(tmp_path / "runs" / "a")
-    assert run.is_dir()
-    assert new_run_dir(run) == run
-    (run / "config.yaml").write_text("")
-    with pytest.raises(UserError, match="already holds a run; add --resume or choose another --output"):
-        new_run_dir(run)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file, the folder of a run was expected"):
-        new_run_dir(tmp_path / "file")
-
-
-def test_resuming_needs_a_checkpoint_and_sweeps_what_a_kill_left(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing to resume: no such folder; leave --resume out"):
-        new_run_dir(tmp_path / "a", resume=True)
-    run = new_run_dir(tmp_path / "a")
-    (run / "checkpoints" / ".step-2.12345678.partial").mkdir(parents=True)
-    with pytest.raises(UserError, match="nothing to resume: no checkpoint in it"):
-        new_run_dir(run, resume=True)
-    assert names(run / "checkpoints") == []
-    (run / "checkpoints" / "step-2").mkdir()
-    assert new_run_dir(run, resume=True) == run

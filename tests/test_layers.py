@@ -13,11 +13,12 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "files", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
+    {"types", "errors", "files", "resume", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
     {"model"},
     {"reward"},
     {"learn"},
     {"measure"},
+    {"preferences"},
     {"rank", "serve", "report", "integrations", "console"},
     {"toy"},
     {"demo", "compare"},
@@ -150,7 +151,10 @@ def test_no_two_modules_import_each_other() -> None:
         ("adhere.learn.train", "adhere.cli", False),
         ("adhere.model.capture", "adhere.model.families", True),
         ("adhere.model.capture", "adhere.reward.signals", False),
-        ("adhere.reward.named", "adhere.learn.preference", False),
+        ("adhere.reward.named", "adhere.preferences.fit", False),
+        ("adhere.preferences.pairs", "adhere.measure.audit", True),
+        ("adhere.measure.audit", "adhere.preferences.pairs", False),
+        ("adhere.preferences.answer", "adhere.report.markup", False),
         ("adhere.learn.train", "adhere.console", False),
         ("adhere.learn.train", "adhere.toy.models", False),
         ("adhere.measure.audit", "adhere.report.page", False),

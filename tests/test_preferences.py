@@ -11,9 +11,9 @@ import torch
 from adhere.cli import main
 from adhere.data import Row, read_rows
 from adhere.errors import UserError
-from adhere.learn.preference import PreferenceConfig, bradley_terry_loss, fit, preferred, split
-from adhere.measure.preferences import CORRUPTIONS, PairConfig, make_pairs
 from adhere.model.policy import Policy
+from adhere.preferences.fit import PreferenceConfig, bradley_terry_loss, fit, preferred, split
+from adhere.preferences.pairs import CORRUPTIONS, PairConfig, make_pairs
 from adhere.reward.preference import PreferenceModel, pair_ids
 from adhere.reward.reward import Reward
 from adhere.toy import make_rows, model_path
@@ -103,9 +103,10 @@ def test_training_raises_it(fitted, backbone, tmp_path, capsys):
 
 def test_a_prompt_is_on_one_side_of_the_split():
     rows = [Row(f"p{i % 7}", chosen="a", rejected="b") for i in range(30)]
-    known, kept = split(rows, 0.3, 0)
-    assert len(known) + len(kept) == 30 and not {row.prompt for row in known} & {row.prompt for row in kept}
-    assert len({row.prompt for row in kept}) == 2
+    training, held_out = split(rows, 0.3, 0)
+    assert len(training) + len(held_out) == 30
+    assert not {row.prompt for row in training} & {row.prompt for row in held_out}
+    assert len({row.prompt for row in held_out}) == 2
 
 
 def test_ids_are_prompt_response_and_one_end():

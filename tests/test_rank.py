@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from adhere.cli import main
 from adhere.data import Row, iter_rows, writable
-from adhere.files import GrowingRows
 from adhere.integrations import http
 from adhere.model.policy import Policy
 from adhere.rank import RankConfig, Ranked, blank_between, rank, sampled_candidates
+from adhere.resume import JOURNAL, GrowingRows
 from adhere.reward.reward import Reward
 from adhere.toy import make_rows, model_path
 from tests.families import save, tokenizer
@@ -210,20 +210,25 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     given = ["--model", str(model_path("causal")), "--prompts", str(prompts), "--output", str(killed)]
     command = [sys.executable, "-m", "adhere.cli", "rank", *given, "--device", "cpu", "--max-new-tokens", "6", *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    state = tmp_path / "killed.jsonl.partial" / "state.json"
+    journal = tmp_path / "killed.jsonl.partial" / JOURNAL
+
+    def done():  # the last line may be half written
+        lines = journal.read_text().splitlines()[1:-1] if journal.exists() else []
+        return json.loads(lines[-1])["done"] if lines else 0
+
     try:
-        while not (state.exists() and json.loads(state.read_text())["done"] >= 20):
+        while done() < 20:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.01)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not killed.exists() and json.loads(state.read_text())["done"] < 160
-    with (state.parent / "rows.jsonl").open("ab") as file:
+    assert not killed.exists() and done() < 156
+    with (journal.parent / "rows.jsonl").open("ab") as file:
         file.write(b'{"prompt": "half a l')  # what a write cut short would leave
     assert run(prompts, killed, *options, "--quiet") == 2  # not silently begun anew
     assert run(prompts, killed, *options, "--quiet", "--resume") == 0
-    assert killed.read_bytes() == whole.read_bytes() and not state.parent.exists()
+    assert killed.read_bytes() == whole.read_bytes() and not journal.parent.exists()
 
 
 def interrupted(prompts, output, monkeypatch):
@@ -317,13 +322,13 @@ def test_an_output_that_is_there_is_left_alone(stories, tmp_path, capsys):
     assert run(stories, tmp_path / "out") == 2
     assert "is there already" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
     assert run(stories, tmp_path) == 2
-    assert "is a folder" in capsys.readouterr().err
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_damaged_leftovers_are_refused(stories, tmp_path, capsys):
     folder = tmp_path / "out.partial"
     folder.mkdir()
-    (folder / "state.json").write_text('{"done": 4')
+    (folder / JOURNAL).write_text('{"done": 4}\n')
     assert run(stories, tmp_path / "out", "--resume") == 2
     assert "damaged" in capsys.readouterr().err
 

@@ -35,7 +35,7 @@ DOCS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text("utf-8")
 CHILD = """
 import sys
 import torch
-from adhere.files import new_run_dir
+from adhere.resume import new_run_dir
 from adhere.learn.train import train
 from adhere.model.policy import Policy
 from tests.test_train import config, rows

@@ -22,6 +22,7 @@ from adhere.data import Row, iter_rows
 from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
 from adhere.rank import RankConfig, _groups, group_starts, scattered
+from adhere.resume import JOURNAL
 from adhere.row_files import positions
 from adhere.shards import AIM, MOST, SUCCESS, ShardedRows, shard_rows
 from adhere.toy import make_rows, model_path
@@ -187,7 +188,7 @@ def write(output, part, text="x"):
 def test_resumed_it_does_what_is_left(tmp_path):
     output, parts = begun(tmp_path)
     write(output, parts[1])
-    with (output.work / "done.jsonl").open("a") as file:
+    with (output.folder / JOURNAL).open("a") as file:
         file.write('{"part": 0, "ro')  # what a process killed as it wrote leaves
     (output.folder / ".part-00000.jsonl.ab.partial").write_text("half")
     with pytest.raises(UserError, match="is unfinished"):
@@ -231,7 +232,7 @@ def test_nothing_to_resume_and_damage_are_told(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         begun(tmp_path, resume=True)
     output, _ = begun(tmp_path)
-    (output.work / "settings.json").write_text("{")
+    (output.folder / JOURNAL).write_text("{\n")
     with pytest.raises(UserError, match="damaged"):
         begun(tmp_path, resume=True)
 

@@ -199,7 +199,7 @@ import sys
 from adhere.model.policy import Policy
 from adhere.learn.train import train
 from adhere.learn.algorithms import {algorithm}
-from adhere.files import new_run_dir
+from adhere.resume import new_run_dir
 from tests.test_train import config, rows
 import torch
 torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Writing to disk so that nothing is ever half-written: built under a temporary name, flushed, then renamed.
 
-A process that is killed leaves at most a hidden `.NAME.….partial` beside the target; `new_run_dir` sweeps those away on
-resume. What is read of a user's rows is `data`'s business, not this module's.
+A process that is killed leaves at most a hidden `.NAME.….partial` beside the target, which `sweep` clears away. What is
+read of a user's rows is `data`'s business, and whether work goes on is `resume`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import date
@@ -26,7 +26,6 @@ from adhere.errors import RunFailed, UserError
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # Libraries that write through Rust or C++ (safetensors, torch) report a full disk in words only.
 _FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded", "os error 122")
-_RUN_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints", "model")
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
@@ -78,6 +77,13 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def rename(source: Path, target: Path) -> None:
+    """Give a finished file its name, for good: after a power cut it has it still."""
+    with disk_errors(target):
+        source.replace(target)
+        _sync_folder(target.parent)
+
+
 def require_space(path: str | Path, size: int) -> None:
     """Raise `RunFailed` unless the disk that holds (or would hold) `path` has `size` bytes to spare."""
     free = _free(Path(path))
@@ -122,144 +128,6 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("ab", buffering=0) as file:
             file.write(line)
-
-
-def truncate_jsonl(path: str | Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Leave only the rows of a JSON Lines file for which `keep` is true; how many went is returned.
-
-    For resuming: rows after the checkpoint go, and a last line that a killed process left unfinished goes with them. A
-    line that is broken elsewhere is an error. A missing file has no rows.
-    """
-    path = Path(path)
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            raise UserError("is not JSON", where=f"{path}:{number}", fix="repair or remove the line") from error
-        if keep(row):
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-    if len(kept) < len(lines) or (lines and not lines[-1].endswith(b"\n")):
-        atomic_write(path, b"".join(kept))
-    return len(lines) - len(kept)
-
-
-class GrowingRows:
-    """JSON Lines written batch by batch and resumable: they grow in `NAME.partial/` and take their name at the end.
-
-    `state.json` in that folder says how many rows of the input are `done`, how many bytes they made, the `settings`
-    that made them, and the `tally` that the caller keeps. What a killed process left beyond those bytes is cut off, so
-    no line is lost or doubled. Nothing is written before the first `add`.
-
-    Raises `UserError`: the target is there already, or unfinished without `resume`; with `resume`, there is nothing to
-    resume or the settings differ.
-    """
-
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
-        self.path = Path(path)
-        self.folder = self.path.with_name(f"{self.path.name}.partial")
-        self.settings: dict[str, Any] = json.loads(to_json(settings))
-        self.done = 0
-        self.tally: dict[str, float] = {}
-        self._bytes = 0
-        where = str(self.path)
-        if self.path.is_dir():
-            raise UserError("is a folder, a file was to be written", where=where, fix="give a file name")
-        if self.path.exists():
-            raise UserError("is there already", where=where, fix="choose another --output")
-        if self.folder.exists() and not resume:
-            raise UserError(f"is unfinished, in {self.folder}", where=where, fix="add --resume, or remove that folder")
-        if resume:
-            self._take_up()
-
-    def add(self, rows: Iterable[Mapping[str, Any]], done: int, tally: Mapping[str, float]) -> None:
-        """Write a batch: its rows, how many rows of the input are done with it, and the tally so far."""
-        text = "".join(to_json(row) + "\n" for row in rows).encode("utf-8", "backslashreplace")
-        with disk_errors(self.path, len(text)):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._rows.open("ab") as file:
-                file.truncate(self._bytes)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        self.done, self.tally, self._bytes = done, dict(tally), self._bytes + len(text)
-        state = {"done": done, "bytes": self._bytes, "tally": self.tally, "settings": self.settings}
-        atomic_write(self._state, to_json(state, indent=2))
-
-    def finish(self) -> None:
-        """Give the rows their name."""
-        with disk_errors(self.path):
-            self._rows.replace(self.path)
-            _sync_folder(self.path.parent)
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    @property
-    def _rows(self) -> Path:
-        return self.folder / "rows.jsonl"
-
-    @property
-    def _state(self) -> Path:
-        return self.folder / "state.json"
-
-    def _take_up(self) -> None:
-        """Find where the unfinished rows stand."""
-        where = str(self.path)
-        if not self.folder.is_dir():
-            raise UserError("nothing to resume: no such folder", where=str(self.folder), fix="leave --resume out")
-        if not self._state.exists():
-            return  # killed before its first batch
-        try:
-            state = json.loads(self._state.read_text("utf-8"))
-            begun, self.done, self._bytes, self.tally = (state[k] for k in ("settings", "done", "bytes", "tally"))
-            whole = self._rows.stat().st_size >= self._bytes
-        except (OSError, ValueError, LookupError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError("cannot be resumed: damaged", where=str(self.folder), fix="remove the folder, begin anew")
-        require_same(begun, self.settings, where, self.folder)
-
-
-def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], where: str, folder: Path) -> None:
-    """Raise `UserError` where the settings that the unfinished work in `folder` began with are not those of now."""
-    names = sorted({*begun, *now})
-    changed = [name for name in names if begun.get(name) != now.get(name)]
-    if changed:
-        told = "; ".join(f"{name} was {begun.get(name)}, is {now.get(name)}" for name in changed)
-        fix = f"give the options it began with, or remove {folder}"
-        raise UserError(f"cannot be resumed with other options: {told}", where=where, fix=fix)
-
-
-def new_run_dir(path: str | Path, resume: bool = False) -> Path:
-    """Make the folder of a run, or with `resume` find one that can go on.
-
-    Raises `UserError`: the folder already holds a run and `resume` is off, or `resume` is on without a checkpoint.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError("is a file, the folder of a run was expected", where=str(path), fix="choose another --output")
-    if resume:
-        if not path.is_dir():
-            raise UserError("nothing to resume: no such folder", where=str(path), fix="leave --resume out")
-        sweep(path)
-        sweep(path / "checkpoints")
-        sweep(path / "completions")
-        if not any((path / "checkpoints").glob("step-*")):
-            raise UserError(
-                "nothing to resume: no checkpoint in it",
-                where=str(path),
-                fix="remove the folder or choose another --output, and leave --resume out",
-            )
-        return path
-    if any((path / mark).exists() for mark in _RUN_MARKS):
-        raise UserError("already holds a run", where=str(path), fix="add --resume or choose another --output")
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def sweep(folder: str | Path) -> None:

@@ -6,21 +6,23 @@ or doubled. The parts grow in `NAME.parts/`; that folder becomes `NAME`, with a 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adhere.errors import RunFailed, UserError
-from adhere.files import append_jsonl, atomic_write, disk_errors, require_same, sweep, to_json, truncate_jsonl
+from adhere.errors import RunFailed
+from adhere.files import atomic_write, disk_errors, sweep, to_json
+from adhere.resume import JOURNAL, Journal, require_new
 from adhere.row_files import FilePosition, is_jsonl, positions, records
 
 AIM = 256
 """Parts that a file of any size is cut into at least, batches allowing: enough to keep many workers busy to the end."""
 MOST = 4096
 """Rows of a part at most: what is done again when a worker dies."""
+FIELDS = ("part", "rows", "lines", "bytes", "tally", "attempts")
+"""What is remembered of a part: its number and rows of the input, lines and bytes that they made, tally, attempts."""
 SUCCESS = "_SUCCESS"
 WORK = ".work"
 """Folder in the output for what is needed until all parts are there. Hidden: nobody takes it for data."""
@@ -74,23 +76,16 @@ def shard_rows(total: int, batch_size: int) -> int:
 class ShardedRows:
     """The parts of one output: which of them are done, and their folder, which takes its name at the end.
 
-    Nothing is written before `begin`. Raises `UserError` as `GrowingRows` does: the target is there already, or
-    unfinished without `resume`; with `resume`, there is nothing to resume or the settings differ.
+    Nothing is written before `begin`. Raises `UserError`: the target is there already, or as `Journal` does.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = Path(path).absolute()
         self.folder = self.path.with_name(f"{self.path.name}.parts")
-        self.settings: dict[str, Any] = json.loads(to_json(settings))
-        self.done: dict[int, dict[str, Any]] = {}
-        """Number of a part → what `Shard.write` returned."""
-        where = str(path)
-        if self.path.exists():
-            raise UserError("is there already", where=where, fix="choose another --output")
-        if self.folder.exists() and not resume:
-            raise UserError(f"is unfinished, in {self.folder}", where=where, fix="add --resume, or remove that folder")
-        if resume:
-            self._take_up(where)
+        require_new(Path(path))
+        self._journal = Journal(self.folder, settings, FIELDS, resume=resume)
+        self.done: dict[int, dict[str, Any]] = {written["part"]: written for written in self._journal.entries}
+        """Number of a part → what is remembered of it."""
 
     @property
     def work(self) -> Path:
@@ -105,7 +100,7 @@ class ShardedRows:
             self.work.mkdir(parents=True, exist_ok=True)
         for left in self.work.glob("*.attempts"):  # those of the run that is resumed do not count
             left.unlink()
-        atomic_write(self._settings, to_json(self.settings, indent=2))
+        self._journal.begin()
         file = self.rows_file(source)
         if not is_jsonl(source):
             with disk_errors(self.path), file.open("wb") as copy:
@@ -124,7 +119,7 @@ class ShardedRows:
 
     def add(self, written: dict[str, Any]) -> None:
         """Remember a part that is done."""
-        append_jsonl(self._done, written)
+        self._journal.add(written)
         self.done[written["part"]] = written
 
     def rows_done(self) -> int:
@@ -145,7 +140,7 @@ class ShardedRows:
         for written in listed:
             file = self.folder / _name(written["part"])
             if not file.is_file() or file.stat().st_size != written["bytes"]:
-                fix = f"remove {self._done} and --resume: all parts are made again"
+                fix = f"remove {self._journal.file} and add --resume: all parts are made again"
                 raise RunFailed("is not as it was written", where=str(file), fix=fix)
         assert self.rows_done() == total, f"{self.rows_done()} of {total} rows in {len(listed)} parts"
         sweep(self.folder)
@@ -157,27 +152,4 @@ class ShardedRows:
         with disk_errors(self.path):
             self.folder.rename(self.path)
             shutil.rmtree(self.path / WORK, ignore_errors=True)
-
-    @property
-    def _settings(self) -> Path:
-        return self.work / "settings.json"
-
-    @property
-    def _done(self) -> Path:
-        return self.work / "done.jsonl"
-
-    def _take_up(self, where: str) -> None:
-        """Find which parts are done."""
-        if not self.folder.is_dir():
-            raise UserError("nothing to resume: no such folder", where=str(self.folder), fix="leave --resume out")
-        if not self._settings.exists():
-            return  # killed before its first part
-        try:
-            begun = json.loads(self._settings.read_text("utf-8"))
-            truncate_jsonl(self._done, lambda _row: True)  # a last line that was cut short goes
-            told = self._done.read_text("utf-8") if self._done.exists() else ""
-            self.done = {written["part"]: written for written in map(json.loads, told.splitlines())}
-        except (ValueError, LookupError, TypeError) as error:
-            fix = "remove the folder, begin anew"
-            raise UserError("cannot be resumed: damaged", where=str(self.folder), fix=fix) from error
-        require_same(begun, self.settings, where, self.folder)
+            (self.path / JOURNAL).unlink()

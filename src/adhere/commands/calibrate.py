@@ -22,7 +22,7 @@ from adhere.errors import UserError
 
 def _arguments(parser: Parser) -> None:
     from adhere.config import add_arguments
-    from adhere.measure.suggest import SuggestConfig
+    from adhere.preferences.suggest import SuggestConfig
 
     model_arguments(parser, required=False)
     parser.add_argument("--pairs", metavar="FILE", help="fit: rows with prompt, chosen and rejected")
@@ -47,35 +47,35 @@ def _arguments(parser: Parser) -> None:
 
 def _run(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given
-    from adhere.measure.suggest import SuggestConfig
+    from adhere.preferences.suggest import SuggestConfig
 
-    asked = {
+    actions = {
         "--pairs": options.pairs is not None,
         "--suggest": "suggest" in flags_given(options, SuggestConfig),
         "--answer": options.answer is not None,
     }
-    if sum(asked.values()) != 1:
+    if sum(actions.values()) != 1:
         raise UserError("give one of --pairs, --suggest and --answer", fix="adhere calibrate --help tells them apart")
-    if options.model is None and not asked["--answer"]:
+    if options.model is None and not actions["--answer"]:
         raise UserError("no --model", fix="give the folder or hub id of the model to calibrate")
-    if asked["--suggest"] and options.prompts is None:
+    if actions["--suggest"] and options.prompts is None:
         raise UserError("--suggest needs --prompts", fix="give a file of prompts")
-    return (_fit if asked["--pairs"] else _suggest if asked["--suggest"] else _answer)(options, console)
+    return (_fit if actions["--pairs"] else _suggest if actions["--suggest"] else _answer)(options, console)
 
 
 def _fit(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config
     from adhere.data import read_rows
-    from adhere.measure.calibrate import calibrate
-    from adhere.measure.suggest import SuggestConfig
+    from adhere.preferences.calibrate import calibrate
+    from adhere.preferences.suggest import SuggestConfig
+    from adhere.resume import require_new
 
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
     pairs = read_rows(options.pairs, columns_of(options), limit=options.limit)
     rows = [row for row in pairs if not row.fields.get("tie")]
     if bare := next((row for row in rows if not row.chosen or not row.rejected), None):
         raise UserError("no `chosen` and `rejected`", where=bare.where, fix="write both, or answer the pair first")
-    if options.output.exists():
-        raise UserError("is there already", where=str(options.output), fix="choose another --output")
+    require_new(options.output)
     with console.progress(len(rows), "reading pairs") as progress:
         found = calibrate(load_policy(options), rows, config.seed, progress.update, given_heads(options))
     found.save(options.output)
@@ -94,7 +94,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
 def _suggest(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config
     from adhere.data import read_rows, write_jsonl
-    from adhere.measure.suggest import SuggestConfig, suggest
+    from adhere.preferences.suggest import SuggestConfig, suggest
     from adhere.reward.reward import Reward
 
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
@@ -102,20 +102,20 @@ def _suggest(options: argparse.Namespace, console: Console) -> int:
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
     policy = load_policy(options)
     with console.progress(len(rows), "sampling") as progress:
-        asked = suggest(policy, Reward(spec, policy, given_heads(options)), rows, config, progress.update)
-    write_jsonl(options.output, asked)
+        pairs = suggest(policy, Reward(spec, policy, given_heads(options)), rows, config, progress.update)
+    write_jsonl(options.output, pairs)
     answering = f"adhere calibrate --answer {options.output} --output pairs.jsonl"
-    console.note(f"{len(asked)} pairs in {options.output}; answer them: {answering}")
-    console.result({"pairs": len(asked), "output": options.output})
+    console.note(f"{len(pairs)} pairs in {options.output}; answer them: {answering}")
+    console.result({"pairs": len(pairs), "output": options.output})
     return 0
 
 
 def _answer(options: argparse.Namespace, console: Console) -> int:
-    from adhere.report.answer import Session, serve
+    from adhere.preferences.answer import Session, serve
 
     session = Session.open(options.answer, options.output)
     with serve(session, options.port) as server:
-        console.note(f"{session.left} of {len(session.asked)} pairs to answer at {server.url} (Ctrl-C ends)")
+        console.note(f"{session.left} of {len(session.pairs)} pairs to answer at {server.url} (Ctrl-C ends)")
         server.wait()
     console.note(f"{session.done} answers in {options.output}")
     console.result({"answers": session.done, "left": session.left, "output": options.output})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from adhere.commands.common import (
@@ -44,10 +45,11 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config, to_dict
     from adhere.data import read_rows
     from adhere.files import atomic_write, to_json
+    from adhere.measure.batch_cache import BatchCache
     from adhere.measure.evaluate import EvalConfig, evaluate
-    from adhere.measure.kept import Kept
     from adhere.report.page import write_report
     from adhere.report.tables import results_table
+    from adhere.resume import fingerprint
 
     config = load_config(EvalConfig, None, flags_given(options, EvalConfig))
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
@@ -55,14 +57,21 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
         raise UserError("already holds results", where=str(options.output), fix="choose another --output")
     if config.judge and not options.baseline:
         raise UserError("--judge compares with a baseline", fix="add --baseline")
+    settings = {
+        "model": options.model,
+        "baseline": options.baseline,
+        "dtype": options.dtype,
+        "attention": options.attention,
+        "prompts": fingerprint(json.dumps([[row.prompt, row.fields] for row in rows], sort_keys=True, default=str)),
+        **to_dict(config),
+    }
+    cache = BatchCache.open(options.output, settings, resume=options.resume)
     policy = load_policy(options)
     baseline = load_policy(options, options.baseline) if options.baseline else None
-    belongs = [options.model, options.baseline, to_dict(config), [[row.prompt, row.fields] for row in rows]]
-    kept = Kept.open(options.output / "unfinished.jsonl", belongs, resume=options.resume)
     with console.progress(len(rows) * (2 if baseline else 1), "evaluating") as progress:
-        evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done), kept)
+        evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done), cache)
     atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
-    kept.close()
+    cache.close()
     page = write_report(options.output)
     console.table(*results_table(f"{len(rows)} prompts", evaluation.metrics))
     if baseline:

@@ -13,8 +13,8 @@ from adhere.errors import UserError
 
 def _arguments(parser: Parser) -> None:
     from adhere.config import add_arguments
-    from adhere.learn.preference import PreferenceConfig
-    from adhere.measure.preferences import PairConfig
+    from adhere.preferences.fit import PreferenceConfig
+    from adhere.preferences.pairs import PairConfig
 
     actions = parser.add_subparsers(dest="action", required=True, metavar="make|fit")
     make = actions.add_parser("make", help="pairs of a good response and its corruption, without people")
@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _make(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config
     from adhere.data import read_rows, write_jsonl
-    from adhere.measure.preferences import PairConfig, make_pairs
+    from adhere.preferences.pairs import PairConfig, make_pairs
 
     config = load_config(PairConfig, None, flags_given(options, PairConfig))
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
@@ -58,8 +58,8 @@ def _make(options: argparse.Namespace, console: Console) -> int:
 def _fit(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config
     from adhere.data import read_rows
-    from adhere.learn.preference import PreferenceConfig, fit
     from adhere.measure.stats import bootstrap
+    from adhere.preferences.fit import PreferenceConfig, fit
 
     config = load_config(PreferenceConfig, None, flags_given(options, PreferenceConfig))
     rows = read_rows(options.pairs, columns_of(options), need=("chosen", "rejected"))

@@ -61,8 +61,8 @@ def _arguments(parser: Parser) -> None:
 def _rank(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config, to_dict
     from adhere.data import iter_rows
-    from adhere.files import GrowingRows
     from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, rank
+    from adhere.resume import GrowingRows
     from adhere.reward.reward import Reward
 
     ray = by_ray(options)

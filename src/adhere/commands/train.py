@@ -39,7 +39,6 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
     from adhere.config import flags_given, load_config
     from adhere.data import read_rows
-    from adhere.files import new_run_dir
     from adhere.integrations import hub
     from adhere.learn.settings import TrainConfig
     from adhere.learn.trackers import check_login
@@ -47,6 +46,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     from adhere.model.policy import Policy
     from adhere.report.card import AUDIT, write_card
     from adhere.report.page import write_report
+    from adhere.resume import new_run_dir
     from adhere.reward.named import config_of
 
     flags = flags_given(options, TrainConfig)
@@ -150,8 +150,8 @@ def _demo_arguments(parser: Parser) -> None:
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
     from adhere.demo import run_demo
-    from adhere.files import new_run_dir
     from adhere.report.tables import results_table
+    from adhere.resume import new_run_dir
 
     run = new_run_dir(options.output)
     console.note(

@@ -1,4 +1,4 @@
-"""What a comparison found: finished runs in, figures with intervals out, each over prompts with the seeds averaged."""
+"""What a comparison found: results of runs in, estimates with intervals out, over prompts with the seeds averaged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 from adhere.compare.plan import NONE, CompareConfig, Job
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap, permutation_test
 
-Found = Mapping[str, Any]
+RunResult = Mapping[str, Any]
+"""What `work.perform` wrote to result.json."""
 Values = list[float | None]
+"""Of each evaluation prompt, or None where it has none."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,15 @@ class ArmSummary:
 
     def to_json(self) -> dict[str, Any]:
         def compared(found: Mapping[str, tuple[Estimate, float]]) -> dict[str, Any]:
-            return {name: {**figure.to_json(), "p": p} for name, (figure, p) in found.items()}
+            return {name: {**estimate.to_json(), "p": p} for name, (estimate, p) in found.items()}
 
         return {
             "labels": self.labels,
-            "metrics": {name: figure.to_json() for name, figure in self.metrics.items()},
+            "metrics": {name: estimate.to_json() for name, estimate in self.metrics.items()},
             "gain": compared(self.gain),
             "behind": compared(self.behind),
             "by_split": {
-                split: {name: figure.to_json() for name, figure in found.items()}
+                split: {name: estimate.to_json() for name, estimate in found.items()}
                 for split, found in self.by_split.items()
             },
             "pairs": None if self.pairs is None else self.pairs.to_json(),
@@ -66,25 +68,25 @@ class ArmSummary:
         }
 
 
-def standings(
-    config: CompareConfig, jobs: Sequence[Job], results: Sequence[Found], splits: Mapping[str, Sequence[int]]
+def summarise(
+    config: CompareConfig, jobs: Sequence[Job], results: Sequence[RunResult], splits: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, ArmSummary]]:
-    """Model → arm → how it stands. `splits`: name → places of the evaluation rows that belong to it."""
-    found: dict[str, dict[str, list[tuple[Job, Found]]]] = {}
+    """Model → arm → its runs in one summary. `splits`: name → numbers of the evaluation rows that belong to it."""
+    by_model: dict[str, dict[str, list[tuple[Job, RunResult]]]] = {}
     for job, result in zip(jobs, results, strict=True):
-        found.setdefault(job.model, {}).setdefault(job.name, []).append((job, result))
+        by_model.setdefault(job.model, {}).setdefault(job.name, []).append((job, result))
     out: dict[str, dict[str, ArmSummary]] = {}
-    for model, arms in found.items():
+    for model, arms in by_model.items():
         values = {name: _values([result for _, result in runs]) for name, runs in arms.items()}
         start = next((values[name] for name, runs in arms.items() if runs[0][0].arm.reward == NONE), None)
         out[model] = {
-            name: _standing(runs, values[name], start, values[config.against], splits) for name, runs in arms.items()
+            name: _summary(runs, values[name], start, values[config.against], splits) for name, runs in arms.items()
         }
     return out
 
 
-def _standing(
-    runs: Sequence[tuple[Job, Found]],
+def _summary(
+    runs: Sequence[tuple[Job, RunResult]],
     own: Mapping[str, Values],
     start: Mapping[str, Values] | None,
     best: Mapping[str, Values],
@@ -95,8 +97,8 @@ def _standing(
     pairs = [result["pairs"] for result in results if result.get("pairs")]
     families = {name: entry["beats_best"]["mean"] for name, entry in first.get("audit", {}).get("families", {}).items()}
     worst = max(families, key=lambda name: families[name]) if families else None
-    rows = [result.get("curve", []) for result in results]
-    ends = [curve[-5:] for curve in rows if curve and "kl" in curve[-1]]
+    curves = [result.get("curve", []) for result in results]
+    ends = [curve[-5:] for curve in curves if curve and "kl" in curve[-1]]
     return ArmSummary(
         runs[0][0].arm.labels,
         {name: bootstrap(known) for name, values in own.items() if (known := _known(values))},
@@ -106,9 +108,9 @@ def _standing(
             split: {
                 name: bootstrap(known)
                 for name, values in own.items()
-                if (known := _known([values[place] for place in places]))
+                if (known := _known([values[row] for row in rows]))
             }
-            for split, places in splits.items()
+            for split, rows in splits.items()
         },
         bootstrap([fmean(each) for each in zip(*pairs, strict=True)]) if pairs else None,
         None if worst is None else (worst, families[worst]),
@@ -116,12 +118,12 @@ def _standing(
         fmean(result["seconds"].get("reward", 0) + result["seconds"].get("training", 0) for result in results),
         fmean(fmean(row["kl"] for row in end) for end in ends) if ends else None,
         sum(result.get("stopped") is not None for result in results),
-        _mean_curve(rows),
+        _mean_curve(curves),
         list(first["responses"]),
     )
 
 
-def _values(results: Sequence[Found]) -> dict[str, Values]:
+def _values(results: Sequence[RunResult]) -> dict[str, Values]:
     """Metric → each prompt's figure, averaged over the seeds that have one."""
     names = list(dict.fromkeys(name for result in results for name in result["values"]))
     out: dict[str, Values] = {}
@@ -146,9 +148,9 @@ def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def _mean_curve(rows: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+def _mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
     out = []
-    for step in range(max((len(curve) for curve in rows), default=0)):
-        there = [curve[step] for curve in rows if len(curve) > step]
-        out.append({name: fmean(row[name] for row in there) for name in there[0]})
+    for step in range(max((len(curve) for curve in curves), default=0)):
+        rows = [curve[step] for curve in curves if len(curve) > step]
+        out.append({name: fmean(row[name] for row in rows) for name in rows[0]})
     return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,9 +12,10 @@ from typing import Any
 from adhere.config import load_config, to_dict
 from adhere.data import Columns
 from adhere.errors import UserError, unknown_name
-from adhere.learn.preference import PreferenceConfig
 from adhere.learn.settings import TrainConfig
 from adhere.measure.evaluate import EvalConfig
+from adhere.preferences.fit import PreferenceConfig
+from adhere.resume import finished
 from adhere.reward.named import config_of
 
 NONE, SYNTHETIC, HUMAN, HYBRID = "none", "synthetic", "human", "hybrid"
@@ -118,7 +117,7 @@ class Job:
     name: str
     arm: Arm
     seed: int
-    settings: TrainConfig
+    training: TrainConfig
     """Its reward is the arm's; prompts and output are folders of the comparison."""
     evaluation: EvalConfig
     reward_model: PreferenceConfig
@@ -131,12 +130,15 @@ class Job:
     """Evaluation prompts of the audit; 0 = none for this run."""
 
     @property
-    def fingerprint(self) -> str:
-        """What a finished run must agree with, or be done again."""
-        own = [self.model, self.name, to_dict(self.arm), self.seed, self.audited, to_dict(self.evaluation)]
-        own += [{**to_dict(part), "output": "", "prompts": ""} for part in (self.settings, self.reward_model)]
-        text = json.dumps(own, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def settings(self) -> dict[str, Any]:
+        """All that its result depends on, wherever the comparison lies: a finished run must agree with it."""
+        apart: dict[str, dict[str, Any]] = {
+            "train": {**to_dict(self.training), "output": None, "prompts": None},
+            "reward_model": {**to_dict(self.reward_model), "output": None},
+            "evaluation": to_dict(self.evaluation),
+        }
+        arm = {"reward": self.arm.reward, "labels": self.arm.labels}
+        return {"model": self.model, "arm": self.name, **arm, "seed": self.seed, "audited": self.audited, **apart}
 
     @property
     def result(self) -> Path:
@@ -144,15 +146,8 @@ class Job:
 
     def finished(self) -> bool:
         """Whether this very run has left its result. Raises `UserError` for the result of another."""
-        if not self.result.exists():
-            return False
-        if json.loads(self.result.read_text(encoding="utf-8")).get("fingerprint") != self.fingerprint:
-            raise UserError(
-                "holds a run with other settings",
-                where=str(self.output),
-                fix="choose another --output, or delete this folder to have it run again",
-            )
-        return True
+        fix = "choose another --output, or remove this folder to have it run again"
+        return finished(self.result, self.settings, where=self.output, fix=fix)
 
 
 def arm_of(name: str, written: Mapping[str, Any]) -> Arm:
@@ -196,7 +191,7 @@ def jobs_of(config: CompareConfig, output: Path) -> list[Job]:
 
 
 def _job(config: CompareConfig, model: str, name: str, arm: Arm, seed: int, folder: Path, data: Path) -> Job:
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         **config.train,
         **arm.train,
         "model": model,
@@ -205,15 +200,15 @@ def _job(config: CompareConfig, model: str, name: str, arm: Arm, seed: int, fold
         "seed": seed,
     }
     try:
-        settings = load_config(TrainConfig, None, given)
+        training = load_config(TrainConfig, None, options)
     except UserError as error:
         raise UserError(str(error), where=f"arm {name}") from error
-    if settings.reward != TrainConfig.reward:
+    if training.reward != TrainConfig.reward:
         raise UserError("the reward of an arm is its own `reward`", where="train", fix="leave it out of `train`")
     audited = config.audited if seed == config.seeds[0] and arm.reward != NONE else 0
     made = {"model": model, "output": str(folder.with_name(f"{folder.name}-reward")), "seed": seed}
     fitting = load_config(PreferenceConfig, None, {**config.reward_model, **made})
-    return Job(model, name, arm, seed, settings, config.evaluation, fitting, data, folder, audited)
+    return Job(model, name, arm, seed, training, config.evaluation, fitting, data, folder, audited)
 
 
 def folder_name(name: str) -> str:

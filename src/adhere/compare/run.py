@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from adhere.compare.estimates import standings
+from adhere.compare.estimates import summarise
 from adhere.compare.plan import HUMAN, HYBRID, CompareConfig, Files, Job, jobs_of, processes
 from adhere.compare.work import load, perform, read_results, share_data
 from adhere.config import dump_yaml, to_dict
@@ -16,11 +16,13 @@ from adhere.data import read_rows
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_write, to_json
 
-Progress = Callable[[int, str], None]
+OnProgress = Callable[[int, str], None]
 """Called with the number of finished runs and the name of the arm that finished."""
 
 
-def run_compare(config: CompareConfig, output: Path, progress: Progress = lambda done, name: None) -> dict[str, Any]:
+def run_compare(
+    config: CompareConfig, output: Path, on_progress: OnProgress = lambda done, name: None
+) -> dict[str, Any]:
     """Run every arm that has not finished, write `output`/compare.json, and return what is in it.
 
     Runs that finished in an earlier call are not done again. Raises `UserError` for every fault of the configuration
@@ -36,18 +38,18 @@ def run_compare(config: CompareConfig, output: Path, progress: Progress = lambda
         on_cpu = on_cpu and policy.device.type == "cpu"
         share_data(model, config.data, first.data, policy)
     atomic_write(output / "config.yaml", dump_yaml(config))
-    _run(waiting, len(jobs) - len(waiting), processes(config, on_cpu), progress)
+    _run(waiting, len(jobs) - len(waiting), processes(config, on_cpu), on_progress)
     rows = read_rows(jobs[0].data / "evaluation.jsonl")
     splits: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         if row.fields.get("split"):
-            splits.setdefault(str(row.fields["split"]), []).append(place)
-    found = standings(config, jobs, read_results(jobs), splits)
+            splits.setdefault(str(row.fields["split"]), []).append(number)
+    summaries = summarise(config, jobs, read_results(jobs), splits)
     document = {
         "config": to_dict(config),
         "prompts": len(rows),
         "shown": [{"prompt": row.prompt, "answers": list(row.answers)} for row in rows],
-        "models": {model: {name: arm.to_json() for name, arm in arms.items()} for model, arms in found.items()},
+        "models": {model: {name: arm.to_json() for name, arm in arms.items()} for model, arms in summaries.items()},
     }
     atomic_write(output / "compare.json", to_json(document, indent=1))
     return document
@@ -64,7 +66,7 @@ def _check_data(config: CompareConfig, jobs: Sequence[Job]) -> None:
             raise UserError("arms that learn from labels need `pairs`", where="data", fix="give a file of pairs")
 
 
-def _run(jobs: Sequence[Job], done: int, count: int, progress: Progress) -> None:
+def _run(jobs: Sequence[Job], done: int, count: int, on_progress: OnProgress) -> None:
     """Do `jobs`, `count` at a time, each in a process of its own. The first failure stops what has not begun."""
     # Spawned, not forked: a fork would copy the threads' locks of libraries that have started some.
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
@@ -82,7 +84,7 @@ def _run(jobs: Sequence[Job], done: int, count: int, progress: Progress) -> None
                             f"{type(error).__name__}: {error}", where=f"arm {job.name}, seed {job.seed}"
                         ) from error
                     done += 1
-                    progress(done, job.name)
+                    on_progress(done, job.name)
         finally:
             for future in running:
                 future.cancel()

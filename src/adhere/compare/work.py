@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -19,14 +18,15 @@ from adhere.console import quieten_libraries
 from adhere.data import Row, read_rows, write_jsonl
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_write, to_json
-from adhere.learn.preference import fit
 from adhere.learn.train import train
 from adhere.measure.audit import AuditConfig, audit
-from adhere.measure.calibrate import calibrate
 from adhere.measure.evaluate import evaluate
-from adhere.measure.preferences import PairConfig, make_pairs
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.preferences.calibrate import calibrate
+from adhere.preferences.fit import fit
+from adhere.preferences.pairs import PairConfig, make_pairs
+from adhere.resume import fingerprint, finished
 from adhere.reward.controls import normalise_answer
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
@@ -35,10 +35,10 @@ from adhere.toy import Kind, Split, make_rows, model_path
 EMBEDDED: dict[str, Kind] = {"causal": "causal", "encdec": "encdec"}
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
 HELD_OUT = 200
-"""Pairs at the end of the labelled ones that no arm learns from: on these every reward is judged."""
+"""Pairs at the end of the labelled ones that no arm learns from: every reward is measured on these."""
 SYNTHETIC_PROMPTS = 500
 SHOWN = 20
-"""Responses kept for the page."""
+"""Responses that the page gets."""
 BATCH = 64
 
 
@@ -49,14 +49,14 @@ def path_of(model: str) -> str:
 
 def load(job: Job) -> Policy:
     """The start."""
-    settings = job.settings
+    options = job.training
     return Policy.load(
         path_of(job.model),
-        dtype=settings.dtype,
-        device=settings.device,
-        lora=settings.lora,
-        attention=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
+        dtype=options.dtype,
+        device=options.device,
+        lora=options.lora,
+        attention=options.attention,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -64,11 +64,8 @@ def share_data(model: str, data: Toy | Files, folder: Path, policy: Policy) -> N
     """Write prompts.jsonl, evaluation.jsonl and pairs.jsonl of one model to `folder`; data that is there stays.
 
     Raises `UserError` where it is other data."""
-    marker, mark = folder / "data.json", to_json({"made_of": _mark(data)})
-    if marker.exists():
-        if marker.read_text(encoding="utf-8") != mark:
-            what = "holds a comparison on other data"
-            raise UserError(what, where=str(folder.parent.parent), fix="choose another --output")
+    marker, settings = folder / "data.json", _settings_of(data)
+    if finished(marker, settings, where=folder, fix="choose another --output"):
         return
     if isinstance(data, Toy):
         made: dict[str, list[dict[str, Any]]] = {
@@ -78,7 +75,7 @@ def share_data(model: str, data: Toy | Files, folder: Path, policy: Policy) -> N
                 for row in make_rows(split, "train", data.prompts // 2, seed=1)
             ],
             "evaluation": [row for split in SPLITS for row in make_rows(split, "test", data.evaluation, seed=31)],
-            "pairs": judged_pairs(policy, data.pairs),
+            "pairs": answered_pairs(policy, data.pairs),
         }
     else:
         files = {"prompts": data.prompts, "evaluation": data.evaluation, "pairs": data.pairs}
@@ -86,20 +83,20 @@ def share_data(model: str, data: Toy | Files, folder: Path, policy: Policy) -> N
         made = {name: [{**row.fields, **_plain(row)} for row in some] for name, some in rows.items()}
     for name, some in made.items():
         write_jsonl(folder / f"{name}.jsonl", some)
-    atomic_write(marker, mark)  # last: data that was cut short is made again
+    atomic_write(marker, to_json({"settings": settings}))  # last: data that was cut short is made again
 
 
-def judged_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
-    """`count` pairs of a right and a wrong sample of the policy, one a prompt: as a person would judge them."""
+def answered_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
+    """`count` pairs of a right and a wrong sample of the policy, one a prompt, told apart by the answers."""
     pairs: list[dict[str, Any]] = []
-    for number in range(100):
-        rows = [row for split in ("agree", "conflict") for row in make_rows(split, "train", BATCH, seed=1000 + number)]
+    for seed in range(100):
+        rows = [row for split in ("agree", "conflict") for row in make_rows(split, "train", BATCH, seed=1000 + seed)]
         prompts = policy.encode([row["prompt"] for row in rows])
-        rollout = policy.sample(prompts, 8, sampling=Sampling(max_new_tokens=8), seed=number)
-        for place, row in enumerate(rows):
-            said = rollout.responses[8 * place : 8 * place + 8]
-            right = [text for text in said if normalise_answer(text) == normalise_answer(row["answers"][0])]
-            wrong = [text for text in said if text not in right]
+        rollout = policy.sample(prompts, 8, sampling=Sampling(max_new_tokens=8), seed=seed)
+        for number, row in enumerate(rows):
+            samples = rollout.responses[8 * number : 8 * number + 8]
+            right = [text for text in samples if normalise_answer(text) == normalise_answer(row["answers"][0])]
+            wrong = [text for text in samples if text not in right]
             if right and wrong:
                 pairs.append({"prompt": row["prompt"], "chosen": right[0], "rejected": wrong[0]})
         if len(pairs) >= count:
@@ -115,7 +112,7 @@ def perform(job: Job) -> None:
     policy = load(job)
     rows = read_rows(job.data / "evaluation.jsonl")
     clock: dict[str, float] = {}
-    found: dict[str, Any] = {"fingerprint": job.fingerprint, "seed": job.seed, "labels": job.arm.labels}
+    found: dict[str, Any] = {"settings": job.settings, "seed": job.seed, "labels": job.arm.labels}
     if job.arm.reward != NONE:
         began = time.perf_counter()
         spec = reward_of(job, policy)
@@ -124,28 +121,28 @@ def perform(job: Job) -> None:
         reward = Reward(config_of(spec), start, reference=start)
         found["pairs"] = held_out(reward, job)
         if job.audited:
-            settings = AuditConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed)
+            auditing = AuditConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed)
             some = rows[:: max(1, len(rows) // job.audited)][: job.audited]
-            found["audit"] = audit(start, some, {"": reward}, settings)[""].to_json()
+            found["audit"] = audit(start, some, {"": reward}, auditing)[""].to_json()
         history: list[Mapping[str, float]] = []
         began = time.perf_counter()
         trained = train(
-            replace(job.settings, reward=spec),
+            replace(job.training, reward=spec),
             policy,
             read_rows(job.data / "prompts.jsonl"),
             job.output,
             on_step=lambda row: history.append(dict(row)),
         )
         clock["training"] = time.perf_counter() - began
-        samples = job.settings.prompts_per_step * job.settings.num_samples
+        samples = job.training.prompts_per_step * job.training.num_samples
         found["stopped"] = trained.stopped
         found["tokens"] = round(sum(row["completions/mean_length"] * samples for row in history))
         names = ("step", "reward", "kl", "completions/mean_length")
         found["curve"] = [{name: row[name] for name in names if name in row} for row in history]
     began = time.perf_counter()
-    said = evaluate(policy, rows, job.evaluation).after
+    responses = evaluate(policy, rows, job.evaluation).after
     clock["evaluation"] = time.perf_counter() - began
-    found |= {"values": said.values, "responses": said.greedy[:SHOWN], "seconds": clock}
+    found |= {"values": responses.values, "responses": responses.greedy[:SHOWN], "seconds": clock}
     atomic_write(job.result, to_json(found))
 
 
@@ -189,9 +186,9 @@ def held_out(reward: Reward, job: Job) -> list[float]:
     won: list[float] = []
     rows = read_rows(path, need=("chosen", "rejected"))[-HELD_OUT:]
     for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        texts = [text for row in part for text in (str(row.chosen), str(row.rejected))]
-        scores = reward.score([row.prompt for row in part for _ in range(2)], texts).reward.tolist()
+        batch = rows[start : start + BATCH]
+        texts = [text for row in batch for text in (str(row.chosen), str(row.rejected))]
+        scores = reward.score([row.prompt for row in batch for _ in range(2)], texts).reward.tolist()
         won += [0.5 if a == b else float(a > b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
     return won
 
@@ -201,13 +198,11 @@ def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return [json.loads(job.result.read_text(encoding="utf-8")) for job in jobs]
 
 
-def _mark(data: Toy | Files) -> str:
-    """A digest of what the data is made of: the options, and the content of files."""
-    digest = hashlib.sha256(json.dumps(to_dict(data), sort_keys=True).encode())
-    for file in (data.prompts, data.evaluation, data.pairs) if isinstance(data, Files) else ():
-        if file is not None and Path(file).is_file():
-            digest.update(Path(file).read_bytes())
-    return digest.hexdigest()
+def _settings_of(data: Toy | Files) -> dict[str, Any]:
+    """What the data is made of: the options, and what the files hold."""
+    files = (data.prompts, data.evaluation, data.pairs) if isinstance(data, Files) else ()
+    content = {file: fingerprint(Path(file).read_bytes()) for file in files if file and Path(file).is_file()}
+    return {**to_dict(data), "content": content}
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adhere.config import dump_yaml, to_dict
-from adhere.files import append_jsonl, atomic_write, truncate_jsonl
+from adhere.files import append_jsonl, atomic_write
 from adhere.learn.settings import TrainConfig
 from adhere.learn.trackers import Trackers
+from adhere.resume import truncate_jsonl
 from adhere.reward import heads
 from adhere.types import Rollout, Scores
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.measure import metrics
-from adhere.measure.kept import Kept, Place
+from adhere.measure.batch_cache import BatchCache, Columns
 from adhere.measure.metrics import METRICS, Values
 from adhere.measure.readers import Embedder, follow_up, wins
 from adhere.measure.stats import Estimate, bootstrap, holm, paired_bootstrap, permutation_test
@@ -132,14 +132,14 @@ def evaluate(
     config: EvalConfig | None = None,
     baseline: Policy | None = None,
     progress: Progress | None = None,
-    kept: Kept | None = None,
+    cache: BatchCache | None = None,
 ) -> Evaluation:
     """Measure `policy` on `rows`, and the difference to `baseline` (say, `policy.reference()` from before training).
 
     Every metric of `adhere.measure.metrics.METRICS` is given for which at least one row has what it needs: `answers`
     (exact match, F1), a `reference` (ROUGE-L), answers and a `prior` (faithfulness, prior rate), a `follow_up`, or
     `paraphrases`; a baseline with the same vocabulary (KL), an embedder, a judge. Figures are means over prompts with
-    95 % bootstrap intervals. Batches that `kept` holds are not done again.
+    95 % bootstrap intervals. Batches that `cache` holds are not done again.
 
     Raises `UserError`: no rows, or a prompt that a policy cannot read.
     """
@@ -152,18 +152,18 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    kept = kept or Kept(None)
+    cache = cache or BatchCache()
     embedder = Embedder(config.embedder) if config.embedder else None
     reader = baseline or policy
     before = None
     if baseline is not None:
-        said = _ask(baseline, rows, config, None, reader, report, lambda start: kept.named(f"before/{start}"))
+        said = _ask(baseline, rows, config, None, reader, report, partial(cache.get, "before"))
         before = _responses(rows, said, embedder)
 
     def after_report(done: int) -> None:
         report(done + total - len(rows))
 
-    said = _ask(policy, rows, config, baseline, reader, after_report, lambda start: kept.named(f"after/{start}"))
+    said = _ask(policy, rows, config, baseline, reader, after_report, partial(cache.get, "after"))
     after = _responses(rows, said, embedder)
     if config.judge and baseline is not None and before is not None:
         won = wins(config_of(config.judge), baseline, rows, after.greedy, before.greedy)
@@ -190,7 +190,7 @@ def _ask(
     baseline: Policy | None,
     reader: Policy,
     report: Callable[[int], None],
-    place: Callable[[int], Place],
+    cached: Callable[[int, Callable[[], Columns]], Columns],
 ) -> dict[str, list[Any]]:
     """All of `rows` answered, batch by batch; `baseline` and `reader` only read what `policy` said."""
     compared = baseline if baseline is not None and _same_tokens(policy, baseline) else None
@@ -203,8 +203,7 @@ def _ask(
     found: dict[str, list[Any]] = {}
     for start, some, prompts in zip(starts, batches, encoded, strict=True):
         make = partial(_batch, policy, some, prompts, config, compared, reader, config.seed + start)
-        batch = place(start).get(make)
-        for name, values in batch.items():
+        for name, values in cached(start, make).items():
             found.setdefault(name, []).extend(values)
         report(start + len(some))
     return found

@@ -1,4 +1,4 @@
-"""A reward model at work: a network fitted to preferences (`adhere.learn.preference`) reads prompt and response.
+"""A reward model at work: a network fitted to preferences (`adhere.preferences.fit`) reads prompt and response.
 
 r(x, y) is one number, the head of a sequence classifier with a single label. Only differences between responses to the
 same prompt mean anything (Bradley & Terry 1952).

@@ -39,7 +39,7 @@ def suggest(
     reward: Reward,
     rows: Sequence[Row],
     config: SuggestConfig | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """`{"prompt", "response_a", "response_b", "margin"}`, the smallest margin of the reward first (uncertainty
     sampling, Lewis & Gale 1994): of each prompt the two best different responses, so that the answer is about what is
@@ -51,12 +51,12 @@ def suggest(
     rows = list({str(row.prompt): row for row in rows}.values())  # a prompt given twice is asked about once
     found: list[dict[str, Any]] = []
     for start in range(0, len(rows), config.batch_size):
-        part = rows[start : start + config.batch_size]
-        prompts = policy.encode([row.prompt for row in part], names=[row.where for row in part])
-        drawn = Sampling(max_new_tokens=config.max_new_tokens)
-        rollout = policy.sample(prompts, config.num_samples, sampling=drawn, seed=config.seed + start)
+        batch = rows[start : start + config.batch_size]
+        prompts = policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
+        sampling = Sampling(max_new_tokens=config.max_new_tokens)
+        rollout = policy.sample(prompts, config.num_samples, sampling=sampling, seed=config.seed + start)
         scores = reward(rollout).reward.tolist()
-        for place, row in enumerate(part):
+        for place, row in enumerate(batch):
             mine = range(place * config.num_samples, (place + 1) * config.num_samples)
             best: dict[str, float] = {}
             for n in mine:
@@ -70,7 +70,7 @@ def suggest(
                 found.append(
                     {"prompt": row.prompt, "response_a": sides[0], "response_b": sides[1], "margin": high - low}
                 )
-        progress(start + len(part))
+        on_progress(start + len(batch))
     if not found:
         raise UserError("no prompt has two different responses", fix="raise --num-samples or --max-new-tokens")
     return sorted(found, key=lambda pair: float(pair["margin"]))[: config.suggest]

@@ -4,7 +4,7 @@ let busy = false;
 async function answer(choice) {
   if (busy) return;
   busy = true;
-  const number = Number(document.body.dataset.number);
+  const number = Number(document.querySelector("[data-number]").dataset.number);
   await fetch(location.pathname + "/answer", { method: "POST", body: JSON.stringify({ number, choice }) });
   location.reload();
 }

@@ -19,10 +19,12 @@ from typing import Any
 
 from adhere.data import read_rows
 from adhere.errors import UserError
-from adhere.files import append_jsonl, truncate_jsonl
-from adhere.report.markup import escape
+from adhere.files import append_jsonl
+from adhere.markup import document, escape
+from adhere.resume import truncate_jsonl
 
 BUTTONS = {"a": "A is better", "b": "B is better", "tie": "No difference", "undo": "Undo"}
+TITLE = "Which is better? · adhere"
 BODY_LIMIT = 1000
 """Bytes of an answer; the largest that the page sends has forty."""
 
@@ -36,37 +38,37 @@ def _key(prompt: Any, *responses: Any) -> tuple[Any, frozenset[Any]]:
 class Session:
     """The pairs, and the answers so far; the output file is the only state."""
 
-    asked: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
     output: Path
     done: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, source: str, output: Path) -> Session:
-        """Go on where the output file ends. Raises `UserError` for rows that are no pairs, or answers to others."""
-        asked = []
+        """Go on where the output file ends. Raises `UserError`: rows that are no pairs, answers to other pairs."""
+        pairs = []
         for row in read_rows(source):
             pair = {"prompt": row.prompt, **{name: row.fields.get(name) for name in ("response_a", "response_b")}}
             if not all(isinstance(pair[name], str) for name in ("response_a", "response_b")):
                 raise UserError("no `response_a` and `response_b`", where=row.where, fix="adhere calibrate --suggest N")
-            asked.append(pair)
-        given = read_rows(output) if output.exists() and output.stat().st_size else []
-        if [_key(row.prompt, row.chosen, row.rejected) for row in given] != [
-            _key(*pair.values()) for pair in asked[: len(given)]
+            pairs.append(pair)
+        answered = read_rows(output) if output.exists() and output.stat().st_size else []
+        if [_key(row.prompt, row.chosen, row.rejected) for row in answered] != [
+            _key(*pair.values()) for pair in pairs[: len(answered)]
         ]:
             raise UserError("holds answers to other pairs", where=str(output), fix="choose another --output")
-        return cls(asked, output, len(given))
+        return cls(pairs, output, len(answered))
 
     @property
     def left(self) -> int:
-        return len(self.asked) - self.done
+        return len(self.pairs) - self.done
 
     def answer(self, number: int, choice: str) -> bool:
         """Write the answer to pair `number`; False where that is not the next one."""
         with self.lock:
-            if number != self.done or number >= len(self.asked):
+            if number != self.done or number >= len(self.pairs):
                 return False
-            pair = self.asked[number]
+            pair = self.pairs[number]
             better, worse = ("response_b", "response_a") if choice == "b" else ("response_a", "response_b")
             row = {"prompt": pair["prompt"], "chosen": pair[better], "rejected": pair[worse]}
             append_jsonl(self.output, {**row, "tie": True} if choice == "tie" else row)
@@ -180,37 +182,26 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _page(session: Session) -> str:
     """The next pair as a page; when all are answered, a word of thanks."""
-    files = resources.files("adhere.report").joinpath("templates")
-    style, script = (files.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "answer.js"))
-    nonce = secrets.token_urlsafe(12)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; connect-src 'self'; script-src 'nonce-{nonce}'"
     if session.left == 0:
-        body = "<h1>All pairs are answered</h1><p>Thank you. This page can be closed.</p>"
-    else:
-        pair = session.asked[session.done]
-        prompt = (
-            pair["prompt"]
-            if isinstance(pair["prompt"], str)
-            else "\n\n".join(f"{message['role']}: {message['content']}" for message in pair["prompt"])
-        )
-        sides = "".join(_side(name, pair[f"response_{name}"]) for name in ("a", "b"))
-        buttons = "".join(
-            f'<button data-choice="{choice}">{label} <kbd>{choice[0]}</kbd></button> '
-            for choice, label in BUTTONS.items()
-        )
-        body = (
-            f'<h1>Which response is better?</h1><p class="lead">Pair {session.done + 1} of {len(session.asked)}</p>'
-            f'<div class="card sample"><p class="text">{escape(prompt)}</p><div class="sides">{sides}</div></div>'
-            f"<p>{buttons}</p>"
-        )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Which is better? · adhere</title>\n<style>\n{style}</style>\n</head>\n"
-        f'<body data-number="{session.done}">\n<main>\n{body}\n</main>\n<script nonce="{nonce}">\n{script}</script>\n'
-        "</body>\n</html>\n"
+        return document(TITLE, "<h1>All pairs are answered</h1><p>Thank you. You can close this page.</p>")
+    pair = session.pairs[session.done]
+    prompt = (
+        pair["prompt"]
+        if isinstance(pair["prompt"], str)
+        else "\n\n".join(f"{message['role']}: {message['content']}" for message in pair["prompt"])
     )
+    sides = "".join(_side(name, pair[f"response_{name}"]) for name in ("a", "b"))
+    buttons = "".join(
+        f'<button data-choice="{choice}">{label} <kbd>{choice[0]}</kbd></button> ' for choice, label in BUTTONS.items()
+    )
+    nonce = secrets.token_urlsafe(12)
+    script = resources.files("adhere.preferences").joinpath("answer.js").read_text(encoding="utf-8")
+    body = (
+        f'<h1>Which response is better?</h1><p class="lead">Pair {session.done + 1} of {len(session.pairs)}</p>'
+        f'<div class="card sample"><p class="text">{escape(prompt)}</p><div class="sides">{sides}</div></div>'
+        f'<p data-number="{session.done}">{buttons}</p>\n<script nonce="{nonce}">\n{script}</script>'
+    )
+    return document(TITLE, body, nonce, posts=True)
 
 
 def _side(name: str, response: str) -> str:

@@ -66,7 +66,7 @@ def make_pairs(
     policy: Policy,
     rows: Sequence[Row],
     config: PairConfig | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """`{"prompt", "chosen", "rejected", "corruption"}` rows; a prompt without any corruption that differs gives none.
 
@@ -85,23 +85,23 @@ def make_pairs(
         starts.pop()  # the last prompt alone would have no other prompt beside it
     pairs: list[dict[str, Any]] = []
     for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
-        part = rows[first:last]
-        cases = _cases(policy, part, config, classes, config.seed + first)
-        for place, (row, case) in enumerate(zip(part, cases, strict=True)):
+        batch = rows[first:last]
+        cases = _cases(policy, batch, config, classes, config.seed + first)
+        for place, (row, case) in enumerate(zip(batch, cases, strict=True)):
             rng = random.Random(f"{config.seed}/{first + place}")
-            chosen = _said(policy, case.sample)
-            found = 0
+            chosen = _text(policy, case.sample)
+            count = 0
             for name in rng.sample(CORRUPTIONS, len(CORRUPTIONS)):
                 made = FAMILIES[name](case, words, rng)
-                rejected = _said(policy, rng.choice(made)) if made else ""
-                if chosen and rejected and rejected != chosen and found < config.pairs_per_prompt:
+                rejected = _text(policy, rng.choice(made)) if made else ""
+                if chosen and rejected and rejected != chosen and count < config.pairs_per_prompt:
                     pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected, "corruption": name})
-                    found += 1
-        progress(last)
+                    count += 1
+        on_progress(last)
     return pairs
 
 
-def _said(policy: Policy, ids: Ids) -> str:
+def _text(policy: Policy, ids: Ids) -> str:
     return str(policy.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
@@ -117,12 +117,12 @@ def _cases(policy: Policy, rows: Sequence[Row], config: PairConfig, classes: Ten
     cases = cases_of(
         policy, policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed), drawn, classes, seed
     )
-    answers = {n: said for n, row in enumerate(rows) if config.chosen != "sample" and (said := _answer(row))}
+    answers = {n: text for n, row in enumerate(rows) if config.chosen != "sample" and (text := _answer(row))}
     if answers:
-        given = policy.respond(prompts, list(answers.values()), torch.tensor(list(answers)))
-        logprobs = policy.read(given, attention=False).logprobs
+        answered = policy.respond(prompts, list(answers.values()), torch.tensor(list(answers)))
+        logprobs = policy.read(answered, attention=False).logprobs
         for row, place in enumerate(answers):
-            kept = given.response_mask[row].nonzero().flatten()[:-1]  # without its end
-            ids, known = given.response_ids[row][kept].tolist(), logprobs[row][kept].tolist()
-            cases[place] = replace(cases[place], sample=ids, logprobs=known)
+            own = answered.response_mask[row].nonzero().flatten()[:-1]  # without its end
+            ids = answered.response_ids[row][own].tolist()
+            cases[place] = replace(cases[place], sample=ids, logprobs=logprobs[row][own].tolist())
     return cases

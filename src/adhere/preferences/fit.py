@@ -92,23 +92,23 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
         raise UserError(f"no backbone of a reward model ({reason})", where=config.model, fix="give a family that "
                         "transformers can load as a sequence classifier") from error  # fmt: skip
     network.config.pad_token_id = tokenizer.pad_token_id
-    known, kept = split(rows, config.held_out, config.seed)
-    if not known:
+    training, held_out = split(rows, config.held_out, config.seed)
+    if not training:
         raise UserError("no pairs to learn from", fix="give rows with prompt, chosen and rejected")
-    pairs = [tuple(pair_ids(tokenizer, _text(row, tokenizer), str(said)) for said in (row.chosen, row.rejected))
-             for row in known]  # fmt: skip
+    pairs = [tuple(pair_ids(tokenizer, _text(row, tokenizer), str(text)) for text in (row.chosen, row.rejected))
+             for row in training]  # fmt: skip
     check_lengths(network, [ids for pair in pairs for ids in pair])
     torch.nn.Module.to(network, pick_device(config.device))
     (_loop if encdec else _with_trl)(config, network, tokenizer, [(one, other) for one, other in pairs])
     if any(not bool(torch.isfinite(weight).all()) for weight in network.parameters()):
         raise RunFailed("the reward model's weights are not finite", fix="lower learning_rate")
     model = PreferenceModel(network.eval(), tokenizer)
-    fitted = Fitted(len(known), preferred(model, kept))
+    fitted = Fitted(len(training), preferred(model, held_out))
     with atomic_dir(config.output) as folder:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         accuracy = sum(fitted.accuracy) / len(fitted.accuracy) if fitted.accuracy else None
-        card = {"config": asdict(config), "pairs": len(known), "held_out": len(kept), "accuracy": accuracy}
+        card = {"config": asdict(config), "pairs": len(training), "held_out": len(held_out), "accuracy": accuracy}
         (folder / CARD).write_text(to_json(card, indent=2), encoding="utf-8")
     return fitted
 
@@ -116,8 +116,8 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Rows to learn from and rows held out, by prompt: no prompt is in both."""
     prompts = list(dict.fromkeys(str(row.prompt) for row in rows))
-    kept = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
-    return [row for row in rows if str(row.prompt) not in kept], [row for row in rows if str(row.prompt) in kept]
+    apart = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
+    return [row for row in rows if str(row.prompt) not in apart], [row for row in rows if str(row.prompt) in apart]
 
 
 def preferred(model: PreferenceModel, rows: Sequence[Row]) -> list[float]:

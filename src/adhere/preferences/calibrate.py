@@ -143,7 +143,7 @@ def calibrate(
     policy: Policy,
     rows: Sequence[Row],
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
     heads: CopyHeads | None = None,
 ) -> Calibration:
     """Fit the weights to `rows` (prompt, chosen, rejected); a row whose two responses are the same says nothing.
@@ -152,16 +152,16 @@ def calibrate(
     """
     if find_spec("sklearn") is None:
         raise UserError("calibration needs scikit-learn", fix="pip install 'adhere[calibrate]'")
-    told = [row for row in rows if row.chosen != row.rejected]
-    if len(told) < 4 or len({str(row.prompt) for row in told}) < 2:
-        raise UserError(f"{len(told)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
-    return fit(features_of(policy, told, progress, heads), policy.kind, seed)
+    unequal = [row for row in rows if row.chosen != row.rejected]
+    if len(unequal) < 4 or len({str(row.prompt) for row in unequal}) < 2:
+        raise UserError(f"{len(unequal)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
+    return fit_weights(features_of(policy, unequal, on_progress, heads), policy.kind, seed)
 
 
 def features_of(
     policy: Policy,
     rows: Sequence[Row],
-    progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
     heads: CopyHeads | None = None,
 ) -> Features:
     """Every feature of every pair; one forward, and one more for each ablated or shortened prompt."""
@@ -170,9 +170,9 @@ def features_of(
     default = Reward(NAMED[BASE], policy, reward.heads)
     names, values, base, length = list(SIGNALS), list[Floats](), list[Floats](), list[Floats]()
     for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        texts = [str(said) for row in part for said in (row.chosen, row.rejected)]
-        rollout = policy.paired([row.prompt for row in part for _ in range(2)], texts)
+        batch = rows[start : start + BATCH]
+        texts = [str(text) for row in batch for text in (row.chosen, row.rejected)]
+        rollout = policy.paired([row.prompt for row in batch for _ in range(2)], texts)
         evidence = reward.evidence(rollout, policy)
         found = reward.score_evidence(evidence).signals
         assert evidence.head_mass is not None
@@ -185,12 +185,12 @@ def features_of(
         base.append(scores[::2] - scores[1::2])
         words = found["length"].cpu().numpy().astype(float)
         length.append(words[::2] - words[1::2])
-        progress(start + len(part))
+        on_progress(start + len(batch))
     prompts = tuple(str(row.prompt) for row in rows)
     return Features(tuple(names), np.concatenate(values), np.concatenate(base), np.concatenate(length), prompts)
 
 
-def fit(features: Features, made_for: str, seed: int = 0) -> Calibration:
+def fit_weights(features: Features, made_for: str, seed: int = 0) -> Calibration:
     """The weights, with the penalty and the feature set that cross-validation prefers; the accuracy that is reported is
     that of an outer cross-validation, in which every fold chooses anew."""
     from sklearn.model_selection import GroupKFold
@@ -206,9 +206,7 @@ def fit(features: Features, made_for: str, seed: int = 0) -> Calibration:
     named = dict(zip(features.names, weights.tolist(), strict=True))
     own = {name: named[name] + scale * default.get(name, 0.0) for name in SIGNALS}
     heads = {name: weight for name, weight in named.items() if name not in SIGNALS and weight != 0.0}
-    right, before, longer = (
-        _by_prompt(_in_order(given), groups) for given in (margins, features.base, features.length)
-    )
+    right, before, longer = (_by_prompt(_in_order(each), groups) for each in (margins, features.base, features.length))
     return Calibration(
         {name: weight for name, weight in own.items() if weight != 0.0},
         heads,
