@@ -27,9 +27,9 @@ from adhere.measure.evaluate import evaluate
 from adhere.measure.preferences import PairConfig, make_pairs
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.reward.controls import normalise_answer
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
+from adhere.text import is_answer
 from adhere.toy import Kind, Split, make_rows, model_path
 
 EMBEDDED: dict[str, Kind] = {"causal": "causal", "encdec": "encdec"}
@@ -98,7 +98,7 @@ def judged_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
         rollout = policy.sample(prompts, 8, sampling=Sampling(max_new_tokens=8), seed=number)
         for place, row in enumerate(rows):
             said = rollout.responses[8 * place : 8 * place + 8]
-            right = [text for text in said if normalise_answer(text) == normalise_answer(row["answers"][0])]
+            right = [text for text in said if is_answer(text, row["answers"][:1])]
             wrong = [text for text in said if text not in right]
             if right and wrong:
                 pairs.append({"prompt": row["prompt"], "chosen": right[0], "rejected": wrong[0]})
