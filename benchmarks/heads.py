@@ -2,8 +2,8 @@
 
     python benchmarks/heads.py --models MODEL … [--data ../shared/data] [--questions 60]
 
-For each model: seconds of a measurement and whether a second one is the same to the bit; the correlation over heads with
-scores from the model's own answers; and, for each way to weigh the heads, on validation questions of XQuAD (English):
+For each model: seconds of a measurement and whether a second one is the same to the bit; the correlation over heads
+with scores from the model's own answers; and, for each way to weigh heads, on validation questions of English XQuAD:
 evidence hit (the sentence that the right answer attended to most holds that answer), and the share of questions whose
 right answer gets more grounding, and more comprehensiveness, than the answer to another question about the passage.
 Embedded models are measured on `conflict` stories, against what the habit would say. 95 % bootstrap over questions.

@@ -16,9 +16,9 @@ from adhere.measure.stats import bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.rank import RankConfig, Ranked, rank, sampled_candidates
-from adhere.reward.controls import normalise_answer
 from adhere.reward.named import RewardConfig, config_of
 from adhere.reward.reward import Reward
+from adhere.text import is_answer
 from adhere.toy import make_rows, model_path
 
 CONFIDENCE = RewardConfig({"coherence": 1.0}, normalise="none", gates=("ended",))
@@ -33,8 +33,7 @@ ARMS = {
 
 def right(ranked: Ranked) -> list[float]:
     """1 where a candidate is an accepted answer, best first."""
-    accepted = {normalise_answer(answer) for answer in ranked.row.answers}
-    return [float(normalise_answer(one["response"]) in accepted) for one in ranked.candidates]
+    return [float(is_answer(one["response"], ranked.row.answers)) for one in ranked.candidates]
 
 
 def measure(policy: Policy, rows: list[Row], config: RankConfig) -> dict[str, list[float]]:

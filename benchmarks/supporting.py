@@ -27,8 +27,8 @@ from adhere.data import Row, read_rows
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.reward.controls import normalise_answer
 from adhere.reward.heads import measure_on_answers
+from adhere.text import is_answer
 
 BATCH = 50
 HEADS = ("all heads", "copy heads")
@@ -81,8 +81,7 @@ def look(policy: Policy, rows: list[Row], copy_weights: Tensor) -> Looked:
             passage, supporting = spans(row)
             inside = token_mask(policy, row, prompts.mask[i], [passage])
             support = token_mask(policy, row, prompts.mask[i], supporting)
-            accepted = {normalise_answer(answer) for answer in row.answers}
-            right.append(float(normalise_answer(rollout.responses[i]) in accepted))
+            right.append(float(is_answer(rollout.responses[i], row.answers)))
             for name, attention in zip(HEADS, (reading.attention, reading.copy_attention), strict=True):
                 assert attention is not None
                 # The end of the sequence looks at nothing in particular; the words of the answer count.

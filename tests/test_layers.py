@@ -13,7 +13,20 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "files", "resume", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
+    {
+        "types",
+        "errors",
+        "text",
+        "files",
+        "resume",
+        "options",
+        "row_files",
+        "shards",
+        "data",
+        "config",
+        "markup",
+        "inspection",
+    },
     {"model"},
     {"reward"},
     {"learn"},
@@ -31,7 +44,7 @@ PURE = [
     {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.controls"},
     {"adhere.learn.advantages", "adhere.learn.losses"},
 ]
-"""Functions of tensors: beside each other, they import the records and the errors alone."""
+"""Functions of tensors: beside each other, they import the records, the errors and the comparison of texts alone."""
 
 UNSAFE = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
 
@@ -74,7 +87,7 @@ def wrong_import(module: str, other: str) -> str | None:
     if other == "adhere":
         return f"{module} imports the public surface; import the module that defines the name"
     pure = next((group for group in PURE if module in group), None)
-    if pure is not None and other not in pure | {"adhere.types", "adhere.errors"}:
+    if pure is not None and other not in pure | {"adhere.types", "adhere.errors", "adhere.text"}:
         return f"{module} is pure: it may not import {other}"
     if level(other) > level(module):
         return f"{module} imports {other}, which stands above it"

@@ -10,11 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from adhere.cli import main
 from adhere.errors import RunFailed, UserError
 from adhere.integrations import http, openai
 from adhere.integrations.http import ATTEMPTS
 from adhere.integrations.openai import Server
 from adhere.model.settings import Sampling
+from adhere.toy import model_path
 
 CHAT = [{"role": "user", "content": "where ?"}]
 Reply = Callable[["Desk"], None]
@@ -243,3 +245,198 @@ def test_the_key_never_goes_over_the_net_in_clear(monkeypatch):
 def test_top_k_is_not_in_the_protocol():
     with pytest.raises(UserError, match="top_k"):
         Server("http://127.0.0.1:1", "m").complete(["a"], 1, Sampling(top_k=5), 0)
+
+
+def saying(*found: object) -> Reply:
+    """A server that answers with these choices, whatever it is asked."""
+    return failing(200, {"choices": list(found)})
+
+
+def finished(reason: object, text: str = "garden") -> dict[str, object]:
+    return {"text": text, "finish_reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("reason", "ended"),
+    [
+        ("stop", True),
+        ("eos", True),
+        ("eos_token", True),  # TGI
+        ("stop_sequence", True),
+        ("end_turn", True),  # Anthropic
+        ("eosFound", True),  # LM Studio
+        ("COMPLETE", True),  # Cohere
+        ("STOP", True),  # Gemini
+        ("FinishReason.STOP", True),
+        ("FINISH_REASON_STOP", True),
+        ("tool_calls", True),
+        ("length", False),
+        ("max_tokens", False),
+        ("MAX_TOKENS", False),
+        ("FinishReason.MAX_TOKENS", False),
+        ("maxPredictedTokensReached", False),
+        ("model_length", False),  # Mistral
+        ("model_context_window_exceeded", False),
+        ({"type": "length", "length": 16}, False),  # SGLang
+    ],
+)
+def test_only_what_ran_into_a_limit_was_cut_off(reason, ended):
+    told = []
+    with serving(saying(finished(reason))) as server:
+        found = Server(url(server), "m", warn=told.append).complete(["a"], 1, Sampling(), 0)
+    assert found == [[("garden", ended)]] and told == []
+
+
+def test_an_unknown_finish_reason_counts_as_an_end_and_is_told_once():
+    told = []
+    with serving(saying(finished("because"), finished("because"), finished(None))) as server:
+        asked = Server(url(server), "m", warn=told.append)
+        assert asked.complete(["a", "b"], 3, Sampling(), 0) == [[("garden", True)] * 3] * 2
+    assert len(told) == 2 and "'because', which is not known here" in told[0] and "'null'" in told[1]
+    with serving(saying(finished("because"))) as server, pytest.warns(UserWarning, match="'because'"):
+        client(server).complete(["a"], 1, Sampling(), 0)
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "SAFETY", "error", "abort", "refusal", "guardrail_intervened"])
+def test_what_was_filtered_or_broken_off_is_no_response_and_others_are_asked_for(reason):
+    with serving(saying(finished(reason), finished("stop")), saying(finished(reason)), choices) as server:
+        found = client(server).complete(["a"], 2, Sampling(), 0)
+    assert found == [[("garden", True), ("a 2000006 0", True)]]
+    seeds = [body["seed"] for _, body, _ in server.seen]
+    assert [body["n"] for _, body, _ in server.seen] == [2, 1, 1] and len(set(seeds)) == 3
+    with serving(saying(finished(reason))) as server, pytest.raises(RunFailed) as raised:
+        client(server).complete(["where  is mary ?"], 1, Sampling(), 0)
+    assert len(server.seen) == ATTEMPTS
+    assert f"no usable response to 'where is mary ?' in {ATTEMPTS} replies (5 × finish_reason {reason})" in str(raised)
+
+
+def message(content: object, reason: str = "stop", **others: object) -> dict[str, object]:
+    return {"message": {"role": "assistant", "content": content, **others}, "finish_reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (message("garden", reasoning_content="Mary went …"), ("garden", True)),
+        (message([{"type": "text", "text": "the "}, {"type": "text", "text": "garden"}]), ("the garden", True)),
+        (message([{"type": "output_text", "text": "garden"}], "length"), ("garden", False)),
+        (message([{"type": "reasoning", "text": "Mary …"}, {"type": "thinking", "thinking": "…"},
+                  {"type": "refusal", "refusal": "no"}, {"type": "text", "text": "garden"}]), ("garden", True)),
+        (message(None), ("", True)),
+        (message(""), ("", True)),
+        (message([]), ("", True)),
+        (message("garden", "tool_calls", tool_calls=[{"id": "1"}]), ("garden", True)),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_message_in_each_form(choice, expected):
+    with serving(saying(choice)) as server:
+        assert client(server).complete([CHAT], 1, Sampling(), 0) == [[expected]]
+
+
+@pytest.mark.parametrize(
+    ("choice", "told"),
+    [
+        (message(None, "length", reasoning_content="Mary went …"), "thinking without an answer, finish_reason length"),
+        (message("", "stop", reasoning="Mary went …"), "thinking without an answer, finish_reason stop"),
+        (message(None, "tool_calls", tool_calls=[{"id": "1"}]), "a tool call, finish_reason tool_calls"),
+        (message(None, "stop", refusal="I cannot"), "a refusal, finish_reason stop"),
+        (message([{"type": "reasoning", "text": "…"}], "content_filter"), "finish_reason content_filter"),
+    ],
+)
+def test_a_message_without_a_text_says_what_it_holds_instead(choice, told):
+    with serving(saying(choice)) as server, pytest.raises(RunFailed) as raised:
+        client(server).complete([CHAT], 1, Sampling(), 0)
+    assert f"no usable response to 'where ?' in {ATTEMPTS} replies ({ATTEMPTS} × {told}); raise --max-new" in str(
+        raised
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [{"choices": None}, {"choices": [None, 3]}, {"choices": [{"finish_reason": "stop"}]}]
+)
+def test_choices_of_no_known_form_are_trouble_that_may_pass(content):
+    with serving(failing(200, content), choices) as server:
+        assert client(server).complete(["a"], 1, Sampling(), 0) == [[("a 0 0", True)]]
+
+
+def test_an_error_in_a_reply_that_says_200_is_told():
+    with serving(failing(200, {"error": {"message": "overloaded"}})) as server, pytest.raises(RunFailed) as raised:
+        client(server).complete(["a"], 1, Sampling(), 0)
+    assert "no choice with a text and a finish_reason ({'message': 'overloaded'})" in str(raised)
+
+
+def refusing(option: str, code: int, content: object, least: int = 1) -> Reply:
+    """Refuses every request with `option` above `least`."""
+
+    def reply(desk: Desk) -> None:
+        if desk.body.get(option, -2) > least:
+            desk.send(code, content)
+        else:
+            text = f"text {len(desk.server.seen)}"
+            desk.send(200, {"choices": [{"text": text, "finish_reason": "stop"}]})
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("code", "content"),
+    [
+        (400, {"error": {"message": "'n' : number must be at most 1", "param": "n"}}),  # Groq
+        (400, {"error": {"message": "Send separate requests instead."}}),
+        (422, {"detail": [{"loc": ["body", "n"], "msg": "Input should be 1"}]}),
+        (500, {"error": {"code": 500, "message": "Only one completion choice is allowed", "type": "server_error"}}),
+        (501, {"error": "not implemented"}),
+    ],
+)
+def test_a_server_that_refuses_several_choices_is_asked_one_by_one(code, content):
+    with serving(refusing("n", code, content)) as server:
+        asked = client(server)
+        found = asked.complete(["a"], 3, Sampling(), 0)
+        assert len({text for text, _ in found[0]}) == 3
+        assert [body["n"] for _, body, _ in server.seen] == [3, 1, 1, 1]
+        asked.complete(["b"], 2, Sampling(), 0)  # what it refused is not asked for again
+        assert [body["n"] for _, body, _ in server.seen[4:]] == [1, 1]
+
+
+def test_options_that_a_server_refuses_by_name_are_left_out():
+    told = []
+    with serving(refusing("n", 422, {"message": "extra_forbidden"}, 0)) as server:
+        assert len(Server(url(server), "m", warn=told.append).complete(["a"], 2, Sampling(), 0)[0]) == 2
+    assert [body.get("n") for _, body, _ in server.seen] == [2, 1, None, None] and not told
+    seedless = {"detail": [{"loc": ["body", "seed"], "type": "extra_forbidden"}]}
+    with serving(refusing("seed", 422, seedless, -1)) as server:
+        assert len(Server(url(server), "m", warn=told.append).complete(["a"], 2, Sampling(), 0)[0]) == 2
+    assert ["seed" in body for _, body, _ in server.seen] == [True, False, False]
+    assert len(told) == 1 and "takes no seed" in told[0]
+    renamed = {"error": {"message": "'max_tokens' is not supported. Use 'max_completion_tokens' instead."}}
+    with serving(refusing("max_tokens", 400, renamed)) as server:
+        client(server).complete(["a"], 1, Sampling(max_new_tokens=7), 0)
+    assert server.seen[-1][1]["max_completion_tokens"] == 7 and "max_tokens" not in server.seen[-1][1]
+
+
+def test_a_refusal_that_stays_when_asked_for_less_is_told():
+    with serving(failing(400, {"error": {"message": "the prompt is too long"}})) as server:
+        with pytest.raises(UserError, match="HTTP 400 the prompt is too long"):
+            client(server).complete(["a"], 4, Sampling(), 0)
+        assert len(server.seen) == 3
+    with serving(failing(401, {"error": "bad key"})) as server:
+        with pytest.raises(UserError, match="set OPENAI_API_KEY"):
+            client(server).complete(["a"], 4, Sampling(), 0)
+        assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("kind", ["causal", "encdec"])
+def test_the_best_of_n_does_not_depend_on_how_a_server_spells_the_end(kind, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompt = "mary went to the garden . john is in the office . where is mary ? answer :"
+    prompts.write_text(json.dumps({"prompt": prompt}) + "\n")
+    said = {}
+    for reason in ("stop", "eos_token", "end_turn", "because", "length"):
+        texts = [finished(reason, text) for text in ("office", "kitchen", "garden", "hallway")]
+        with serving(saying(*texts)) as server:
+            options = ["--model", str(model_path(kind)), "--device", "cpu", "--prompts", str(prompts), "--output"]
+            served = ["--server", url(server), "--server-model", "m", "--num-samples", "4"]
+            assert main(["rank", *options, str(tmp_path / f"{reason}.jsonl"), *served]) == 0
+        said[reason] = json.loads((tmp_path / f"{reason}.jsonl").read_text())["reward"]
+        assert ("warning" in capsys.readouterr().err) == (reason == "because")
+    assert said["stop"] == said["eos_token"] == said["end_turn"] == said["because"] != said["length"]

@@ -26,12 +26,12 @@ from adhere.data import Row
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.reward.controls import normalise_answer
 from adhere.reward.group import gate
 from adhere.reward.named import NAMED
 from adhere.reward.reward import Reward
 from adhere.reward.salience import attended, context_tokens, only, question_only
 from adhere.reward.signals import LOWEST_LOGPROB, Evidence, renormalise
+from adhere.text import is_answer
 from adhere.toy import model_path
 from adhere.types import Reading, Rollout, masked_mean
 
@@ -249,9 +249,8 @@ def study(kind: str, count: int) -> None:
         part = rows[first : first + 50]
         prompts = policy.encode([row.prompt for row in part], [row.answers for row in part])
         rollout = policy.sample(prompts, SAMPLES, sampling=Sampling(max_new_tokens=8), seed=first)
-        accepted = [{normalise_answer(answer) for answer in row.answers} for row in part]
         right.append(
-            torch.tensor([normalise_answer(text) in accepted[n // SAMPLES] for n, text in enumerate(rollout.responses)])
+            torch.tensor([is_answer(said, part[n // SAMPLES].answers) for n, said in enumerate(rollout.responses)])
         )
         for name, found in judged(reward, reader, reward.evidence(rollout, policy)).items():
             values.setdefault(name, []).append(found)

@@ -26,9 +26,9 @@ from adhere.measure.audit import AuditConfig, Verdict, audit
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.reward.controls import normalise_answer
 from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward
+from adhere.text import is_answer
 from adhere.toy import make_rows, model_path
 
 SPLITS = ("agree", "conflict", "novel")
@@ -77,8 +77,7 @@ def nested(policy: Policy, rows: Sequence[Row]) -> dict[str, tuple[Estimate, Est
         values = torch.stack(list(reward(rollout).signals.values()), 1).numpy()
         for place, row in enumerate(part):
             mine = range(place * SAMPLES, (place + 1) * SAMPLES)
-            accepted = {normalise_answer(answer) for answer in row.answers}
-            right = [n for n in mine if normalise_answer(rollout.responses[n]) in accepted]
+            right = [n for n in mine if is_answer(rollout.responses[n], row.answers)]
             for good in right:
                 for bad in set(mine) - set(right):
                     pairs.append(values[good] - values[bad])

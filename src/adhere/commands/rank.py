@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -89,7 +90,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     output = GrowingRows(options.output, settings, resume=options.resume)
     policy = load_policy(options)
     check(policy, rows(), config)
-    draw = _draw(options, policy, config, brought)
+    draw = _draw(options, policy, config, brought, console.warn)
     reward = Reward(spec, policy, given_heads(options))
     blank = blank_between(policy)
     first, tally = output.done, {**NO_TALLY, **output.tally}
@@ -199,7 +200,13 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
     return total, brought > 0, digest.hexdigest()
 
 
-def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
+def _draw(
+    options: argparse.Namespace,
+    policy: Policy,
+    config: RankConfig,
+    brought: bool,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Draw:
     """Where the candidates come from."""
     from adhere.rank import given_candidates, sampled_candidates, served_candidates
 
@@ -216,7 +223,7 @@ def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, broug
         return sampled_candidates(policy, config)
     from adhere.integrations.openai import Server
 
-    server = Server(options.server, options.server_model)
+    server = Server(options.server, options.server_model, warn=warn)
     return served_candidates(
         policy, lambda prompts, seed: server.complete(prompts, config.num_samples, config.sampling, seed)
     )

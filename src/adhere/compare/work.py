@@ -27,9 +27,9 @@ from adhere.preferences.calibrate import calibrate
 from adhere.preferences.fit import fit
 from adhere.preferences.pairs import PairConfig, make_pairs
 from adhere.resume import fingerprint, finished
-from adhere.reward.controls import normalise_answer
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
+from adhere.text import is_answer
 from adhere.toy import Kind, Split, make_rows, model_path
 
 EMBEDDED: dict[str, Kind] = {"causal": "causal", "encdec": "encdec"}
@@ -95,7 +95,7 @@ def answered_pairs(policy: Policy, count: int) -> list[dict[str, Any]]:
         rollout = policy.sample(prompts, 8, sampling=Sampling(max_new_tokens=8), seed=seed)
         for number, row in enumerate(rows):
             samples = rollout.responses[8 * number : 8 * number + 8]
-            right = [text for text in samples if normalise_answer(text) == normalise_answer(row["answers"][0])]
+            right = [text for text in samples if is_answer(text, row["answers"][:1])]
             wrong = [text for text in samples if text not in right]
             if right and wrong:
                 pairs.append({"prompt": row["prompt"], "chosen": right[0], "rejected": wrong[0]})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +30,8 @@ LONGEST_PAUSE = 60.0
 MAX_REPLY = 32_000_000
 """Bytes of a reply."""
 _PASSING = (408, 425, 429)
+_BLAME = re.compile(r"\bonly (one|1)\b|unsupported|not (yet )?(supported|allowed|implemented)", re.IGNORECASE)
+"""What a server says that answers 500 to a request which it will never grant (llama.cpp does)."""
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -38,6 +41,14 @@ class TransientError(Exception):
     def __init__(self, what: str, wait: float = 0.0) -> None:
         super().__init__(what)
         self.wait = wait
+
+
+class Refused(UserError):
+    """The server will not do what was asked, however often; `status`: the HTTP status it said so with."""
+
+    def __init__(self, said: str, status: int, *, where: str, fix: str) -> None:
+        super().__init__(said, where=where, fix=fix)
+        self.status = status
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -92,7 +103,10 @@ class JsonClient:
         ) from trouble
 
     def request(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that the server answers with, asked once; a POST where there is a body. Raises `TransientError`."""
+        """The JSON that the server answers with, asked once; a POST where there is a body.
+
+        Raises `TransientError`, or `Refused` where asking again is of no use.
+        """
         where = f"{self.url}/{path}"
         data = None if body is None else json.dumps(body).encode()
         try:
@@ -102,12 +116,12 @@ class JsonClient:
             with error:
                 said = f"HTTP {error.code} {_reason(error)}".strip()
                 wait = str(error.headers.get("Retry-After", ""))
-            if error.code in _PASSING or error.code >= 500:
+            if error.code in _PASSING or (error.code >= 500 and error.code != 501 and not _BLAME.search(said)):
                 raise TransientError(said, float(wait) if wait.isdecimal() else 0.0) from error
             fix = {401: f"set {self._key}", 403: f"set {self._key}", 404: "check the address and the model's name"}.get(
                 error.code
             )
-            raise UserError(said, where=where, fix=fix or "check the request's options") from error
+            raise Refused(said, error.code, where=where, fix=fix or "check the request's options") from error
         except (OSError, http.client.HTTPException) as error:
             raise TransientError(f"no answer: {getattr(error, 'reason', error) or type(error).__name__}") from error
         if len(text) > MAX_REPLY:

@@ -21,10 +21,10 @@ from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.reward.controls import normalise_answer
 from adhere.reward.reward import Reward
 from adhere.reward.salience import TokenClass, question_only, question_span, user_tokens
 from adhere.reward.signals import Evidence
+from adhere.text import is_answer
 from adhere.types import Prompts, Rollout
 
 RIGHT = "right"
@@ -294,7 +294,7 @@ def _extra(
 def _is_right(rollout: Rollout, row: int) -> bool:
     """Whether a degenerate response happens to be a right answer: another prompt's may be."""
     accepted = rollout.prompts.answers[int(rollout.prompt_index[row])]
-    return normalise_answer(rollout.responses[row]) in {normalise_answer(answer) for answer in accepted}
+    return is_answer(rollout.responses[row], accepted)
 
 
 class _Tally:
@@ -375,8 +375,7 @@ def _rank(tally: _Tally, scores: Tensor, own: Rollout, rows: Sequence[Row]) -> N
             tally.length.append(float(np.corrcoef(values, lengths)[0, 1]))
         if not row.answers:
             continue
-        accepted = {normalise_answer(answer) for answer in row.answers}
-        right = [normalise_answer(own.responses[n]) in accepted for n in mine.tolist()]
+        right = [is_answer(own.responses[n], row.answers) for n in mine.tolist()]
         top = max(values)
         # A tie for the first place is settled by lot: its expectation.
         leaders = [ok for ok, value in zip(right, values, strict=True) if value > top - TIE]

@@ -21,6 +21,7 @@ from adhere.measure.stats import Estimate, bootstrap, holm, paired_bootstrap, pe
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.reward.named import config_of
+from adhere.text import words
 from adhere.types import Prompts
 
 T = TypeVar("T")
@@ -262,7 +263,7 @@ def _paraphrases(row: Row) -> list[str]:
 def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[Sequence[str]]) -> dict[str, Values]:
     prompts, answers = [_text(row) for row in rows], [row.answers for row in rows]
     priors = [prior if isinstance(prior := row.fields.get("prior"), str) else None for row in rows]
-    said = [[metrics.words(sample) for sample in group] for group in samples]
+    said = [[words(sample) for sample in group] for group in samples]
     return {
         "exact_match": metrics.exact_match(greedy, answers),
         "f1": metrics.f1(greedy, answers),
@@ -272,7 +273,7 @@ def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[
         "relevance_words": metrics.relevance_words(prompts, greedy),
         "overlap": metrics.overlap(prompts, greedy),
         "consistency": metrics.consistency(samples),
-        "repetition": metrics.repetition([metrics.words(response) for response in greedy]),
+        "repetition": metrics.repetition([words(response) for response in greedy]),
         "distinct_1": metrics.distinct(said, 1),
         "distinct_2": metrics.distinct(said, 2),
     }

@@ -2,15 +2,12 @@
 
 Each returns a list as long as its input; None stands where a prompt gives no figure (no answers, nothing to compare)
 and is left out of means by the caller. Nothing here is a reward, and nothing reads a model: log-probs are passed in.
-Words are found by Unicode class, so languages written without blanks come out as runs (Thai, Khmer, …) or, for
-Chinese and Japanese, as single characters.
+Languages written without blanks (Chinese, Japanese, Thai, …) are compared by single characters, see `adhere.text`.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -20,19 +17,13 @@ from typing import TypeVar
 from rouge_score.rouge_scorer import RougeScorer
 
 from adhere.errors import UserError
-from adhere.reward.controls import normalise_answer
 from adhere.reward.salience import FUNCTION_WORDS
+from adhere.text import answer_words, is_answer, words
 
 A = TypeVar("A")
 B = TypeVar("B")
 Values = Sequence[float | None]
 """One figure a prompt; None where the prompt has none."""
-
-# Vowel signs and accents belong to their word, but are no `\w`.
-_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_PART = rf"[^\W_{_CJK}](?:[^\W_{_CJK}]|[{_MARKS}])*"
-_WORD = re.compile(rf"[{_CJK}]|{_PART}(?:'{_PART})*")
 
 
 @dataclass(frozen=True)
@@ -72,15 +63,6 @@ METRICS: dict[str, Metric] = {
 """Every figure that `evaluate` gives, in the order of a table."""
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words of `text`, in order.
-
-    >>> words("Don't — the 2nd CAFÉ, 東京!")
-    ["don't", 'the', '2nd', 'café', '東', '京']
-    """
-    return _WORD.findall(text.lower().replace("’", "'"))
-
-
 def content_words(text: str) -> list[str]:
     """`words` without English function words."""
     return [word for word in words(text) if word not in FUNCTION_WORDS]
@@ -89,19 +71,20 @@ def content_words(text: str) -> list[str]:
 def token_f1(first: str, second: str) -> float:
     """2·|a ∩ b| / (|a| + |b|) over the multisets of normalised words, in [0, 1]; 1 for two texts without words.
 
-    Rajpurkar et al. 2016 (SQuAD), section 6.1. Words are what blanks part, so a text written without any is one word.
+    Rajpurkar et al. 2016 (SQuAD), section 6.1; characters of scripts without blanks count as words (MLQA, Lewis et al.
+    2020).
 
     >>> token_f1("the red car", "a red bus")  # articles go: 2 · 1 / (2 + 2)
     0.5
     """
-    a, b = Counter(normalise_answer(first).split()), Counter(normalise_answer(second).split())
+    a, b = Counter(answer_words(first)), Counter(answer_words(second))
     total = a.total() + b.total()
     return 2 * (a & b).total() / total if total else 1.0
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float | None]:
     """1 where the normalised response equals an accepted answer, else 0; None without answers (SQuAD)."""
-    return _against(_is_one_of, responses, answers)
+    return _against(is_answer, responses, answers)
 
 
 def f1(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float | None]:
@@ -140,7 +123,7 @@ def faithfulness(
     """
 
     def side(response: str, known: Sequence[str], prior: str) -> float | None:
-        return 1.0 if _is_one_of(response, known) else 0.0 if _is_one_of(response, [prior]) else None
+        return 1.0 if is_answer(response, known) else 0.0 if is_answer(response, [prior]) else None
 
     return _under_conflict(side, responses, answers, priors)
 
@@ -149,7 +132,7 @@ def prior_rate(
     responses: Sequence[str], answers: Sequence[Sequence[str]], priors: Sequence[str | None]
 ) -> list[float | None]:
     """Under conflict (see `faithfulness`): 1 where the response is the prior, else 0, over all such prompts."""
-    return _under_conflict(lambda response, _known, prior: _is_one_of(response, [prior]), responses, answers, priors)
+    return _under_conflict(lambda response, _known, prior: is_answer(response, [prior]), responses, answers, priors)
 
 
 def relevance_words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -227,13 +210,9 @@ def _under_conflict(
 ) -> list[float | None]:
     figures: list[float | None] = []
     for (response, known), prior in _paired(_paired(responses, answers), priors):
-        found = None if not known or prior is None or _is_one_of(prior, known) else judge(response, known, prior)
+        found = None if not known or prior is None or is_answer(prior, known) else judge(response, known, prior)
         figures.append(None if found is None else float(found))
     return figures
-
-
-def _is_one_of(response: str, known: Sequence[str]) -> bool:
-    return normalise_answer(response) in {normalise_answer(answer) for answer in known}
 
 
 def _cosine(first: Counter[str], second: Counter[str]) -> float:

@@ -6,8 +6,6 @@ control, is `coherence` in `signals`.
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from dataclasses import replace
 from hashlib import blake2b
@@ -17,10 +15,8 @@ from torch import Tensor
 
 from adhere.errors import UserError
 from adhere.reward.signals import Evidence
+from adhere.text import is_answer, normalise_answer
 from adhere.types import Reading, masked_mean
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def overlap(evidence: Evidence) -> Tensor:
@@ -116,26 +112,11 @@ def exact(evidence: Evidence) -> Tensor:
             f"(the first: {rollout.prompts.texts[missing[0]][:80]!r})",
             fix='write {"prompt": "…", "answers": ["…"]}, or choose a reward that needs no answers',
         )
-    accepted = [{normalise_answer(answer) for answer in answers} for answers in rollout.prompts.answers]
     hits = [
-        float(normalise_answer(response) in accepted[group])
+        float(is_answer(response, rollout.prompts.answers[group]))
         for group, response in zip(rollout.prompt_index.tolist(), rollout.responses, strict=True)
     ]
     return torch.tensor(hits, device=rollout.prompt_index.device)
-
-
-def normalise_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single blanks (SQuAD, Rajpurkar et al. 2016).
-
-    Where that leaves nothing of a text that said something ("A.", "+"), less is taken away: the answer "A" must not
-    equal an empty response.
-
-    >>> normalise_answer("The  Garden."), normalise_answer("A."), normalise_answer("+"), normalise_answer(" ")
-    ('garden', 'a', '+', '')
-    """
-    lower = " ".join(text.lower().split())
-    bare = " ".join(lower.translate(_PUNCTUATION).split())
-    return " ".join(_ARTICLE.sub(" ", bare).split()) or bare or lower
 
 
 def _hash(seed: int, *ids: Tensor) -> int:
