@@ -21,6 +21,7 @@ from adhere.errors import UserError, unknown_name
 from adhere.options import (
     default_of,
     described,
+    faults_of,
     fields_of,
     is_mapping,
     members_of,
@@ -45,8 +46,8 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping
     `overrides` maps an option's place (`steps`, `sampling.top_p`) to its value; text is read as on the command line.
     Naming another variant than the file does starts from that variant's defaults.
 
-    Raises `UserError`: every unknown key, value of a wrong type or missing value, and whatever `__post_init__` of a
-    dataclass raises, in one message.
+    Raises `UserError`: every unknown key, missing value, value of a wrong type or out of its bounds, and whatever
+    `__post_init__` of a dataclass raises, in one message.
     """
     tree, places = _read_yaml(Path(path)) if path is not None else ({}, {})
     reader = _Reader(cls, places)
@@ -178,7 +179,10 @@ class _Reader:
         for name, (kind, field) in known.items():
             start = getattr(base, name) if base is not None else default_of(field)
             if name in raw:
+                faulty = len(self.faults)
                 values[name] = self.value(kind, raw[name], prefix + name, start)
+                if len(self.faults) == faulty:
+                    self.faults += faults_of(cls, name, values[name], self.places.get(prefix + name))
             elif start is MISSING and len(variants_of(kind)) == len(members_of(kind)) == 1:
                 values[name] = self.value(kind, {}, prefix + name)
             elif start is MISSING:
