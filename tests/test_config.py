@@ -82,7 +82,7 @@ class Config:
 
 def from_flags(line: str, yaml: Path | None = None) -> Config:
     parser = argparse.ArgumentParser()
-    add_arguments(parser, Config)
+    add_arguments(lambda option: parser, Config)
     return load_config(Config, yaml, flags_given(parser.parse_args(line.split()), Config))
 
 
@@ -318,7 +318,7 @@ def test_what_is_missing_below_a_group_is_named() -> None:
 
 def test_the_help_shows_docstrings_defaults_and_variants() -> None:
     parser = argparse.ArgumentParser(prog="x", usage=None)
-    add_arguments(parser, Config)
+    add_arguments(lambda option: parser, Config)
     text = " ".join(parser.format_help().split())
     assert "--steps N Updates in all. (default: 100)" in text
     assert "--gae-lambda X Decay of the advantage estimate. (with ppo) (default: 0.95)" in text

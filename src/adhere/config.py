@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -19,6 +19,7 @@ import yaml
 
 from adhere.errors import UserError, unknown_name
 from adhere.options import (
+    Option,
     default_of,
     described,
     faults_of,
@@ -89,8 +90,9 @@ def dump_yaml(config: Any) -> str:
     return str(yaml.dump(to_dict(config), Dumper=_Quoting, sort_keys=False, allow_unicode=True, width=120))
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
-    """Add a flag for every option of `cls`; `flags_given` reads back the ones that were used."""
+def add_arguments(group: Callable[[Option], argparse._ActionsContainer], cls: type[Any]) -> None:
+    """Add a flag for every option of `cls` to the parser, or the group of one, that `group` names for it; `flags_given`
+    reads back the ones that were used."""
     for option in options(cls):
         text = option.help or option.path
         if option.variants:
@@ -106,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             kwargs |= {"nargs": "*", "metavar": metavar_of(option.type)}
         else:
             kwargs["metavar"] = metavar_of(option.type)
-        parser.add_argument(option.flag, **kwargs)
+        group(option).add_argument(option.flag, **kwargs)
 
 
 def flags_given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:

@@ -12,18 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adhere.commands.common import (
+    ROWS,
     Command,
-    Parser,
+    check_models,
     columns_of,
     load_policy,
     model_arguments,
+    reward_argument,
     reward_config,
     row_arguments,
 )
+from adhere.commands.parser import Parser
 from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
 from adhere.commands.train import INTERRUPTED
+from adhere.config import flags_given, load_config, to_dict
 from adhere.console import Console
+from adhere.data import iter_rows, writable
 from adhere.errors import UserError
+from adhere.files import GrowingRows
+from adhere.rank_settings import RankConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
-    from adhere.rank import Draw, RankConfig
+    from adhere.rank import Draw
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
 
@@ -39,34 +46,33 @@ Rows = Callable[[], "Iterator[Row]"]
 
 
 def _arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
-    from adhere.rank import RankConfig
-
     model_arguments(parser)
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="rows; `candidates` in them are ranked instead of samples"
+    parser.required.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help=f"rows; their `candidates` are ranked instead of samples ({ROWS})",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets a line a prompt, in order")
-    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    parser.required.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="gets one line a prompt, in order"
+    )
+    reward_argument(parser)
     row_arguments(parser)
-    parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
-    parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
+    parser.common.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
+    parser.add_options(RankConfig, "num_samples", "keep", "seed", "sampling.temperature", "sampling.max_new_tokens")
+    parser.advanced.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
+    parser.advanced.add_argument(
+        "--server-model", metavar="NAME", help="model to ask there (default: the only one it has)"
+    )
     engine_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
-    add_arguments(parser, RankConfig)
 
 
 def _rank(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config, to_dict
-    from adhere.data import iter_rows
-    from adhere.files import GrowingRows
-    from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, measure_heads, rank
-    from adhere.reward.reward import Reward
-
     ray = by_ray(options)
     config = load_config(RankConfig, None, flags_given(options, RankConfig))
     spec = reward_config(options.reward)
-    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=_need(spec))
+    check_models(options.model)
+    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=_need(spec), limit=options.limit)
     total, brought, digest = _survey(rows)
     if options.server_model and not options.server:
         raise UserError("--server-model without --server", fix="give --server URL too")
@@ -85,6 +91,10 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     if ray:
         return _in_shards(options, console, config, spec, rows, total, brought, settings)
     output = GrowingRows(options.output, settings, resume=options.resume)
+
+    from adhere.rank import NO_TALLY, blank_between, check, lines_of, measure_heads, rank
+    from adhere.reward.reward import Reward
+
     policy = load_policy(options)
     check(policy, rows(), config)
     draw = _draw(options, policy, config, brought)
@@ -156,7 +166,6 @@ def ranker(
     folder: Path,
 ) -> Work:
     """What a worker does: load the model once, then rank the rows of shard after shard."""
-    from adhere.data import iter_rows
     from adhere.rank import NO_TALLY, blank_between, lines_of, rank
     from adhere.reward.reward import Reward
 
@@ -179,8 +188,6 @@ def ranker(
 
 def _survey(rows: Rows) -> tuple[int, bool, str]:
     """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
-    from adhere.data import writable
-
     total = brought = 0
     without = ""
     digest = blake2b(digest_size=16)

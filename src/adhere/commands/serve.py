@@ -12,49 +12,55 @@ from pathlib import Path
 
 from adhere.commands.common import (
     Command,
-    Parser,
+    check_models,
     columns_of,
     load_policy,
     model_arguments,
+    reward_argument,
     reward_config,
     reward_name,
-    row_arguments,
 )
+from adhere.commands.parser import Parser
+from adhere.config import flags_given, load_config
 from adhere.console import Console
+from adhere.data import Columns, read_rows
 from adhere.errors import UserError
+from adhere.serve.config import ServeConfig
 
 TOKEN = "ADHERE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def _arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
-    from adhere.serve.config import ServeConfig
-
     model_arguments(parser)
-    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
-    parser.add_argument("--prompts", metavar="FILE", help="rows like those to come: copy heads are measured on them")
-    row_arguments(parser)
-    parser.add_argument("--heads", type=Path, metavar="FOLDER", help="a run whose copy heads to use, instead")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 = any that is free (default: 8000)")
-    add_arguments(parser, ServeConfig)
+    reward_argument(parser)
+    parser.common.add_argument(
+        "--prompts", metavar="FILE", help="rows like those to come: copy heads are measured on them"
+    )
+    parser.add_options(Columns)
+    parser.common.add_argument("--heads", type=Path, metavar="FOLDER", help="a run whose copy heads to use, instead")
+    parser.common.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)"
+    )
+    parser.common.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0 = any that is free (default: 8000)"
+    )
+    parser.add_options(ServeConfig)
 
 
 def _serve(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config
-    from adhere.data import read_rows
-    from adhere.rank import HEAD_PROMPTS, measure_heads
-    from adhere.reward.heads import load_heads
-    from adhere.reward.reward import Reward
-    from adhere.serve.config import ServeConfig
-
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
         raise UserError("the server's packages are not installed", fix="pip install 'adhere[serve]'")
     config = load_config(ServeConfig, None, flags_given(options, ServeConfig))
     spec = reward_config(options.reward)
     if options.prompts and options.heads:
         raise UserError("--prompts and --heads both say which copy heads", fix="leave one out")
+    check_models(options.model)
+
+    from adhere.rank import HEAD_PROMPTS, measure_heads
+    from adhere.reward.heads import load_heads
+    from adhere.reward.reward import Reward
+
     rows = read_rows(options.prompts, columns_of(options), limit=HEAD_PROMPTS) if options.prompts else []
     listener = _listener(options.host, options.port)
     policy = load_policy(options)
