@@ -13,7 +13,19 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "files", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
+    {
+        "types",
+        "errors",
+        "files",
+        "options",
+        "row_files",
+        "shards",
+        "data",
+        "yaml_files",
+        "config",
+        "markup",
+        "inspection",
+    },
     {"model"},
     {"reward"},
     {"learn", "preferences"},

@@ -216,11 +216,6 @@ def variants_of(kind: Any) -> list[type[Any]]:
     return [member for member in members_of(kind) if dataclasses.is_dataclass(member) and isinstance(member, type)]
 
 
-def is_mapping(kind: Any) -> bool:
-    """Whether `kind` is a dictionary type."""
-    return (get_origin(kind) or kind) in (dict, Mapping)
-
-
 def name_of(cls: type[Any]) -> str:
     """What a configuration calls this variant."""
     return str(getattr(cls, "name", cls.__name__.lower()))
@@ -254,6 +249,6 @@ def described(kind: Any) -> str:
         return f"a list of {len(get_args(kind))}: " + ", ".join(map(described, get_args(kind)))
     if get_origin(kind) in (list, tuple):
         return f"a list, each {described(get_args(kind)[0])}"
-    if dataclasses.is_dataclass(kind) or is_mapping(kind):
+    if dataclasses.is_dataclass(kind) or (get_origin(kind) or kind) in (dict, Mapping):
         return "a mapping"
     return "null" if kind is type(None) else words.get(kind, str(kind))
