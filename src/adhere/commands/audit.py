@@ -9,6 +9,7 @@ from adhere.commands.common import (
     ROWS,
     Command,
     check_models,
+    check_new_folder,
     columns_of,
     list_rewards,
     load_policy,
@@ -20,7 +21,6 @@ from adhere.commands.parser import Parser
 from adhere.config import flags_given, load_config
 from adhere.console import Console
 from adhere.data import read_rows
-from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
 from adhere.measure.settings import AuditConfig
 
@@ -50,8 +50,7 @@ def _arguments(parser: Parser) -> None:
 def _audit(options: argparse.Namespace, console: Console) -> int:
     config = load_config(AuditConfig, None, flags_given(options, AuditConfig))
     specs = {name: reward_config(name) for name in options.reward}
-    if (options.output / "audit.json").exists():
-        raise UserError("already holds an audit", where=str(options.output), fix="choose another --output")
+    check_new_folder(options.output, "audit.json", "an audit")
     check_models(options.model)
     needs = any("exact" in spec.weights for spec in specs.values())
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit, need=("answers",) if needs else ())

@@ -94,6 +94,14 @@ def check_new(path: Path) -> None:
         raise UserError("already exists", where=str(path), fix="choose another --output")
 
 
+def check_new_folder(path: Path, mark: str = "*", what: str = "files") -> None:
+    """Raise `UserError` for a folder to write that already holds `what`, told by a file called `mark` in it."""
+    if path.is_file():
+        raise UserError("is a file, and a folder is to be written", where=str(path), fix="choose another --output")
+    if path.is_dir() and any(path.glob(mark)):
+        raise UserError(f"already holds {what}", where=str(path), fix="choose another --output")
+
+
 def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy:
     """The policy that `model_arguments` describe; `model` in its place, loaded alike."""
     from adhere.model.policy import Policy

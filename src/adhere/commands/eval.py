@@ -9,6 +9,7 @@ from adhere.commands.common import (
     ROWS,
     Command,
     check_models,
+    check_new_folder,
     columns_of,
     list_rewards,
     load_policy,
@@ -46,8 +47,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     config = load_config(EvalConfig, None, flags_given(options, EvalConfig))
     if config.judge and not options.baseline:
         raise UserError("--judge compares with a baseline", fix="add --baseline")
-    if (options.output / "results.json").exists():
-        raise UserError("already holds results", where=str(options.output), fix="choose another --output")
+    check_new_folder(options.output, "results.json", "results")
     check_models(options.model, options.baseline)
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
 

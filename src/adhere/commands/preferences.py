@@ -11,6 +11,7 @@ from adhere.commands.common import (
     Command,
     check_models,
     check_new,
+    check_new_folder,
     columns_of,
     load_policy,
     mean,
@@ -73,6 +74,7 @@ def _make(options: argparse.Namespace, console: Console) -> int:
 
 def _fit(options: argparse.Namespace, console: Console) -> int:
     config = load_config(PreferenceConfig, None, flags_given(options, PreferenceConfig))
+    check_new_folder(Path(config.output))
     check_models(config.model)
     rows = read_rows(options.pairs, columns_of(options), need=("chosen", "rejected"), limit=options.limit)
 

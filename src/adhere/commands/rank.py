@@ -78,6 +78,8 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
         raise UserError("--server-model without --server", fix="give --server URL too")
     if options.server and brought:
         raise UserError("the rows bring candidates", where=options.prompts, fix="leave --server out")
+    if not brought:
+        _check_draw(config)
     settings = {
         "model": options.model,
         "dtype": options.dtype,
@@ -205,12 +207,8 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
     return total, brought > 0, digest.hexdigest()
 
 
-def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
-    """Where the candidates come from."""
-    from adhere.rank import given_candidates, sampled_candidates, served_candidates
-
-    if brought:
-        return given_candidates(policy)
+def _check_draw(config: RankConfig) -> None:
+    """Raise `UserError` where the candidates to draw cannot differ, or are too few."""
     if config.keep == "pairs" and config.num_samples < 2:
         raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
     if config.num_samples > 1 and config.sampling.temperature == 0:
@@ -218,6 +216,14 @@ def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, broug
             f"at temperature 0 all {config.num_samples} candidates are the same",
             fix="set --temperature above 0, or --num-samples 1",
         )
+
+
+def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
+    """Where the candidates come from."""
+    from adhere.rank import given_candidates, sampled_candidates, served_candidates
+
+    if brought:
+        return given_candidates(policy)
     if not options.server:
         return sampled_candidates(policy, config)
     from adhere.integrations.openai import Server

@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adhere.commands.common import Command, check_models, list_rewards, reward_name, reward_written, shown
+from adhere.commands.common import (
+    Command,
+    check_models,
+    check_new_folder,
+    list_rewards,
+    reward_name,
+    reward_written,
+    shown,
+)
 from adhere.commands.parser import Parser, count
 from adhere.config import flags_given, load_config
 from adhere.console import Console
@@ -185,6 +193,7 @@ def _demo_arguments(parser: Parser) -> None:
 
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
+    check_new_folder(options.output)
     run = new_run_dir(options.output)
 
     from adhere.demo import run_demo
