@@ -7,7 +7,8 @@ import argparse
 
 from adhere import Policy, Reward, Sampling
 from adhere.data import Row
-from adhere.rank import RankConfig, blank_between, rank, sampled_candidates
+from adhere.rank import blank_between, rank, sampled_candidates
+from adhere.rank_settings import RankConfig
 from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -9,8 +9,9 @@ import torch
 
 from adhere.data import Row
 from adhere.errors import UserError
-from adhere.measure.audit import AuditConfig, audit, with_controls
+from adhere.measure.audit import audit, with_controls
 from adhere.measure.degenerate import FAMILIES
+from adhere.measure.settings import AuditConfig
 from adhere.model.policy import Policy
 from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward

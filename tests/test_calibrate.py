@@ -256,7 +256,7 @@ def test_what_must_not_be_read_or_overwritten_is_told(rows, tmp_path, capsys):
     assert not output.exists()
     pairs.write_text(json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}) + "\n")
     output.write_text("mine")
-    assert main(fit_them) == 2 and "is there already" in capsys.readouterr().err and output.read_text() == "mine"
+    assert main(fit_them) == 2 and "already exists" in capsys.readouterr().err and output.read_text() == "mine"
 
 
 def test_from_the_command_line(rows, tmp_path, capsys):

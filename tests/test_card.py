@@ -182,4 +182,4 @@ def test_train_and_demo_write_it(model, tmp_path, capsys):
     text = (tmp_path / "demo" / "model" / "README.md").read_text("utf-8")
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "transformers" and "base_model" not in front
-    assert "| Exact match |" in text and "| base model | causal |" in text and str(tmp_path) not in text
+    assert "| Exact match |" in text and "| base model | toy-causal |" in text and str(tmp_path) not in text

@@ -236,7 +236,7 @@ def test_prompts_that_cannot_be_read(model, tmp_path, capsys, text, message):
         (["--dtype", "float3"], "unknown dtype"),
         (["--device", "toaster"], "unknown device"),
         (["--device", "cuda:99"], "no device 'cuda:99' on this machine"),
-        (["--stepz", "3"], "unrecognized arguments: --stepz"),
+        (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
         (["--trackers", "tensorbord"], "did you mean tensorboard"),
     ],
 )

@@ -10,7 +10,8 @@ import yaml
 
 from adhere.cli import main
 from adhere.compare.estimates import summarise
-from adhere.compare.plan import CompareConfig, arm_of, folder_name, jobs_of
+from adhere.compare.plan import arm_of, jobs_of
+from adhere.compare.settings import CompareConfig, folder_name
 from adhere.errors import UserError
 from adhere.report.compare import write_compare
 from tests.families import save
@@ -107,7 +108,7 @@ def test_arms_run_once_and_stand_side_by_side(plan, tmp_path, capsys):
         ({"arms": {"overlap": {"reward": "overlap", "stepz": 3}}}, "arm overlap: unknown option 'stepz'"),
         ({"train": {**TRAIN, "reward": "paper"}}, "the reward of an arm is its own"),
         ({"seeds": [0, 0]}, "`seeds` is empty or names one twice"),
-        ({"jobs": 0}, "`jobs` is 0"),
+        ({"jobs": 0}, "jobs is 0"),
         ({"audited": 1}, "`audited` is 1"),
         ({"arms": {"overlap": {"reward": "overlap"}, "Overlap!": {"reward": "none"}}}, "would share a folder"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adhere.config import add_arguments, dump_yaml, flags_given, load_config, to_dict
 from adhere.errors import UnsupportedModel, UserError
-from adhere.options import options
+from adhere.options import Above, AtLeast, AtMost, Below, check, options
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Config:
 
 def from_flags(line: str, yaml: Path | None = None) -> Config:
     parser = argparse.ArgumentParser()
-    add_arguments(parser, Config)
+    add_arguments(lambda option: parser, Config)
     return load_config(Config, yaml, flags_given(parser.parse_args(line.split()), Config))
 
 
@@ -318,7 +318,7 @@ def test_what_is_missing_below_a_group_is_named() -> None:
 
 def test_the_help_shows_docstrings_defaults_and_variants() -> None:
     parser = argparse.ArgumentParser(prog="x", usage=None)
-    add_arguments(parser, Config)
+    add_arguments(lambda option: parser, Config)
     text = " ".join(parser.format_help().split())
     assert "--steps N Updates in all. (default: 100)" in text
     assert "--gae-lambda X Decay of the advantage estimate. (with ppo) (default: 0.95)" in text
@@ -375,3 +375,62 @@ def test_a_dump_reads_back_equal(config: Config, tmp_path_factory: pytest.TempPa
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(dump_yaml(config), encoding="utf-8", newline="")
     assert load_config(Config, path) == config
+
+
+@dataclass(frozen=True)
+class Bounded:
+    steps: Annotated[int, AtLeast(1)] = 100
+    share: Annotated[float, Above(0), AtMost(1)] = 0.5
+    jobs: Annotated[int, AtLeast(2)] | None = None
+    keep: Literal["best", "all"] = "best"
+    rate: Annotated[float, AtLeast(0), Below(float("inf"))] = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, *([UserError("share of one step", fix="take more steps")] if self.steps == 7 else []))
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Bounded = Bounded()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good", "message"),
+    [
+        ("steps", [0, -1], [1, 10], "set it to 1 or above"),
+        ("share", [0.0, 1.1, float("nan")], [1e-9, 1.0], "set it above 0, at most 1"),
+        ("jobs", [1], [2, None], "set it to 2 or above"),
+        ("keep", ["bst"], ["all"], "keep` 'bst'; did you mean best?"),
+        ("rate", [-0.1, float("inf"), float("nan")], [0.0, 1e9], "set it to 0 or above, below inf"),
+    ],
+)
+def test_a_bound_holds_in_python_in_a_file_and_in_a_flag(
+    tmp_path: Path, name: str, bad: list[Any], good: list[Any], message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    for value in good:
+        made = Bounded(**{name: value})
+        assert getattr(made, name) == value
+        path.write_text(dump_yaml(Outer(made)))
+        assert load_config(Outer, path).inner == made
+    for value in bad:
+        with pytest.raises(UserError, match=message.replace("?", r"\?")):
+            Bounded(**{name: value})
+        if value == value:  # NaN is no number in a file, whatever the bounds
+            path.write_text(f"inner:\n  {name}: {str(value).replace('inf', '.inf')}\n")
+            with pytest.raises(UserError) as caught:
+                load_config(Outer, path)
+            assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
+            with pytest.raises(UserError) as caught:
+                load_config(Outer, None, {f"inner.{name}": str(value)})
+            assert str(caught.value).startswith(f"--{name}: ") and message in str(caught.value)
+
+
+def test_all_bounds_that_are_broken_are_told_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^steps is 0; .*; share is 2; set it above 0, at most 1$"):
+        Bounded(steps=0, share=2)
+    with pytest.raises(UserError, match=r"^share is 2; .*; share of one step; take more steps$"):
+        Bounded(steps=7, share=2)
+    with pytest.raises(UserError) as caught:
+        load_config(Outer, None, {"inner.steps": 0, "inner.share": 0, "inner.rate": "x"})
+    assert len(str(caught.value).splitlines()) == 3

@@ -14,9 +14,10 @@ import torch
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.measure.batch_cache import BatchCache
-from adhere.measure.evaluate import EvalConfig, Evaluation, evaluate
+from adhere.measure.evaluate import Evaluation, evaluate
 from adhere.measure.metrics import METRICS, token_f1, words
 from adhere.measure.readers import Embedder, follow_up
+from adhere.measure.settings import EvalConfig
 from adhere.measure.stats import bootstrap, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling

@@ -167,7 +167,7 @@ def test_make_and_fit_from_the_command_line(tmp_path, capsys):
     assert main(["preferences", "fit", *fit_to, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pairs"] > 0
     assert main(["preferences", "fit", *fit_to]) == 2
-    assert "already holds a reward model" in capsys.readouterr().err
+    assert "already holds files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

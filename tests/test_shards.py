@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import random
@@ -17,11 +16,13 @@ from adhere.cli import main
 from adhere.commands import rank as rank_command
 from adhere.commands import score as score_command
 from adhere.commands.common import reward_config
+from adhere.commands.parser import Parser
 from adhere.commands.sharded import copy_heads
 from adhere.data import Row, iter_rows
 from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
-from adhere.rank import RankConfig, _groups, group_starts, scattered
+from adhere.rank import _groups, group_starts, scattered
+from adhere.rank_settings import RankConfig
 from adhere.resume import JOURNAL
 from adhere.row_files import positions
 from adhere.shards import AIM, MOST, SUCCESS, ShardedRows, shard_rows
@@ -38,7 +39,7 @@ def jsonl(path, rows):
 
 
 def options(command, *more):
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     command.arguments(parser)
     return parser.parse_args(["--model", MODEL, "--device", "cpu", *map(str, more)])
 

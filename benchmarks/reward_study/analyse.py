@@ -18,7 +18,8 @@ from rank import SPLITS, stories
 from torch import Tensor
 
 from adhere.data import Row
-from adhere.measure.audit import AuditConfig, Verdict, audit
+from adhere.measure.audit import Verdict, audit
+from adhere.measure.settings import AuditConfig
 from adhere.model.policy import Policy
 from adhere.reward.heads import copy_heads
 from adhere.reward.named import NAMED, SIGNALS, RewardConfig

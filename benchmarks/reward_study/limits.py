@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from adhere.data import Columns, Row, read_rows
 from adhere.errors import UserError
-from adhere.measure.audit import AuditConfig, audit
+from adhere.measure.audit import audit
+from adhere.measure.settings import AuditConfig
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
 from adhere.reward.heads import measure_on_answers

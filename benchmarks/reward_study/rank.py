@@ -22,7 +22,8 @@ from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
 from adhere.data import Row
-from adhere.measure.audit import AuditConfig, Verdict, audit
+from adhere.measure.audit import Verdict, audit
+from adhere.measure.settings import AuditConfig
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from adhere.errors import RunFailed, UnsupportedModel, UserError
     from adhere.learn.settings import TrainConfig
     from adhere.learn.train import train
-    from adhere.measure.evaluate import EvalConfig, evaluate
+    from adhere.measure.evaluate import evaluate
+    from adhere.measure.settings import EvalConfig
     from adhere.model.policy import Policy
     from adhere.model.settings import Lora, Sampling
     from adhere.reward.named import RewardConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "EvalConfig": "adhere.measure.evaluate",
+    "EvalConfig": "adhere.measure.settings",
     "Lora": "adhere.model.settings",
     "Policy": "adhere.model.policy",
     "Reward": "adhere.reward.reward",

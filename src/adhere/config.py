@@ -10,25 +10,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
-
-import yaml
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from adhere.errors import UserError, unknown_name
 from adhere.options import (
+    Option,
     default_of,
     described,
+    faults_of,
     fields_of,
-    is_mapping,
     members_of,
     metavar_of,
     name_of,
     options,
     variants_of,
 )
+from adhere.yaml_files import dumped, kind_of, parsed, read_yaml
 
 T = TypeVar("T")
 
@@ -45,10 +46,10 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Mapping
     `overrides` maps an option's place (`steps`, `sampling.top_p`) to its value; text is read as on the command line.
     Naming another variant than the file does starts from that variant's defaults.
 
-    Raises `UserError`: every unknown key, value of a wrong type or missing value, and whatever `__post_init__` of a
-    dataclass raises, in one message.
+    Raises `UserError`: every unknown key, missing value, value of a wrong type or out of its bounds, and whatever
+    `__post_init__` of a dataclass raises, in one message.
     """
-    tree, places = _read_yaml(Path(path)) if path is not None else ({}, {})
+    tree, places = read_yaml(Path(path)) if path is not None else ({}, {})
     reader = _Reader(cls, places)
     for place, value in sorted((overrides or {}).items(), key=lambda item: item[0].count(".")):
         reader.override(tree, place, value)
@@ -68,7 +69,7 @@ def read_mapping(path: str | Path, key: str | None = None) -> Any:
 
     Raises `UserError`: no such file, no YAML, no mapping.
     """
-    tree, _ = _read_yaml(Path(path))
+    tree, _ = read_yaml(Path(path))
     return tree if key is None else tree.get(key, tree)
 
 
@@ -85,11 +86,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def dump_yaml(config: Any) -> str:
     """The tree as YAML that `load_config` reads back to an equal one."""
-    return str(yaml.dump(to_dict(config), Dumper=_Quoting, sort_keys=False, allow_unicode=True, width=120))
+    return dumped(to_dict(config))
 
 
-def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
-    """Add a flag for every option of `cls`; `flags_given` reads back the ones that were used."""
+def add_arguments(group: Callable[[Option], argparse._ActionsContainer], cls: type[Any]) -> None:
+    """Add a flag for every option of `cls` to the parser, or the group of one, that `group` names for it; `flags_given`
+    reads back the ones that were used."""
     for option in options(cls):
         text = option.help or option.path
         if option.variants:
@@ -105,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type[Any]) -> None:
             kwargs |= {"nargs": "*", "metavar": metavar_of(option.type)}
         else:
             kwargs["metavar"] = metavar_of(option.type)
-        parser.add_argument(option.flag, **kwargs)
+        group(option).add_argument(option.flag, **kwargs)
 
 
 def flags_given(arguments: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
@@ -166,7 +168,7 @@ class _Reader:
         if not isinstance(raw, dict):
             return self.fault(
                 path,
-                f"`{path}` is {_kind(raw)}",
+                f"`{path}` is {kind_of(raw)}",
                 f"write its options as a mapping: {', '.join(name for name, _, _ in fields_of(cls))}",
             )
         prefix = f"{path}." if path else ""
@@ -178,7 +180,10 @@ class _Reader:
         for name, (kind, field) in known.items():
             start = getattr(base, name) if base is not None else default_of(field)
             if name in raw:
+                faulty = len(self.faults)
                 values[name] = self.value(kind, raw[name], prefix + name, start)
+                if len(self.faults) == faulty:
+                    self.faults += faults_of(cls, name, values[name], self.places.get(prefix + name))
             elif start is MISSING and len(variants_of(kind)) == len(members_of(kind)) == 1:
                 values[name] = self.value(kind, {}, prefix + name)
             elif start is MISSING:
@@ -221,7 +226,7 @@ class _Reader:
             self.faults.append(unknown_name(f"`{path}`", raw, known, where=self.places.get(path)))
             return None
         quote = "put it in quotes: YAML reads yes, no, on and off as true or false" if isinstance(raw, bool) else None
-        return self.fault(path, f"`{path}` must be {described(kind)}, not {_kind(raw)}", quote)
+        return self.fault(path, f"`{path}` must be {described(kind)}, not {kind_of(raw)}", quote)
 
     def variant(self, nested: list[type[Any]], raw: Any, path: str, start: Any) -> Any:
         """The dataclass among `nested` that `raw` names, or the default one where it names none."""
@@ -230,7 +235,7 @@ class _Reader:
         by_name = {name_of(cls): cls for cls in nested}
         raw = {"name": raw} if isinstance(raw, str) else raw
         if not isinstance(raw, dict):
-            return self.fault(path, f"`{path}` is {_kind(raw)}", f"write {{name: {' | '.join(by_name)}, …}}")
+            return self.fault(path, f"`{path}` is {kind_of(raw)}", f"write {{name: {' | '.join(by_name)}, …}}")
         name = raw.get("name", name_of(type(start)) if type(start) in nested else None)
         if name is None:
             return self.fault(path, f"`{path}` has no name", f"write {{name: {' | '.join(by_name)}, …}}")
@@ -245,43 +250,33 @@ class _Reader:
 
 def _convert(kind: Any, raw: Any, text: bool) -> Any:
     """`raw` as a `kind` that is no dataclass, or `MISSING` where it is not one; `text`: it comes from a flag."""
-    members, origin, arguments = members_of(kind), get_origin(kind), get_args(kind)
-    if len(members) > 1:
-        # Text from YAML is text before anything else; from a flag, it is text when it can be nothing else.
-        found = (_convert(member, raw, text) for member in sorted(members, key=lambda m: (m is str) == text))
-        return next((value for value in found if value is not MISSING), MISSING)
-    if kind is type(None):
-        return None if raw is None or (text and str(raw).lower() in ("none", "null")) else MISSING
-    if kind is Any or (kind in (str, bool) and isinstance(raw, kind)):
-        return raw
-    if kind is bool and text and isinstance(raw, str):
-        return _TEXT_BOOLS.get(raw.lower(), MISSING)
-    if kind in (int, float) and isinstance(raw, int | float | str) and not isinstance(raw, bool):
-        return _number(kind, raw, text)
-    if kind is Path:
-        return Path(raw) if isinstance(raw, str | Path) and str(raw) else MISSING
-    if origin is Literal:
-        same = (v for v in arguments if (type(v) is type(raw) and v == raw) or (text and str(v) == raw))
-        return next(same, MISSING)
-    if is_mapping(kind):
-        if text and isinstance(raw, str) and raw.lstrip().startswith("{"):
-            raw, text = _parsed(raw, MISSING), False
-        if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
-            return MISSING
-        inner = arguments[1] if arguments else Any
-        items = {key: _convert(inner, value, text) for key, value in raw.items()}
-        return MISSING if any(item is MISSING for item in items.values()) else items
-    if origin in (list, tuple) and isinstance(raw, list | tuple):
-        endless = origin is list or Ellipsis in arguments
-        kinds = [arguments[0]] * len(raw) if endless else list(arguments)
-        if len(kinds) == len(raw):
-            each = [_convert(inner, item, text) for inner, item in zip(kinds, raw, strict=True)]
-            return MISSING if any(item is MISSING for item in each) else origin(each)
-    return MISSING
+    convert = _CONVERT.get(get_origin(kind) or kind)
+    return MISSING if convert is None else convert(kind, raw, text)
 
 
-def _number(kind: type[int] | type[float], raw: float | str, text: bool) -> Any:
-    """`raw` as a number, or `MISSING`; text is a whole number on the command line only."""
+def _union(kind: Any, raw: Any, text: bool) -> Any:
+    # Text from YAML is text before anything else; from a flag, it is text when it can be nothing else.
+    members = sorted(get_args(kind), key=lambda member: (member is str) == text)
+    found = (_convert(member, raw, text) for member in members)
+    return next((value for value in found if value is not MISSING), MISSING)
+
+
+def _null(_kind: Any, raw: Any, text: bool) -> Any:
+    return None if raw is None or (text and str(raw).lower() in ("none", "null")) else MISSING
+
+
+def _bool(_kind: Any, raw: Any, text: bool) -> Any:
+    return _TEXT_BOOLS.get(raw.lower(), MISSING) if text and isinstance(raw, str) else _instance(bool, raw, text)
+
+
+def _instance(kind: Any, raw: Any, _text: bool) -> Any:
+    return raw if isinstance(raw, kind) else MISSING
+
+
+def _number(kind: type[int] | type[float], raw: Any, text: bool) -> Any:
+    """Text is a whole number on the command line only."""
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        return MISSING
     pattern = _INTEGER if kind is int else _NUMBER
     # YAML 1.1 reads 1e-5, which has no point, as text: so a number may be text in a file too.
     if isinstance(raw, str) and not (pattern.fullmatch(raw) and (text or kind is float)):
@@ -294,72 +289,54 @@ def _number(kind: type[int] | type[float], raw: float | str, text: bool) -> Any:
         return MISSING
 
 
-class _Strict(yaml.SafeLoader):
-    """Safe YAML without aliases, which nest a short file into an endless one."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.get_mark())
-        return super().compose_node(parent, index)
+def _path(_kind: Any, raw: Any, _text: bool) -> Any:
+    return Path(raw) if isinstance(raw, str | Path) and str(raw) else MISSING
 
 
-class _Quoting(yaml.SafeDumper):
-    """Safe YAML in which text with control characters or unusual line ends is quoted and escaped.
-
-    Left to itself, PyYAML writes U+0085 in a style that is read back as a space.
-    """
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        plain = all(character.isprintable() or character == "\n" for character in data)
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if plain else '"')
+def _literal(kind: Any, raw: Any, text: bool) -> Any:
+    known = get_args(kind)
+    return next((v for v in known if (type(v) is type(raw) and v == raw) or (text and str(v) == raw)), MISSING)
 
 
-_Quoting.add_representer(str, _Quoting.represent_str)
+def _mapping(kind: Any, raw: Any, text: bool) -> Any:
+    if text and isinstance(raw, str) and raw.lstrip().startswith("{"):
+        raw, text = parsed(raw, MISSING), False
+    if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
+        return MISSING
+    inner = (get_args(kind) or (str, Any))[1]
+    items = {key: _convert(inner, value, text) for key, value in raw.items()}
+    return MISSING if any(item is MISSING for item in items.values()) else items
 
 
-def _parsed(text: str, otherwise: Any) -> Any:
-    try:
-        return _Strict(text).get_single_data()
-    except (yaml.YAMLError, ValueError):
-        return otherwise
+def _sequence(kind: Any, raw: Any, text: bool) -> Any:
+    origin, kinds = get_origin(kind), get_args(kind)
+    if not isinstance(raw, list | tuple):
+        return MISSING
+    if origin is list or Ellipsis in kinds:
+        kinds = kinds[:1] * len(raw)
+    if len(kinds) != len(raw):
+        return MISSING
+    items = [_convert(inner, item, text) for inner, item in zip(kinds, raw, strict=True)]
+    return MISSING if any(item is MISSING for item in items) else origin(items)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree, and `file:line` of each option in it."""
-    try:
-        loader = _Strict(path.read_bytes().decode("utf-8-sig"))
-        node = loader.get_single_node()
-        tree = loader.construct_document(node) if node is not None else None
-    except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise UserError(reason, where=str(path), fix="check the path") from error
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"not YAML ({error.problem})", where=f"{path}{line}", fix="mend the line") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError("not YAML that can be read", where=str(path), fix="write `name: value`, in UTF-8") from error
-    if tree is None:
-        return {}, {}
-    if not isinstance(tree, dict):
-        raise UserError(f"holds {_kind(tree)}, not options", where=str(path), fix="write `name: value`, one a line")
-    places: dict[str, str] = {}
-    _locate(node, "", str(path), places)
-    return tree, places
-
-
-def _locate(node: yaml.Node | None, prefix: str, file: str, places: dict[str, str]) -> None:
-    """Note where each key stands; one that stands twice is an error."""
-    pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
-    if isinstance(node, yaml.MappingNode):
-        pairs = [(str(key.value), key, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        pairs = [(str(number), value, value) for number, value in enumerate(node.value)]
-    for key, mark, value in pairs:
-        place, where = prefix + key, f"{file}:{mark.start_mark.line + 1}"
-        if place in places:
-            raise UserError(f"`{place}` stands twice (first at {places[place]})", where=where, fix="keep one")
-        places[place] = where
-        _locate(value, f"{place}.", file, places)
+_CONVERT: dict[Any, Callable[[Any, Any, bool], Any]] = {
+    Union: _union,
+    UnionType: _union,
+    NoneType: _null,
+    Any: lambda _kind, raw, _text: raw,
+    str: _instance,
+    bool: _bool,
+    int: _number,
+    float: _number,
+    Path: _path,
+    Literal: _literal,
+    dict: _mapping,
+    Mapping: _mapping,
+    list: _sequence,
+    tuple: _sequence,
+}
+"""Type, or what it is made of (`list` of `list[str]`) → what reads a value of it."""
 
 
 def _plain(value: Any) -> Any:
@@ -374,11 +351,3 @@ def _plain(value: Any) -> Any:
 
 def _shown(default: Any) -> str:
     return name_of(type(default)) if dataclasses.is_dataclass(default) else str(_plain(default))
-
-
-def _kind(raw: Any) -> str:
-    if raw is None or isinstance(raw, bool):
-        return {None: "null", True: "true", False: "false"}[raw]
-    if isinstance(raw, dict | list | tuple):
-        return "a mapping" if isinstance(raw, dict) else "a list"
-    return repr(raw) if len(repr(raw)) <= 60 else f"{repr(raw)[:59]}…"

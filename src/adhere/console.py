@@ -8,8 +8,11 @@ as codes, never sent to a terminal.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import sys
 import time
+import traceback
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,10 +47,11 @@ def escaped(text: str) -> str:
 
 
 class Console:
-    """Where the command line speaks. `json`: one document, from `result`; `quiet`: results, warnings, errors only."""
+    """Where the command line speaks. `json`: one document, from `result`; `quiet`: results, warnings, errors only;
+    `verbose`: an error with the calls that led to it."""
 
-    def __init__(self, json: bool = False, quiet: bool = False) -> None:
-        self.json, self.quiet = json, quiet
+    def __init__(self, json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self.json, self.quiet, self.verbose = json, quiet, verbose
         self._out, self._err = _rich(sys.stdout), _rich(sys.stderr)
         self._stdout = sys.stdout
         self._done = False
@@ -74,7 +78,10 @@ class Console:
         self._say("warning: ", text, "yellow")
 
     def error(self, text: str) -> None:
-        """Why the command failed, one line or one a fault, even when quiet."""
+        """Why the command failed, one line or one a fault, even when quiet; while an exception is handled, `verbose`
+        puts its traceback before."""
+        if self.verbose and sys.exception() is not None:
+            self._say("", traceback.format_exc(), "")
         self._say("error: ", text, "bold red")
 
     def result(self, value: object) -> None:
@@ -90,6 +97,11 @@ class Console:
             import json
 
             self._stdout.write(json.dumps(json.loads(text), indent=2) + "\n")
+        self._stdout.flush()
+
+    def write(self, text: str) -> None:
+        """Text for another program, on standard output as it is."""
+        self._stdout.write(text)
         self._stdout.flush()
 
     @contextmanager
@@ -121,12 +133,24 @@ class Console:
         self._err.print(Text(prefix, style=style) + Text(escaped(text)), soft_wrap=True)
 
 
-def quieten_libraries() -> None:
-    """Progress bars and advice of the libraries would drown our own."""
-    from transformers.utils import logging
+def hear_libraries() -> None:
+    """What the libraries log, from INFO up, goes to standard error. Before any of them is imported."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+    logging.basicConfig(level=logging.INFO)
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def quieten_libraries() -> None:
+    """Progress bars and advice of the libraries would drown our own.
+
+    Imports none of them: what is not loaded yet reads the environment when it is.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as speech
+
+        speech.set_verbosity_error()
+        speech.disable_progress_bar()
 
 
 class Steps:

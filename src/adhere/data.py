@@ -16,7 +16,7 @@ from typing import Any
 
 from adhere.errors import UserError, unknown_name
 from adhere.files import atomic_write, to_json
-from adhere.row_files import Fault, FilePosition, kind, records, short
+from adhere.row_files import Fault, FilePosition, kind, records, short, told
 
 SHOWN = 20
 """Bad rows that are told one by one; the rest are counted."""
@@ -135,7 +135,7 @@ def iter_rows(
     if bad:
         raise UserError("\n".join(faults))
     if not good:
-        raise UserError("holds no rows", where=str(source), fix='write one object a line, e.g. {"prompt": "…"}')
+        raise UserError("holds no rows", where=told(str(source)), fix='write one object a line, e.g. {"prompt": "…"}')
 
 
 def writable(row: Row) -> str:

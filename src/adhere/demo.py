@@ -9,22 +9,23 @@ from adhere.data import Row, write_jsonl
 from adhere.files import atomic_write, to_json
 from adhere.learn.settings import TrainConfig
 from adhere.learn.train import Metrics, Trained, train
-from adhere.measure.evaluate import EvalConfig, Evaluation, evaluate
+from adhere.measure.evaluate import Evaluation, evaluate
+from adhere.measure.settings import EvalConfig
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.report.card import write_card
 from adhere.report.page import write_report
-from adhere.toy import Kind, Split, make_rows, model_path
+from adhere.toy import Split, make_rows
 
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
 TRAIN_PROMPTS = 1000
 RESPONSE_TOKENS = 8
 
 
-def demo_config(kind: Kind, run: Path, steps: int, seed: int) -> TrainConfig:
+def demo_config(model: str, run: Path, steps: int, seed: int) -> TrainConfig:
     """The settings of the demo: the default reward, without any answers."""
     return TrainConfig(
-        model=str(model_path(kind)),
+        model=model,
         prompts=str(run / "prompts.jsonl"),
         output=str(run),
         steps=steps,
@@ -38,13 +39,13 @@ def demo_config(kind: Kind, run: Path, steps: int, seed: int) -> TrainConfig:
 
 
 def run_demo(
-    kind: Kind, run: Path, *, steps: int, eval_prompts: int, seed: int, on_step: Callable[[Metrics], None]
+    model: str, run: Path, *, steps: int, eval_prompts: int, seed: int, on_step: Callable[[Metrics], None]
 ) -> tuple[Trained, Evaluation]:
     """Write training prompts (no answers in them), train, evaluate on fresh prompts before and after, write it."""
-    config = demo_config(kind, run, steps, seed)
+    config = demo_config(model, run, steps, seed)
     prompts = [{"prompt": row["prompt"]} for split in SPLITS for row in make_rows(split, "train", TRAIN_PROMPTS, seed)]
     write_jsonl(run / "prompts.jsonl", prompts)
-    policy = Policy.load(model_path(kind), device="cpu")
+    policy = Policy.load(model, device="cpu")
     before = policy.reference()
     trained = train(config, policy, [Row(prompt=row["prompt"]) for row in prompts], run, on_step=on_step)
     fresh = [

@@ -1,6 +1,7 @@
-"""What a tree of dataclasses says of itself as options: places, flags, types in words, help from the source.
+"""What a tree of dataclasses says of itself as options: places, flags, types in words, bounds, help from the source.
 
-The schema behind `config`, which reads values into it. Knows no option either.
+The schema behind `config`, which reads values into it. Knows no option either. A bound is declared once, with the type
+(`steps: Annotated[int, AtLeast(1)] = 100`): the reader checks what a user wrote, `check` what is made in Python.
 """
 
 from __future__ import annotations
@@ -15,7 +16,108 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from adhere.errors import UserError, unknown_name
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """`value >= limit`."""
+
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        return value >= self.limit
+
+    def __str__(self) -> str:
+        return f"to {self.limit:g} or above"
+
+
+@dataclass(frozen=True)
+class Above:
+    """`value > limit`."""
+
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        return value > self.limit
+
+    def __str__(self) -> str:
+        return f"above {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class AtMost:
+    """`value <= limit`."""
+
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        return value <= self.limit
+
+    def __str__(self) -> str:
+        return f"at most {self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Below:
+    """`value < limit`; `Below(math.inf)` asks for a finite number."""
+
+    limit: float
+
+    def holds(self, value: float) -> bool:
+        return value < self.limit
+
+    def __str__(self) -> str:
+        return f"below {self.limit:g}"
+
+
+Bound = AtLeast | Above | AtMost | Below
+"""One end of the range of a number. NaN is outside of every range."""
+
+
+def check(config: Any, *others: UserError) -> None:
+    """For `__post_init__`: every field of the dataclass lies within its bounds and is one of its literals.
+
+    Raises `UserError` that tells all faults, together with `others` that the caller has found by itself.
+    """
+    cls: type = type(config)
+    faults = [fault for name in _declared(cls) for fault in faults_of(cls, name, getattr(config, name))]
+    faults += others
+    if faults:
+        raise faults[0] if len(faults) == 1 else UserError("; ".join(map(str, faults)))
+
+
+def faults_of(cls: type, name: str, value: Any, where: str | None = None) -> list[UserError]:
+    """What is wrong with `value` as the field `name` of the dataclass `cls`; None is left to the type."""
+    bounds, choices = _declared(cls).get(name, ((), ()))
+    if value is None:
+        return []
+    if choices and value not in choices:
+        return [unknown_name(f"`{name}`", str(value), map(str, choices), where=where)]
+    if all(bound.holds(value) for bound in bounds):
+        return []
+    return [UserError(f"{name} is {value}", where=where, fix=f"set it {', '.join(map(str, bounds))}")]
+
+
+@cache
+def _declared(cls: type) -> dict[str, tuple[tuple[Bound, ...], tuple[Any, ...]]]:
+    """The bounds and the literals of each field that has some."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(cls):
+        bounds: list[Bound] = []
+        choices: list[Any] = []
+        members = members_of(hints[field.name])
+        for member in members:
+            if get_origin(member) is Annotated:
+                bounds += [mark for mark in get_args(member)[1:] if isinstance(mark, Bound)]
+            elif get_origin(member) is Literal:
+                choices += get_args(member)
+        if bounds or (choices and all(get_origin(member) is Literal or member is type(None) for member in members)):
+            found[field.name] = tuple(bounds), tuple(choices)
+    return found
 
 
 @dataclass(frozen=True)
@@ -114,11 +216,6 @@ def variants_of(kind: Any) -> list[type[Any]]:
     return [member for member in members_of(kind) if dataclasses.is_dataclass(member) and isinstance(member, type)]
 
 
-def is_mapping(kind: Any) -> bool:
-    """Whether `kind` is a dictionary type."""
-    return (get_origin(kind) or kind) in (dict, Mapping)
-
-
 def name_of(cls: type[Any]) -> str:
     """What a configuration calls this variant."""
     return str(getattr(cls, "name", cls.__name__.lower()))
@@ -152,6 +249,6 @@ def described(kind: Any) -> str:
         return f"a list of {len(get_args(kind))}: " + ", ".join(map(described, get_args(kind)))
     if get_origin(kind) in (list, tuple):
         return f"a list, each {described(get_args(kind)[0])}"
-    if dataclasses.is_dataclass(kind) or is_mapping(kind):
+    if dataclasses.is_dataclass(kind) or (get_origin(kind) or kind) in (dict, Mapping):
         return "a mapping"
     return "null" if kind is type(None) else words.get(kind, str(kind))

@@ -7,14 +7,13 @@ ranking is one path. Rows pass batch by batch, and a batch depends on its place 
 from __future__ import annotations
 
 import json
-import math
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from adhere.data import Row
 from adhere.errors import TooLong, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
-from adhere.model.settings import Sampling
+from adhere.rank_settings import RankConfig
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
 
@@ -36,32 +35,6 @@ Response = str | Sequence[int]
 """Text, or token ids as they were sampled."""
 Complete = Callable[[Sequence[Prompt], int], list[list[tuple[str, bool]]]]
 """Prompts and a seed → for each, texts and whether they ended by themselves."""
-
-
-@dataclass(frozen=True)
-class RankConfig:
-    """How candidates are drawn, and what is written of them."""
-
-    num_samples: int = 8
-    """Candidates drawn for each prompt (rows that bring `candidates` keep their own)."""
-    keep: Literal["best", "all", "pairs"] = "best"
-    """best: each row with its best response; all: every candidate, best first; pairs: best against worst, for DPO."""
-    margin: float = 0.0
-    """Pairs only: the difference in reward that a pair needs at least; a tie is never a pair."""
-    batch_size: int = 8
-    """Prompts ranked at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
-    """Seed of the draws."""
-    sampling: Sampling = field(default_factory=Sampling)
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
-        if not (math.isfinite(self.margin) and self.margin >= 0):
-            raise UserError(f"margin is {self.margin}", fix="set it to 0 or above")
-        if self.margin and self.keep != "pairs":
-            raise UserError(f"margin is for pairs, and keep is {self.keep}", fix="leave it out, or keep pairs")
 
 
 @dataclass(frozen=True)

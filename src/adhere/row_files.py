@@ -3,25 +3,31 @@
 Folders (as `save_to_disk` wrote them, or of data files) and data sets of the hub are read by `datasets`: `NAME`,
 `NAME:split` or `NAME:config:split`, the split being `train` unless it is given. Nothing is held but the rows in hand
 (of such a data set, no more than one of its files). A row that cannot be read comes as the `Fault` that says so, in its
-place. What a row means is `data`'s business.
+place. `-` is JSON Lines on standard input. What a row means is `data`'s business.
 """
 
 from __future__ import annotations
 
+import atexit
 import csv
 import json
 import math
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from adhere.errors import UserError, unknown_name
 
 MAX_LINE = 10_000_000
 """Bytes of one line: a file without line ends must not fill the memory."""
 DEFAULT_SPLIT = "train"
+STANDARD_INPUT = "-"
 _BOM = b"\xef\xbb\xbf"
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet", ".txt", ".tsv", ".gz", ".zip", ".yaml", ".yml")
 
@@ -43,17 +49,36 @@ def records(
 ) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     """(`file:line`, row or what is wrong with it) of each of the first `limit` rows; of JSON Lines, from `begin` on."""
     path = Path(source)
+    reader: Callable[[Path], Iterator[tuple[str, dict[str, Any] | Fault]]]
     try:
-        if not source.strip() or path.is_dir() or not path.exists():
+        if source == STANDARD_INPUT:
+            path, reader = _copied(sys.stdin), partial(_jsonl, begin=FilePosition(), called=told(source))
+        elif not source.strip() or path.is_dir() or not path.exists():
             yield from _dataset(source, limit)
             return
-        reader = _READERS.get(path.suffix.lower()) or partial(_jsonl, begin=begin or FilePosition())
+        else:
+            reader = _READERS.get(path.suffix.lower()) or partial(_jsonl, begin=begin or FilePosition())
         for count, record in enumerate(reader(path), 1):
             yield record
             if count == limit:
                 return
     except PermissionError as error:
         raise UserError("cannot be read (no permission)", where=source, fix="check its permissions") from error
+
+
+def told(source: str) -> str:
+    """What messages call `source`."""
+    return "standard input" if source == STANDARD_INPUT else source
+
+
+@cache
+def _copied(stream: TextIO) -> Path:
+    """A file with all that `stream` gives, for as long as the process lives: rows are gone through more than once."""
+    handle, path = tempfile.mkstemp(suffix=".jsonl")
+    atexit.register(os.unlink, path)
+    with os.fdopen(handle, "wb") as file:
+        shutil.copyfileobj(stream.buffer, file)
+    return Path(path)
 
 
 def is_jsonl(source: str) -> bool:
@@ -80,13 +105,13 @@ def positions(path: str | Path, rows: Iterable[int]) -> Iterator[FilePosition]:
     assert target is None, f"{path} has {row} rows, and row {target} was asked for"
 
 
-def _jsonl(path: Path, begin: FilePosition) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
+def _jsonl(path: Path, begin: FilePosition, called: str = "") -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     with path.open("rb") as file:
         file.seek(begin.byte)
         number = begin.line
         while line := file.readline(MAX_LINE + 1):
             number += 1
-            where = f"{path}:{number}"
+            where = f"{called or path}:{number}"
             if len(line) > MAX_LINE:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE)

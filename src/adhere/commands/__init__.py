@@ -5,12 +5,13 @@ A command returns its exit code: 0 done, 3 an audit that found the reward gameab
 
 from __future__ import annotations
 
+from adhere.commands.audit import AUDIT
 from adhere.commands.calibrate import CALIBRATE
 from adhere.commands.common import Command
 from adhere.commands.compare import COMPARE
+from adhere.commands.eval import EVAL
 from adhere.commands.heads import HEADS
 from adhere.commands.inspect import INSPECT
-from adhere.commands.judge import AUDIT, EVAL
 from adhere.commands.preferences import PREFERENCES
 from adhere.commands.rank import RANK
 from adhere.commands.score import SCORE

@@ -6,49 +6,48 @@ import argparse
 from pathlib import Path
 
 from adhere.commands.common import (
+    ROWS,
     Command,
-    Parser,
+    check_models,
+    check_new,
     columns_of,
     given_heads,
     heads_argument,
     load_policy,
     model_arguments,
+    reward_argument,
     reward_config,
     row_arguments,
 )
+from adhere.commands.parser import Parser
+from adhere.config import flags_given, load_config
 from adhere.console import Console
+from adhere.data import read_rows, write_jsonl
 from adhere.errors import UserError
+from adhere.preferences.settings import SuggestConfig
 
 
 def _arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
-    from adhere.preferences.suggest import SuggestConfig
-
-    model_arguments(parser, required=False)
-    parser.add_argument("--pairs", metavar="FILE", help="fit: rows with prompt, chosen and rejected")
-    parser.add_argument("--answer", metavar="FILE", help="ask on a local page: rows that --suggest wrote")
-    parser.add_argument("--prompts", metavar="FILE", help="with --suggest: rows with prompts")
-    parser.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="gets the weights (YAML), questions or answers",
+    parser.required.title = "required: --output, and one of --pairs, --suggest and --answer"
+    parser.required.add_argument(
+        "--pairs", metavar="FILE", help=f"fit the weights to these: rows with prompt, chosen and rejected ({ROWS})"
     )
+    parser.required.add_argument("--answer", metavar="FILE", help="ask on a local page: rows that --suggest wrote")
+    parser.required.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="gets the weights (YAML), questions or answers"
+    )
+    model_arguments(parser, required=False)
+    parser.common.add_argument("--prompts", metavar="FILE", help=f"with --suggest: rows with prompts ({ROWS})")
     heads_argument(parser)
     row_arguments(parser)
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
-    parser.add_argument(
-        "--reward", default="attention", help="with --suggest: what the answers are to correct (default: attention)"
+    reward_argument(parser, help="with --suggest: what the answers are to correct")
+    parser.add_options(SuggestConfig, "suggest", "num_samples", "max_new_tokens", "seed")
+    parser.advanced.add_argument(
+        "--port", type=int, default=0, metavar="N", help="with --answer: port (default: any free one)"
     )
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="with --answer: port (default: any free one)")
-    add_arguments(parser, SuggestConfig)
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given
-    from adhere.preferences.suggest import SuggestConfig
-
     actions = {
         "--pairs": options.pairs is not None,
         "--suggest": "suggest" in flags_given(options, SuggestConfig),
@@ -60,22 +59,20 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         raise UserError("no --model", fix="give the folder or hub id of the model to calibrate")
     if actions["--suggest"] and options.prompts is None:
         raise UserError("--suggest needs --prompts", fix="give a file of prompts")
+    check_models(options.model)
     return (_fit if actions["--pairs"] else _suggest if actions["--suggest"] else _answer)(options, console)
 
 
 def _fit(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config
-    from adhere.data import read_rows
-    from adhere.preferences.calibrate import calibrate
-    from adhere.preferences.suggest import SuggestConfig
-    from adhere.resume import require_new
-
+    check_new(options.output)
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
     pairs = read_rows(options.pairs, columns_of(options), limit=options.limit)
     rows = [row for row in pairs if not row.fields.get("tie")]
     if bare := next((row for row in rows if not row.chosen or not row.rejected), None):
         raise UserError("no `chosen` and `rejected`", where=bare.where, fix="write both, or answer the pair first")
-    require_new(options.output)
+
+    from adhere.preferences.calibrate import calibrate
+
     with console.progress(len(rows), "reading pairs") as progress:
         found = calibrate(load_policy(options), rows, config.seed, progress.update, given_heads(options))
     found.save(options.output)
@@ -92,14 +89,14 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
 
 
 def _suggest(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config
-    from adhere.data import read_rows, write_jsonl
-    from adhere.preferences.suggest import SuggestConfig, suggest
-    from adhere.reward.reward import Reward
-
+    check_new(options.output)
     config = load_config(SuggestConfig, None, flags_given(options, SuggestConfig))
     spec = reward_config(options.reward)
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
+
+    from adhere.preferences.suggest import suggest
+    from adhere.reward.reward import Reward
+
     policy = load_policy(options)
     with console.progress(len(rows), "sampling") as progress:
         pairs = suggest(policy, Reward(spec, policy, given_heads(options)), rows, config, progress.update)

@@ -1,21 +1,27 @@
-"""What the commands share: their form, the options of a model, rewards as written on the command line."""
+"""What the commands share: their form, the options of a model and of rows, rewards as written on the command line."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adhere.commands.parser import Parser, count
+from adhere.config import flags_given, load_config, read_mapping
 from adhere.console import Console
+from adhere.data import Columns
+from adhere.errors import UserError
+from adhere.model.embedded import EMBEDDED, located
 
 if TYPE_CHECKING:
-    from adhere.data import Columns
     from adhere.model.policy import Policy
     from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
 
-Parser = argparse.ArgumentParser
+ROWS = "JSON Lines, CSV, Parquet, a folder, a hub data set, or - for JSON Lines on standard input"
+REWARD = "a reward's name, module:function, or a YAML file"
 
 
 @dataclass(frozen=True)
@@ -31,29 +37,70 @@ class Command:
 
 def model_arguments(parser: Parser, required: bool = True) -> None:
     """The options that say which model, and how it is loaded."""
-    parser.add_argument("--model", required=required, help="model folder or hub id, causal or encoder–decoder")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
-    parser.add_argument(
+    (parser.required if required else parser.common).add_argument(
+        "--model", required=required, help=f"model folder, hub id, or {' or '.join(EMBEDDED)}, which come with adhere"
+    )
+    parser.common.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default: auto)")
+    parser.advanced.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.advanced.add_argument(
         "--attention", default="auto", choices=("auto", "eager"), help="eager serves families that auto refuses"
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.advanced.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def row_arguments(parser: Parser) -> None:
-    """The options that say which fields of a row are its prompt and its answers."""
-    from adhere.config import add_arguments
-    from adhere.data import Columns
+def row_arguments(parser: Parser, limit: int | None = None) -> None:
+    """The options that say which rows are read, and which of their fields are prompt and answers."""
+    default = "" if limit is None else f" (default: {limit})"
+    parser.common.add_argument(
+        "--limit", type=count, default=limit, metavar="N", help=f"read the first N rows only{default}"
+    )
+    parser.add_options(Columns)
 
-    add_arguments(parser, Columns)
+
+def reward_argument(parser: Parser, default: str | None = "attention", help: str = REWARD) -> None:
+    """`--reward`, with the names that there are below the options."""
+    told = "" if default is None else f" (default: {default})"
+    parser.common.add_argument("--reward", default=default, metavar="NAME", help=help + told)
+    list_rewards(parser)
+
+
+def list_rewards(parser: Parser) -> None:
+    """The names of the rewards, below the options."""
+    from adhere.reward.named import NAMED
+
+    parser.epilog = (
+        f"rewards:\n  {', '.join(NAMED)}\n"
+        "  preference:FOLDER (of adhere preferences fit), calibrated:FILE (of adhere calibrate),\n"
+        "  module:function of your own, FILE.yaml with weights over signals"
+    )
 
 
 def columns_of(options: argparse.Namespace) -> Columns:
     """What `row_arguments` were given."""
-    from adhere.config import flags_given, load_config
-    from adhere.data import Columns
-
     return load_config(Columns, None, flags_given(options, Columns))
+
+
+def check_models(*models: str | None) -> None:
+    """Raise `UserError` for a path where there is no model folder, before anything is loaded."""
+    for model in models:
+        if model is not None:
+            located(model)
+
+
+def check_new(path: Path) -> None:
+    """Raise `UserError` for a file to write that is there already; a device or pipe may be."""
+    if path.is_dir():
+        raise UserError("is a folder, and a file is to be written", where=str(path), fix="give a file name")
+    if path.is_file():
+        raise UserError("already exists", where=str(path), fix="choose another --output")
+
+
+def check_new_folder(path: Path, mark: str = "*", what: str = "files") -> None:
+    """Raise `UserError` for a folder to write that already holds `what`, told by a file called `mark` in it."""
+    if path.is_file():
+        raise UserError("is a file, and a folder is to be written", where=str(path), fix="choose another --output")
+    if path.is_dir() and any(path.glob(mark)):
+        raise UserError(f"already holds {what}", where=str(path), fix="choose another --output")
 
 
 def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy:
@@ -71,7 +118,7 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
 
 def heads_argument(parser: Parser) -> None:
     """The option that says which copy heads to read."""
-    parser.add_argument(
+    parser.advanced.add_argument(
         "--heads", metavar="FILE", help="copy heads that `adhere heads` or a run has saved (default: the model's own)"
     )
 
@@ -83,13 +130,20 @@ def given_heads(options: argparse.Namespace) -> CopyHeads | None:
     return load_heads(options.heads) if options.heads else None
 
 
-def reward_config(given: str) -> RewardConfig:
-    """A reward's name, a `module:function`, or a YAML file that holds a reward (alone, or under `reward:`)."""
-    from adhere.config import read_mapping
-    from adhere.reward.named import CALIBRATED, config_of
+def reward_written(given: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """What a YAML file holds (a reward alone, or under `reward:`) in place of its path; all else as it is."""
+    from adhere.reward.named import CALIBRATED
 
-    written = given.endswith((".yaml", ".yml")) and not given.startswith(CALIBRATED)
-    return config_of(read_mapping(given, "reward") if written else given)
+    file = isinstance(given, str) and given.endswith((".yaml", ".yml")) and not given.startswith(CALIBRATED)
+    written: str | Mapping[str, Any] = read_mapping(str(given), "reward") if file else given
+    return written
+
+
+def reward_config(given: str) -> RewardConfig:
+    """A reward's name, a `module:function`, or a YAML file."""
+    from adhere.reward.named import config_of
+
+    return config_of(reward_written(given))
 
 
 def reward_name(spec: str | Mapping[str, Any]) -> str:

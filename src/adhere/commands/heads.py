@@ -5,9 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from adhere.commands.common import Command, Parser, columns_of, load_policy, model_arguments, row_arguments
+from adhere.commands.common import (
+    Command,
+    check_models,
+    check_new,
+    columns_of,
+    load_policy,
+    model_arguments,
+    row_arguments,
+)
+from adhere.commands.parser import Parser
 from adhere.console import Console
-from adhere.errors import UserError
+from adhere.data import read_rows
 
 SHOWN = 10
 """Heads in the table."""
@@ -26,12 +35,13 @@ def _arguments(parser: Parser) -> None:
 
 
 def _heads(options: argparse.Namespace, console: Console) -> int:
-    from adhere.data import read_rows
+    if options.output is not None:
+        check_new(options.output)
+    check_models(options.model)
+    rows = read_rows(options.prompts, columns_of(options), limit=options.limit) if options.prompts else []
+
     from adhere.reward.heads import copy_heads, measure_on_answers, save_heads
 
-    if options.output is not None and options.output.exists():
-        raise UserError("is there already", where=str(options.output), fix="choose another --output")
-    rows = read_rows(options.prompts, columns_of(options), limit=options.limit) if options.prompts else []
     policy = load_policy(options)
     if rows:
         prompts = policy.encode([row.prompt for row in rows], names=[row.where for row in rows])

@@ -6,55 +6,65 @@ import argparse
 from pathlib import Path
 
 from adhere.commands.common import (
+    ROWS,
     Command,
-    Parser,
+    check_models,
+    check_new,
     columns_of,
     given_heads,
     heads_argument,
     load_policy,
     mean,
     model_arguments,
+    reward_argument,
     reward_config,
     row_arguments,
 )
+from adhere.commands.parser import Parser, count
 from adhere.console import Console
+from adhere.data import Row, read_rows
 from adhere.errors import UserError
 
 
 def _arguments(parser: Parser) -> None:
     model_arguments(parser)
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    asked = parser.required.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="the prompt; or")
     asked.add_argument(
-        "--prompts", metavar="FILE", help="rows; those with a `response` show it, the others a greedy one"
+        "--prompts",
+        metavar="FILE",
+        help=f"rows; those with a `response` show it, the others the model's greedy one ({ROWS})",
     )
-    parser.add_argument("--response", metavar="TEXT", help="the response to --prompt (default: the model's greedy one)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets the page, HTML")
-    parser.add_argument("--reward", help="a reward's name, module:function, or a YAML file: shown beside the attention")
+    parser.required.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets the page, HTML")
+    parser.common.add_argument(
+        "--response", metavar="TEXT", help="the response to --prompt (default: the model's greedy one)"
+    )
+    reward_argument(parser, None, "a reward's name: its signals are shown beside the attention")
     heads_argument(parser)
-    row_arguments(parser)
-    parser.add_argument("--limit", type=int, default=10, metavar="N", help="the first N rows only (default: 10)")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="of a greedy response (default: 64)"
+    row_arguments(parser, limit=10)
+    parser.common.add_argument(
+        "--max-new-tokens", type=count, default=64, metavar="N", help="length limit of a greedy response (default: 64)"
     )
 
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
-    from adhere.data import Row, read_rows
-    from adhere.report.inspection import write_inspections
-    from adhere.reward.reward import Reward
-
     spec = reward_config(options.reward) if options.reward else None
     if spec is not None and "exact" in spec.weights:
         raise UserError("`exact` reads answers, and there are none here", where="--reward", fix="choose another reward")
     if options.prompts and options.response is not None:
         raise UserError("--response is for --prompt", fix="write the responses into the rows")
+    check_new(options.output)
+    check_models(options.model)
     columns = columns_of(options)
     rows = (
         read_rows(options.prompts, columns, limit=options.limit)
         if options.prompts
         else [Row(options.prompt, response=options.response, where="--prompt")]
     )
+
+    from adhere.report.inspection import write_inspections
+    from adhere.reward.reward import Reward
+
     policy = load_policy(options)
     look = policy.inspect
     if spec is not None:

@@ -6,31 +6,47 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from adhere.commands.common import Command, Parser, columns_of, load_policy, mean, model_arguments, row_arguments
+from adhere.commands.common import (
+    ROWS,
+    Command,
+    check_models,
+    check_new,
+    check_new_folder,
+    columns_of,
+    load_policy,
+    mean,
+    model_arguments,
+    row_arguments,
+)
+from adhere.commands.parser import Parser
+from adhere.config import flags_given, load_config
 from adhere.console import Console
+from adhere.data import read_rows, write_jsonl
 from adhere.errors import UserError
+from adhere.preferences.settings import PairConfig, PreferenceConfig
 
 
 def _arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
-    from adhere.preferences.fit import PreferenceConfig
-    from adhere.preferences.pairs import PairConfig
-
     actions = parser.add_subparsers(dest="action", required=True, metavar="make|fit")
     make = actions.add_parser("make", help="pairs of a good response and its corruption, without people")
     model_arguments(make)
-    make.add_argument("--prompts", required=True, metavar="FILE", help="rows; `answers` or `reference` are preferred")
-    make.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets prompt, chosen, rejected")
+    make.required.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help=f"rows; `answers` or `reference` become the preferred response ({ROWS})",
+    )
+    make.required.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="gets rows with prompt, chosen and rejected"
+    )
     row_arguments(make)
-    make.add_argument("--limit", type=int, metavar="N", help="the first N prompts only")
-    add_arguments(make, PairConfig)
+    make.add_options(PairConfig, "pairs_per_prompt", "max_new_tokens", "seed")
     fit = actions.add_parser("fit", help="a reward model of rows with prompt, chosen and rejected")
-    fit.add_argument("--pairs", required=True, metavar="FILE", help="rows with prompt, chosen and rejected")
+    fit.required.add_argument(
+        "--pairs", required=True, metavar="FILE", help=f"rows with prompt, chosen and rejected ({ROWS})"
+    )
     row_arguments(fit)
-    add_arguments(fit, PreferenceConfig)
-    for part in (make, fit):
-        part.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        part.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    fit.add_options(PreferenceConfig, "steps", "held_out", "seed", "device")
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:
@@ -38,12 +54,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
 
 def _make(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config
-    from adhere.data import read_rows, write_jsonl
-    from adhere.preferences.pairs import PairConfig, make_pairs
-
     config = load_config(PairConfig, None, flags_given(options, PairConfig))
+    check_new(options.output)
+    check_models(options.model)
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
+
+    from adhere.preferences.pairs import make_pairs
+
     with console.progress(len(rows), "making pairs") as progress:
         pairs = make_pairs(load_policy(options), rows, config, progress.update)
     if not pairs:
@@ -56,13 +73,14 @@ def _make(options: argparse.Namespace, console: Console) -> int:
 
 
 def _fit(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config
-    from adhere.data import read_rows
-    from adhere.measure.stats import bootstrap
-    from adhere.preferences.fit import PreferenceConfig, fit
-
     config = load_config(PreferenceConfig, None, flags_given(options, PreferenceConfig))
-    rows = read_rows(options.pairs, columns_of(options), need=("chosen", "rejected"))
+    check_new_folder(Path(config.output))
+    check_models(config.model)
+    rows = read_rows(options.pairs, columns_of(options), need=("chosen", "rejected"), limit=options.limit)
+
+    from adhere.measure.stats import bootstrap
+    from adhere.preferences.fit import fit
+
     fitted = fit(config, rows)
     found: dict[str, object] = {"pairs": fitted.pairs, "output": config.output, "accuracy": None}
     words = f"{fitted.pairs} pairs learned"

@@ -13,26 +13,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adhere.commands.common import (
+    ROWS,
     Command,
-    Parser,
+    check_models,
     columns_of,
     given_heads,
     heads_argument,
     load_policy,
     model_arguments,
+    reward_argument,
     reward_config,
     row_arguments,
 )
+from adhere.commands.parser import Parser
 from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
 from adhere.commands.train import INTERRUPTED
+from adhere.config import flags_given, load_config, to_dict
 from adhere.console import Console
+from adhere.data import iter_rows, writable
 from adhere.errors import UserError
+from adhere.rank_settings import RankConfig
+from adhere.resume import GrowingRows
 
 if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
-    from adhere.rank import Draw, RankConfig
+    from adhere.rank import Draw
     from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
@@ -41,40 +48,41 @@ Rows = Callable[[], "Iterator[Row]"]
 
 
 def _arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
-    from adhere.rank import RankConfig
-
     model_arguments(parser)
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="rows; `candidates` in them are ranked instead of samples"
+    parser.required.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help=f"rows; their `candidates` are ranked instead of samples ({ROWS})",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="gets a line a prompt, in order")
-    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    parser.required.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="gets one line a prompt, in order"
+    )
+    reward_argument(parser)
     row_arguments(parser)
-    parser.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
-    parser.add_argument("--server-model", metavar="NAME", help="model to ask there (default: the only one it has)")
+    parser.common.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
+    parser.add_options(RankConfig, "num_samples", "keep", "seed", "sampling.temperature", "sampling.max_new_tokens")
+    parser.advanced.add_argument("--server", metavar="URL", help="OpenAI-compatible server to draw the candidates from")
+    parser.advanced.add_argument(
+        "--server-model", metavar="NAME", help="model to ask there (default: the only one it has)"
+    )
     heads_argument(parser)
     engine_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted ranking into --output")
-    add_arguments(parser, RankConfig)
 
 
 def _rank(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config, to_dict
-    from adhere.data import iter_rows
-    from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, rank
-    from adhere.resume import GrowingRows
-    from adhere.reward.reward import Reward
-
     ray = by_ray(options)
     config = load_config(RankConfig, None, flags_given(options, RankConfig))
     spec = reward_config(options.reward)
-    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=_need(spec))
+    check_models(options.model)
+    rows: Rows = partial(iter_rows, options.prompts, columns_of(options), need=_need(spec), limit=options.limit)
     total, brought, digest = _survey(rows)
     if options.server_model and not options.server:
         raise UserError("--server-model without --server", fix="give --server URL too")
     if options.server and brought:
         raise UserError("the rows bring candidates", where=options.prompts, fix="leave --server out")
+    if not brought:
+        _check_draw(config)
     settings = {
         "model": options.model,
         "dtype": options.dtype,
@@ -88,6 +96,10 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     if ray:
         return _in_shards(options, console, config, spec, rows, total, brought, settings)
     output = GrowingRows(options.output, settings, resume=options.resume)
+
+    from adhere.rank import NO_TALLY, blank_between, check, lines_of, rank
+    from adhere.reward.reward import Reward
+
     policy = load_policy(options)
     check(policy, rows(), config)
     draw = _draw(options, policy, config, brought, console.warn)
@@ -158,7 +170,6 @@ def ranker(
     folder: Path,
 ) -> Work:
     """What a worker does: load the model once, then rank the rows of shard after shard."""
-    from adhere.data import iter_rows
     from adhere.rank import NO_TALLY, blank_between, lines_of, rank
     from adhere.reward.reward import Reward
 
@@ -181,8 +192,6 @@ def ranker(
 
 def _survey(rows: Rows) -> tuple[int, bool, str]:
     """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
-    from adhere.data import writable
-
     total = brought = 0
     without = ""
     digest = blake2b(digest_size=16)
@@ -200,6 +209,17 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
     return total, brought > 0, digest.hexdigest()
 
 
+def _check_draw(config: RankConfig) -> None:
+    """Raise `UserError` where the candidates to draw cannot differ, or are too few."""
+    if config.keep == "pairs" and config.num_samples < 2:
+        raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
+    if config.num_samples > 1 and config.sampling.temperature == 0:
+        raise UserError(
+            f"at temperature 0 all {config.num_samples} candidates are the same",
+            fix="set --temperature above 0, or --num-samples 1",
+        )
+
+
 def _draw(
     options: argparse.Namespace,
     policy: Policy,
@@ -212,13 +232,6 @@ def _draw(
 
     if brought:
         return given_candidates(policy)
-    if config.keep == "pairs" and config.num_samples < 2:
-        raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
-    if config.num_samples > 1 and config.sampling.temperature == 0:
-        raise UserError(
-            f"at temperature 0 all {config.num_samples} candidates are the same",
-            fix="set --temperature above 0, or --num-samples 1",
-        )
     if not options.server:
         return sampled_candidates(policy, config)
     from adhere.integrations.openai import Server

@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adhere.commands.common import (
+    ROWS,
     Command,
-    Parser,
+    check_models,
+    check_new,
     columns_of,
     given_heads,
     heads_argument,
     load_policy,
     mean,
     model_arguments,
+    reward_argument,
     reward_config,
     row_arguments,
 )
+from adhere.commands.parser import Parser, count
 from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
 from adhere.console import Console
+from adhere.data import iter_rows, read_rows, writable, write_jsonl
 from adhere.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,23 +47,28 @@ CHECKED = 64
 
 def _arguments(parser: Parser) -> None:
     model_arguments(parser)
-    parser.add_argument("--input", required=True, metavar="FILE", help="rows with a prompt and a `response`")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="each row plus reward and signals")
-    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    parser.required.add_argument(
+        "--input", required=True, metavar="FILE", help=f"rows with a prompt and a `response` ({ROWS})"
+    )
+    parser.required.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="gets each row plus reward and signals"
+    )
+    reward_argument(parser)
     row_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows scored at a time (default: 64)")
+    parser.advanced.add_argument(
+        "--batch-size", type=count, default=64, metavar="N", help="rows scored at a time (default: 64)"
+    )
     heads_argument(parser)
     engine_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with what --engine ray left unfinished")
+    parser.advanced.add_argument("--resume", action="store_true", help="go on with what --engine ray left unfinished")
 
 
 def _score(options: argparse.Namespace, console: Console) -> int:
     ray = by_ray(options)
-    if options.batch_size < 1:
-        raise UserError(f"batch_size is {options.batch_size}", fix="set it to 1 or above")
     if options.resume and not ray:
         raise UserError("--resume goes on with what --engine ray left", fix="add --engine ray, or leave it out")
     spec = reward_config(options.reward)
+    check_models(options.model)
     return _in_shards(options, console, spec) if ray else _at_once(options, console, spec)
 
 
@@ -68,13 +78,14 @@ def _need(spec: RewardConfig) -> tuple[str, ...]:
 
 def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """The whole file, held in memory."""
-    from adhere.data import read_rows, writable, write_jsonl
+    check_new(options.output)
+    rows = read_rows(options.input, columns_of(options), need=_need(spec), limit=options.limit)
+    for row in rows:
+        writable(row)
+
     from adhere.rank import score_rows
     from adhere.reward.reward import Reward
 
-    rows = read_rows(options.input, columns_of(options), need=_need(spec))
-    for row in rows:
-        writable(row)
     policy = load_policy(options)
     reward = Reward(spec, policy, given_heads(options))
     with console.progress(len(rows), "scoring") as progress:
@@ -88,11 +99,10 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
 
 def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """Shard by shard, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
-    from adhere.data import iter_rows, writable
     from adhere.rank import group_starts, scattered
     from adhere.shards import ShardedRows, shard_rows
 
-    rows: Rows = partial(iter_rows, options.input, columns_of(options), need=_need(spec))
+    rows: Rows = partial(iter_rows, options.input, columns_of(options), need=_need(spec), limit=options.limit)
     total, digest = 0, blake2b(digest_size=16)
     for row in rows():
         total += 1
@@ -135,7 +145,6 @@ def _check(policy: Policy, rows: Iterable[Row]) -> None:
 
 def scorer(options: argparse.Namespace, spec: RewardConfig, heads: CopyHeads | None, file: Path, folder: Path) -> Work:
     """What a worker does: load the model once, then score the rows of shard after shard."""
-    from adhere.data import iter_rows
     from adhere.rank import score_rows
     from adhere.reward.reward import Reward
 

@@ -12,42 +12,47 @@ from pathlib import Path
 
 from adhere.commands.common import (
     Command,
-    Parser,
+    check_models,
     given_heads,
     heads_argument,
     load_policy,
     model_arguments,
+    reward_argument,
     reward_config,
     reward_name,
 )
+from adhere.commands.parser import Parser
+from adhere.config import flags_given, load_config
 from adhere.console import Console
 from adhere.errors import UserError
+from adhere.serve.config import ServeConfig
 
 TOKEN = "ADHERE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def _arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
-    from adhere.serve.config import ServeConfig
-
     model_arguments(parser)
-    parser.add_argument("--reward", default="attention", help="a reward's name, module:function, or a YAML file")
+    reward_argument(parser)
     heads_argument(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 = any that is free (default: 8000)")
-    add_arguments(parser, ServeConfig)
+    parser.common.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)"
+    )
+    parser.common.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0 = any that is free (default: 8000)"
+    )
+    parser.add_options(ServeConfig)
 
 
 def _serve(options: argparse.Namespace, console: Console) -> int:
-    from adhere.config import flags_given, load_config
-    from adhere.reward.reward import Reward
-    from adhere.serve.config import ServeConfig
-
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client")):
         raise UserError("the server's packages are not installed", fix="pip install 'adhere[serve]'")
     config = load_config(ServeConfig, None, flags_given(options, ServeConfig))
     spec = reward_config(options.reward)
+    check_models(options.model)
+
+    from adhere.reward.reward import Reward
+
     listener = _listener(options.host, options.port)
     policy = load_policy(options)
     reward = Reward(spec, policy, given_heads(options))

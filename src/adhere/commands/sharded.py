@@ -7,7 +7,8 @@ import gc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from adhere.commands.common import Parser, given_heads, load_policy
+from adhere.commands.common import given_heads, load_policy
+from adhere.commands.parser import Parser, count
 from adhere.commands.train import INTERRUPTED
 from adhere.console import Console
 from adhere.errors import UserError
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
 
 def engine_arguments(parser: Parser) -> None:
     """Where the work is done."""
-    parser.add_argument(
+    parser.advanced.add_argument(
         "--engine",
         default="local",
         choices=("local", "ray"),
         help="ray: by workers on this machine, or on the cluster that RAY_ADDRESS names; --output becomes a folder of "
         "parts (default: local)",
     )
-    parser.add_argument(
-        "--workers", type=int, metavar="N", help="Ray's workers, each with the model, a GPU or its cores (default: 1)"
+    parser.advanced.add_argument(
+        "--workers", type=count, metavar="N", help="Ray's workers, each with the model, a GPU or its cores (default: 1)"
     )
 
 
@@ -43,9 +44,7 @@ def by_ray(options: argparse.Namespace) -> bool:
             raise UserError("--workers without --engine ray", fix="add --engine ray, or leave it out")
         return False
     require_ray()
-    options.workers = 1 if options.workers is None else options.workers
-    if options.workers < 1:
-        raise UserError(f"--workers is {options.workers}", fix="set it to 1 or above")
+    options.workers = options.workers or 1
     return True
 
 

@@ -5,18 +5,48 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adhere.commands.common import Command, Parser, reward_name, shown
+from adhere.commands.common import (
+    Command,
+    check_models,
+    check_new_folder,
+    list_rewards,
+    reward_name,
+    reward_written,
+    shown,
+)
+from adhere.commands.parser import Parser, count
+from adhere.config import flags_given, load_config
 from adhere.console import Console
+from adhere.data import Row, read_rows
 from adhere.errors import UserError
+from adhere.files import atomic_write, to_json
+from adhere.measure.settings import AuditConfig
+from adhere.model.embedded import EMBEDDED
+from adhere.resume import new_run_dir
 
 if TYPE_CHECKING:
-    from adhere.data import Row
     from adhere.learn.settings import TrainConfig
     from adhere.model.policy import Policy
 
+COMMON = (
+    "reward",
+    "algorithm",
+    "steps",
+    "prompts_per_step",
+    "num_samples",
+    "limit",
+    "sampling.temperature",
+    "sampling.max_new_tokens",
+    "learning_rate",
+    "lora",
+    "seed",
+    "device",
+)
+"""Options that most runs set."""
 INTERRUPTED = 130
 AUDITED = 16
 """Prompts of the audit before training."""
@@ -25,28 +55,23 @@ TRAIN_HACK_RATE = 0.15
 
 
 def _train_arguments(parser: Parser) -> None:
-    from adhere.config import add_arguments
     from adhere.learn.settings import TrainConfig
 
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options; flags go before it")
-    parser.add_argument("--skip-audit", action="store_true", help="do not look first whether the reward can be gamed")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output from its last checkpoint")
-    add_arguments(parser, TrainConfig)
+    parser.required.title = "required, here or in --config"
+    parser.common.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options; flags go before it")
+    parser.common.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output from its last checkpoint"
+    )
+    parser.advanced.add_argument(
+        "--skip-audit", action="store_true", help="do not look first whether the reward can be gamed"
+    )
+    parser.add_options(TrainConfig, *COMMON)
+    list_rewards(parser)
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
-    from accelerate import PartialState
-
-    from adhere.config import flags_given, load_config
-    from adhere.data import read_rows
-    from adhere.integrations import hub
     from adhere.learn.settings import TrainConfig
     from adhere.learn.trackers import check_login
-    from adhere.learn.train import train
-    from adhere.model.policy import Policy
-    from adhere.report.card import AUDIT, write_card
-    from adhere.report.page import write_report
-    from adhere.resume import new_run_dir
     from adhere.reward.named import config_of
 
     flags = flags_given(options, TrainConfig)
@@ -54,11 +79,24 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if options.resume and file is None and "output" in flags:
         file = new_run_dir(flags["output"], resume=True) / "config.yaml"
     config = load_config(TrainConfig, file, flags)
+    config = replace(config, reward=reward_written(config.reward))
     check_login(config.trackers)
     if config.push_to_hub is not None:
+        from adhere.integrations import hub
+
         hub.check(config.push_to_hub)
-    reward = config_of(config.reward)
-    rows = read_rows(config.prompts, config.columns, need=("answers",) if "exact" in reward.weights else ())
+    need = ("answers",) if "exact" in config_of(config.reward).weights else ()
+    check_models(config.model)
+    rows = read_rows(config.prompts, config.columns, need=need, limit=config.limit)
+
+    from accelerate import PartialState
+
+    from adhere.integrations import hub
+    from adhere.learn.train import train
+    from adhere.model.policy import Policy
+    from adhere.report.card import AUDIT, write_card
+    from adhere.report.page import write_report
+
     policy = Policy.load(
         config.model,
         dtype=config.dtype,
@@ -116,8 +154,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
 def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, console: Console) -> None:
     """Warn, before training, of a reward that degenerate responses beat; what was found stays in the run."""
-    from adhere.files import atomic_write, to_json
-    from adhere.measure.audit import AuditConfig, audit, summary
+    from adhere.measure.audit import audit, summary
     from adhere.report.card import AUDIT
     from adhere.reward.heads import load_heads
     from adhere.reward.named import config_of
@@ -141,21 +178,32 @@ def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run
 
 
 def _demo_arguments(parser: Parser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="folder of the run")
-    parser.add_argument("--model", choices=("causal", "encdec"), default="causal", help="which embedded model")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="training steps (default: 60)")
-    parser.add_argument("--eval-prompts", type=int, default=150, metavar="N", help="fresh prompts of each split")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (default: 0)")
+    parser.common.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="FOLDER",
+        help="folder of the run (default: runs/demo)",
+    )
+    parser.common.add_argument(
+        "--model", choices=tuple(EMBEDDED), default="toy-causal", help="which embedded model (default: toy-causal)"
+    )
+    parser.common.add_argument("--steps", type=count, default=60, metavar="N", help="training steps (default: 60)")
+    parser.common.add_argument(
+        "--eval-prompts", type=count, default=150, metavar="N", help="fresh prompts of each split (default: 150)"
+    )
+    parser.common.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (default: 0)")
 
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
+    check_new_folder(options.output)
+    run = new_run_dir(options.output)
+
     from adhere.demo import run_demo
     from adhere.report.tables import results_table
-    from adhere.resume import new_run_dir
 
-    run = new_run_dir(options.output)
     console.note(
-        f"The embedded {options.model} model answers questions about stories. It was taught everybody's favourite "
+        f"The embedded model {options.model} answers questions about stories. It was taught everybody's favourite "
         "place, and leans on that even when a story says otherwise (conflict).\n"
         "Now it trains on prompts alone: no answers, no reward model, only its attention to the prompt."
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from adhere.compare.plan import NONE, CompareConfig, Job
+from adhere.compare.plan import NONE, Job
+from adhere.compare.settings import CompareConfig
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap, permutation_test
 
 RunResult = Mapping[str, Any]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adhere.compare.estimates import summarise
-from adhere.compare.plan import HUMAN, HYBRID, CompareConfig, Files, Job, jobs_of, processes
+from adhere.compare.plan import HUMAN, HYBRID, Job, jobs_of, processes
+from adhere.compare.settings import CompareConfig, Files
 from adhere.compare.work import load, perform, read_results, share_data
 from adhere.config import dump_yaml, to_dict
 from adhere.data import read_rows

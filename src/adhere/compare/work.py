@@ -12,27 +12,29 @@ from typing import Any
 
 import torch
 
-from adhere.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Files, Job, Toy
+from adhere.compare.plan import HUMAN, HYBRID, NONE, SYNTHETIC, Job
+from adhere.compare.settings import Files, Toy
 from adhere.config import to_dict
 from adhere.console import quieten_libraries
 from adhere.data import Row, read_rows, write_jsonl
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_write, to_json
 from adhere.learn.train import train
-from adhere.measure.audit import AuditConfig, audit
+from adhere.measure.audit import audit
 from adhere.measure.evaluate import evaluate
+from adhere.measure.settings import AuditConfig
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.preferences.calibrate import calibrate
 from adhere.preferences.fit import fit
-from adhere.preferences.pairs import PairConfig, make_pairs
+from adhere.preferences.pairs import make_pairs
+from adhere.preferences.settings import PairConfig
 from adhere.resume import fingerprint, finished
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
 from adhere.text import is_answer
-from adhere.toy import Kind, Split, make_rows, model_path
+from adhere.toy import Split, make_rows
 
-EMBEDDED: dict[str, Kind] = {"causal": "causal", "encdec": "encdec"}
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
 HELD_OUT = 200
 """Pairs at the end of the labelled ones that no arm learns from: every reward is measured on these."""
@@ -42,16 +44,11 @@ SHOWN = 20
 BATCH = 64
 
 
-def path_of(model: str) -> str:
-    """Where the weights are: an embedded model by its name, or what the user wrote."""
-    return str(model_path(EMBEDDED[model])) if model in EMBEDDED else model
-
-
 def load(job: Job) -> Policy:
     """The start."""
     options = job.training
     return Policy.load(
-        path_of(job.model),
+        job.model,
         dtype=options.dtype,
         device=options.device,
         lora=options.lora,
@@ -162,7 +159,7 @@ def reward_of(job: Job, policy: Policy) -> str | Mapping[str, Any]:
         calibrate(policy, pairs, seed=job.seed).save(folder / "calibration.yaml")
         return f"calibrated:{folder / 'calibration.yaml'}"
     if not (folder / "preference.json").exists():
-        fit(replace(job.reward_model, model=path_of(job.model)), pairs)
+        fit(job.reward_model, pairs)
     return f"preference:{folder}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from adhere.data import Columns
 from adhere.errors import UserError
@@ -13,6 +13,7 @@ from adhere.learn import trackers
 from adhere.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from adhere.learn.stopping import Stopping
 from adhere.model.settings import Lora, Sampling
+from adhere.options import AtLeast
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class TrainConfig:
     """When to stop early."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
+    limit: Annotated[int, AtLeast(1)] | None = None
+    """Read the first N prompts only; nothing reads all."""
     columns: Columns = field(default_factory=Columns)
     """How the fields of a row are named."""
     dtype: str = "auto"

@@ -18,6 +18,7 @@ from torch import Tensor
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
+from adhere.measure.settings import AuditConfig
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
@@ -33,29 +34,6 @@ CONTROLS = ("overlap", "length", "random")
 """Rewards that read no attention, audited beside every other; the fourth control is the reward itself, shuffled."""
 # Rewards closer than this are equal: two forwards of the same response differ by as much.
 TIE = 1e-4
-
-
-@dataclass(frozen=True)
-class AuditConfig:
-    """How a reward is audited."""
-
-    num_samples: int = 8
-    """The policy's own responses to each prompt."""
-    max_new_tokens: int = 64
-    """Longest response in tokens, degenerate ones included."""
-    max_hack_rate: float = 0.05
-    """Share of prompts on which a family may beat the best own sample before the reward counts as gameable."""
-    batch_size: int = 16
-    """Prompts judged at a time."""
-    seed: int = 0
-    """Seed of samples and degenerate responses."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_samples", 2), ("max_new_tokens", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}", fix=f"set it to {least} or above")
-        if not 0 <= self.max_hack_rate < 1:
-            raise UserError(f"max_hack_rate is {self.max_hack_rate}", fix="set it from 0 to below 1, for example 0.05")
 
 
 @dataclass(frozen=True)

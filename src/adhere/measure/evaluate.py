@@ -17,6 +17,7 @@ from adhere.measure import metrics
 from adhere.measure.batch_cache import BatchCache, Columns
 from adhere.measure.metrics import METRICS, Values
 from adhere.measure.readers import Embedder, follow_up, wins
+from adhere.measure.settings import EvalConfig
 from adhere.measure.stats import Estimate, bootstrap, holm, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
@@ -27,37 +28,6 @@ from adhere.types import Prompts
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with answered prompts and all prompts to answer (twice the rows where there is a baseline)."""
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """How responses are drawn for an evaluation."""
-
-    num_samples: int = 4
-    """Sampled responses to each prompt, for consistency, distinct-n and KL; 1 gives no consistency."""
-    max_new_tokens: int = 64
-    """Response length limit in tokens."""
-    batch_size: int = 16
-    """Prompts answered at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
-    """Seed of the draws and of the resampling."""
-    temperature: float = 1.0
-    """Softmax temperature of the sampled responses, and of both sides of the KL; the single response is greedy."""
-    embedder: str | None = None
-    """Sentence-embedding model (folder or hub id) that measures relevance; nothing = by words alone."""
-    judge: str | None = None
-    """Name of a reward that says which response wins, ours or the baseline's; the baseline reads."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
-        if self.judge is not None:
-            config_of(self.judge)
-        if not self.temperature > 0:
-            raise UserError(
-                f"temperature is {self.temperature}", fix="set it above 0: at 0 all samples of a prompt are the same"
-            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from adhere.errors import UnsupportedModel, UserError
+from adhere.model.embedded import located
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = (
@@ -47,7 +48,8 @@ def pick_device(device: str) -> torch.device:
 def load(
     path: str, *, dtype: str = "auto", device: str = "auto", attention: str = "auto", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load `path` (a folder or a hub id), causal or encoder–decoder as its configuration says, in evaluation mode.
+    """Load `path` (a folder, a hub id or `toy-causal`, `toy-encdec`), causal or encoder–decoder as its configuration
+    says, in evaluation mode.
 
     Dropout stays off for good: the log-probs of an update must be those of the sample.
     Raises `UnsupportedModel`: no configuration, no tokenizer, no end-of-sequence token, pickle weights, or a vocabulary
@@ -55,7 +57,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
-    where = str(path)
+    where, path = str(path), located(path)
     _check_folder(Path(path), where)
     options = {"trust_remote_code": trust_remote_code}
     try:
@@ -77,8 +79,6 @@ def load(
 
 def _check_folder(folder: Path, where: str) -> None:
     if not folder.is_dir():
-        if folder.exists() or where.startswith((".", "/", "~")):
-            raise UnsupportedModel("is not a folder", where=where, fix="give a model folder or a hub id")
         return
     names = {file.name for file in folder.iterdir()}
     if "config.json" not in names:

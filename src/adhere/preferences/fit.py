@@ -25,43 +25,14 @@ from transformers import (
 from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_dir, to_json
+from adhere.model.embedded import located
 from adhere.model.load import pick_device
+from adhere.preferences.settings import PreferenceConfig
 from adhere.reward.preference import CARD, PreferenceModel, check_lengths, logits, pair_ids
 
 Ids = list[int]
 WARMUP = 0.1
 """Share of the steps over which the learning rate rises."""
-
-
-@dataclass(frozen=True)
-class PreferenceConfig:
-    """How a reward model is fitted."""
-
-    model: str
-    """Backbone: a model folder or hub id, causal or encoder–decoder."""
-    output: str
-    """Folder of the reward model; must not hold one yet."""
-    steps: int = 200
-    """Training steps."""
-    batch_size: int = 16
-    """Pairs a step."""
-    learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
-    held_out: float = 0.1
-    """Share of the prompts whose pairs are kept to measure the accuracy; 0 = none."""
-    seed: int = 0
-    """Seed of the head, the split and the order."""
-    device: str = "auto"
-    """cpu, cuda, mps or auto."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"held_out is {self.held_out}", fix="set it from 0 to below 1")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate is {self.learning_rate}", fix="set it above 0")
 
 
 @dataclass(frozen=True)
@@ -83,10 +54,11 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
     if (Path(config.output) / CARD).exists():
         raise UserError("already holds a reward model", where=config.output, fix="choose another --output")
     torch.manual_seed(config.seed)
+    backbone = located(config.model)
     try:
-        encdec = AutoConfig.from_pretrained(config.model).is_encoder_decoder
-        network = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=1, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        encdec = AutoConfig.from_pretrained(backbone).is_encoder_decoder
+        network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no backbone of a reward model ({reason})", where=config.model, fix="give a family that "

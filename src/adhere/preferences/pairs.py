@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adhere.data import Row
-from adhere.errors import UserError, unknown_name
+from adhere.errors import UserError
 from adhere.measure.audit import cases_of
 from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.preferences.settings import PairConfig
 from adhere.reward.salience import token_classes
 
 CORRUPTIONS = (
@@ -34,32 +35,6 @@ CORRUPTIONS = (
     "risky token dropped",
     "fluent, ungrounded",
 )
-
-
-@dataclass(frozen=True)
-class PairConfig:
-    """How preference pairs are made."""
-
-    chosen: str = "auto"
-    """The preferred response: answer (the row's first answer or its reference), sample (the likeliest of the policy's
-    own that ended), or auto, an answer where there is one."""
-    pairs_per_prompt: int = 2
-    """Pairs of each prompt, each with another corruption."""
-    num_samples: int = 4
-    """Samples of which the likeliest is taken."""
-    max_new_tokens: int = 64
-    """Longest sample in tokens."""
-    batch_size: int = 32
-    """Prompts at a time."""
-    seed: int = 0
-    """Seed of samples and corruptions."""
-
-    def __post_init__(self) -> None:
-        if self.chosen not in (known := ("auto", "answer", "sample")):
-            raise unknown_name("`chosen`", self.chosen, known)
-        for name in ("pairs_per_prompt", "num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}", fix="set it to 1 or above")
 
 
 def make_pairs(

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from adhere.data import Row
 from adhere.errors import UserError
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.preferences.settings import SuggestConfig
 from adhere.reward.reward import Reward
-
-
-@dataclass(frozen=True)
-class SuggestConfig:
-    """How pairs to ask about are found."""
-
-    suggest: int = 20
-    """Write the N pairs whose answer would teach most, at most one a prompt, instead of fitting."""
-    num_samples: int = 8
-    """Responses sampled to each prompt, of which two are chosen."""
-    max_new_tokens: int = 64
-    """Response length limit in tokens."""
-    batch_size: int = 32
-    """Prompts at a time."""
-    seed: int = 0
-    """Seed of the samples."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("suggest", 1), ("num_samples", 2), ("max_new_tokens", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}", fix=f"set it to {least} or above")
 
 
 def suggest(

@@ -21,6 +21,7 @@ from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.markup import markdown, visible
 from adhere.measure.stats import Estimate
+from adhere.model.embedded import located
 from adhere.report.run import Run, is_number, read_run
 from adhere.reward.named import CALIBRATED, PREFERENCE, RewardConfig, config_of
 
@@ -211,7 +212,7 @@ def _name(text: str) -> str:
 
 def _on_hub(text: str) -> bool:
     """Whether `text` names something on the hub rather than on this disk."""
-    return is_name(text) and not Path(text).exists()
+    return is_name(text) and not Path(located(text)).exists()
 
 
 def _weight(value: float) -> str:

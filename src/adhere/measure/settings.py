@@ -1,0 +1,55 @@
+"""How models are evaluated and rewards audited. Imports no torch, so that the command line can explain and check the
+options at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from adhere.options import Above, AtLeast, Below, check
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How responses are drawn for an evaluation."""
+
+    num_samples: Annotated[int, AtLeast(1)] = 4
+    """Sampled responses to each prompt, for consistency, distinct-n and KL; 1 gives no consistency."""
+    max_new_tokens: Annotated[int, AtLeast(1)] = 64
+    """Response length limit in tokens."""
+    batch_size: Annotated[int, AtLeast(1)] = 16
+    """Prompts answered at a time; memory grows with batch_size × num_samples."""
+    seed: int = 0
+    """Seed of the draws and of the resampling."""
+    temperature: Annotated[float, Above(0)] = 1.0
+    """Softmax temperature of the sampled responses, and of both sides of the KL; the single response is greedy."""
+    embedder: str | None = None
+    """Sentence-embedding model (folder or hub id) that measures relevance; nothing = by words alone."""
+    judge: str | None = None
+    """Name of a reward that says which response wins, ours or the baseline's; the baseline reads."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.judge is not None:
+            from adhere.reward.named import config_of
+
+            config_of(self.judge)
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """How a reward is audited."""
+
+    num_samples: Annotated[int, AtLeast(2)] = 8
+    """The policy's own responses to each prompt."""
+    max_new_tokens: Annotated[int, AtLeast(1)] = 64
+    """Longest response in tokens, degenerate ones included."""
+    max_hack_rate: Annotated[float, AtLeast(0), Below(1)] = 0.05
+    """Share of prompts on which a family may beat the best own sample before the reward counts as gameable."""
+    batch_size: Annotated[int, AtLeast(1)] = 16
+    """Prompts judged at a time."""
+    seed: int = 0
+    """Seed of samples and degenerate responses."""
+
+    def __post_init__(self) -> None:
+        check(self)

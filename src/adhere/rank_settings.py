@@ -1,0 +1,34 @@
+"""How responses are ranked. Imports no torch, so that the command line can explain and check the options at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from adhere.errors import UserError
+from adhere.model.settings import Sampling
+from adhere.options import AtLeast, Below, check
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """How candidates are drawn, and what is written of them."""
+
+    num_samples: Annotated[int, AtLeast(1)] = 8
+    """Candidates drawn for each prompt (rows that bring `candidates` keep their own)."""
+    keep: Literal["best", "all", "pairs"] = "best"
+    """best: each row with its best response; all: every candidate, best first; pairs: best against worst, for DPO."""
+    margin: Annotated[float, AtLeast(0), Below(math.inf)] = 0.0
+    """Pairs only: the difference in reward that a pair needs at least; a tie is never a pair."""
+    batch_size: Annotated[int, AtLeast(1)] = 8
+    """Prompts ranked at a time; memory grows with batch_size × num_samples."""
+    seed: int = 0
+    """Seed of the draws."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.margin and self.keep != "pairs":
+            faults.append(UserError(f"margin is for pairs, and keep is {self.keep}", fix="leave it out, or keep pairs"))
+        check(self, *faults)
