@@ -28,7 +28,7 @@ LAYERS = [
 
 PURE = [
     {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.controls"},
-    {"adhere.learn.advantages", "adhere.learn.losses"},
+    {"adhere.learn.advantages", "adhere.learn.batch", "adhere.learn.losses"},
 ]
 """Functions of tensors: beside each other, they import the records and the errors alone."""
 

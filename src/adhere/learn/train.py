@@ -1,4 +1,4 @@
-"""The loop: sample → score → advantage → update.
+"""The loop: sample → read → reward → advantages → update.
 
 Every random draw and the order of the data are functions of (seed, step), so a step depends on nothing but the state
 in the checkpoint. Evaluation and printing belong to the caller.
@@ -26,12 +26,13 @@ from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_dir, require_space
 from adhere.learn import checkpoint
-from adhere.learn.algorithms import next_baseline, next_kl_coef
+from adhere.learn.algorithms import next_baseline, next_kl_coef, with_advantages
+from adhere.learn.batch import Batch
 from adhere.learn.learner import Learner
 from adhere.learn.run_log import RunLog
 from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
-from adhere.learn.update import Update, update
+from adhere.learn.update import totals_of, update, values_of
 from adhere.model.policy import Policy
 from adhere.reward.reward import Reward
 from adhere.types import Rollout, Scores
@@ -106,7 +107,7 @@ class Trainer:
         )
         self._check_lengths(rows)
         self.reward = Reward.resolve(config.reward, policy)
-        frozen = config.algorithm.needs_reference or config.kl_coef > 0
+        frozen = config.algorithm.needs_reference or config.algorithm.kl_coef > 0
         self.reference = (self.reward.reference or policy.reference()) if frozen else None
         self.learner = Learner(policy, config.algorithm.needs_value_head)
         self.parameters = self.learner.trained()
@@ -114,12 +115,12 @@ class Trainer:
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         _same_everywhere(self.accelerator, self.parameters)
-        self.state = checkpoint.TrainState(kl_coef=config.kl_coef)
+        self.state = checkpoint.TrainState(kl_coef=config.algorithm.kl_coef)
         begun = checkpoint.latest(run) if resume else None
         if begun is not None:
             self.state = checkpoint.restore(begun, self.parameters, self.optimizer)
-            if config.kl_target is None:  # fixed: a run that stopped early may be told another to go on with
-                self.state.kl_coef = config.kl_coef
+            if config.algorithm.kl_target is None:  # fixed: a run that stopped early may go on with another
+                self.state.kl_coef = config.algorithm.kl_coef
         on_start()
         self.log = RunLog(run, config, self.accelerator, self.state.step if begun else None)
         if begun is not None:
@@ -141,17 +142,12 @@ class Trainer:
         with clock("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            given = Update(rollout, scores.reward, reference, self.state.kl_coef, self.state.baseline)
-            metrics, advantages = update(self.accelerator, self.learner, self.optimizer, config, given)
+            batch = with_advantages(config.algorithm, self._batch(rollout, scores.reward, reference))
+            metrics = update(self.accelerator, self.learner, self.optimizer, config, rollout, batch)
         metrics |= self._metrics(rollout, scores, reference, clock)
-        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-            raise RunFailed(
-                f"step {step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
-                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
-            )
-        self._advance(metrics, rollout)
+        self._advance(metrics, len(rollout))
         self.log.metrics(metrics)
-        self.log.responses(step + 1, rollout, scores, advantages)
+        self.log.responses(step + 1, rollout, scores, batch.advantages)
         return metrics
 
     def save(self) -> None:
@@ -203,6 +199,22 @@ class Trainer:
             return scores.reading.logprobs
         return self.reference.read(rollout, attention=False).logprobs
 
+    def _batch(self, rollout: Rollout, rewards: Tensor, reference: Tensor | None) -> Batch:
+        """What this step learns from, but for the advantages."""
+        assert rollout.logprobs is not None, "training needs sampled responses"
+        valued = self.config.algorithm.needs_value_head
+        return Batch(
+            rewards,
+            rollout.prompt_index,
+            rollout.response_mask,
+            rollout.logprobs,
+            totals_of(self.accelerator, rollout),
+            reference,
+            values_of(self.learner, rollout, self.config.max_tokens) if valued else None,
+            self.state.kl_coef,
+            self.state.baseline,
+        )
+
     def _metrics(self, rollout: Rollout, scores: Scores, reference: Tensor | None, clock: _Clock) -> Metrics:
         sizes = torch.bincount(rollout.prompt_index, minlength=len(rollout.prompts)).clamp(min=1)
         lengths, rewards = rollout.lengths.float(), scores.reward
@@ -236,13 +248,18 @@ class Trainer:
             **{f"seconds/{name}": taken for name, taken in clock.seconds.items()},
         }
 
-    def _advance(self, metrics: Metrics, rollout: Rollout) -> None:
-        """What the next step carries on from this one."""
-        config, progress = self.config, self.state
-        progress.step += 1
-        progress.baseline = next_baseline(progress.baseline, metrics["reward/normalised"])
-        if config.kl_target is not None:
-            progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["kl"], config.kl_target, len(rollout))
+    def _advance(self, metrics: Metrics, responses: int) -> None:
+        """What the next step carries on from this one. Raises `RunFailed` where there is nothing to carry on from."""
+        state, kl_target = self.state, self.config.algorithm.kl_target
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            raise RunFailed(
+                f"step {state.step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
+                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
+            )
+        state.step += 1
+        state.baseline = next_baseline(state.baseline, metrics["reward/normalised"])
+        if kl_target is not None:
+            state.kl_coef = next_kl_coef(state.kl_coef, metrics["kl"], kl_target, responses)
 
 
 class _Clock:

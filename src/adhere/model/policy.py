@@ -210,13 +210,13 @@ class Policy:
         if copy_weights is not None:
             shapes["copy_attention"] = (size, width, places)
         whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for part, rows, columns, span in rollout.chunks(FORWARD_TOKENS):
-            padding = ~part.response_mask
-            for name, values in self._read(part, attention, copy_weights).items():
+        for chunk in rollout.chunks(FORWARD_TOKENS):
+            padding = ~chunk.rollout.response_mask
+            for name, values in self._read(chunk.rollout, attention, copy_weights).items():
                 if values.dim() == 3:
-                    whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
+                    whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
                 else:
-                    whole[name][rows, columns] = values.masked_fill(padding, 0.0)
+                    whole[name][chunk.rows, chunk.columns] = values.masked_fill(padding, 0.0)
         return Reading(rollout, **whole)
 
     def inspect(
@@ -256,9 +256,10 @@ class Policy:
         """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
         attends to most *is* the token generated there."""
         total: Tensor | None = None
-        for part, rows, columns, _ in rollout.chunks(FORWARD_TOKENS):
+        for chunk in rollout.chunks(FORWARD_TOKENS):
+            part = chunk.rollout
             prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
-            hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
+            hits = CopyHits(prompt_ids, part.response_ids, counted[chunk.rows, chunk.columns])
             list(self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]))
             total = hits.result() if total is None else total + hits.result()
         assert total is not None
@@ -269,8 +270,9 @@ class Policy:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
         found = []
-        for part, rows, _, span in rollout.chunks(FORWARD_TOKENS):
-            mass = HeadMass(salience[rows, span], part.response_mask)
+        for chunk in rollout.chunks(FORWARD_TOKENS):
+            part = chunk.rollout
+            mass = HeadMass(salience[chunk.rows, chunk.span], part.response_mask)
             list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
             found.append(mass.result())
         return torch.cat(found)
