@@ -15,7 +15,7 @@ from adhere.data import Row
 from adhere.measure.stats import bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.rank import RankConfig, Ranked, measure_heads, rank, sampled_candidates
+from adhere.ranking import RankConfig, Ranked, measure_heads, rank, sampled_candidates
 from adhere.reward.controls import normalise_answer
 from adhere.reward.named import RewardConfig, config_of
 from adhere.reward.reward import Reward

@@ -18,9 +18,9 @@ LAYERS = [
     {"reward"},
     {"learn"},
     {"measure"},
-    {"rank", "serve", "report", "integrations", "console"},
+    {"ranking", "serve", "report", "integrations", "console"},
     {"toy"},
-    {"demo", "compare"},
+    {"api", "demo", "compare"},
     {"commands"},
     {"cli", "__main__"},
 ]

@@ -23,7 +23,7 @@ from adhere.data import Row, iter_rows, writable
 from adhere.files import GrowingRows
 from adhere.integrations import http
 from adhere.model.policy import Policy
-from adhere.rank import RankConfig, Ranked, blank_between, rank, sampled_candidates
+from adhere.ranking import RankConfig, Ranked, blank_between, rank, sampled_candidates
 from adhere.reward.reward import Reward
 from adhere.toy import make_rows, model_path
 from tests.families import save, tokenizer

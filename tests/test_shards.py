@@ -21,7 +21,7 @@ from adhere.commands.sharded import copy_heads
 from adhere.data import Row, iter_rows
 from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
-from adhere.rank import RankConfig, _groups, group_starts, scattered
+from adhere.ranking import RankConfig, _groups, group_starts, scattered
 from adhere.row_files import positions
 from adhere.shards import AIM, MOST, SUCCESS, ShardedRows, shard_rows
 from adhere.toy import make_rows, model_path

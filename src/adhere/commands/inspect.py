@@ -38,7 +38,7 @@ def _arguments(parser: Parser) -> None:
 
 def _inspect(options: argparse.Namespace, console: Console) -> int:
     from adhere.data import Row, iter_rows, read_rows
-    from adhere.rank import measure_heads
+    from adhere.ranking import measure_heads
     from adhere.report.inspection import write_inspections
     from adhere.reward.reward import Reward
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
-    from adhere.rank import Draw, RankConfig
+    from adhere.ranking import Draw, RankConfig
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
 
@@ -40,7 +40,7 @@ Rows = Callable[[], "Iterator[Row]"]
 
 def _arguments(parser: Parser) -> None:
     from adhere.config import add_arguments
-    from adhere.rank import RankConfig
+    from adhere.ranking import RankConfig
 
     model_arguments(parser)
     parser.add_argument(
@@ -60,7 +60,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config, to_dict
     from adhere.data import iter_rows
     from adhere.files import GrowingRows
-    from adhere.rank import NO_TALLY, RankConfig, blank_between, check, lines_of, measure_heads, rank
+    from adhere.ranking import NO_TALLY, RankConfig, blank_between, check, lines_of, measure_heads, rank
     from adhere.reward.reward import Reward
 
     ray = by_ray(options)
@@ -126,7 +126,7 @@ def _in_shards(
     settings: Mapping[str, Any],
 ) -> int:
     """Shard by shard, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
-    from adhere.rank import check
+    from adhere.ranking import check
     from adhere.shards import ShardedRows, shard_rows
 
     size = shard_rows(total, config.batch_size)
@@ -157,7 +157,7 @@ def ranker(
 ) -> Work:
     """What a worker does: load the model once, then rank the rows of shard after shard."""
     from adhere.data import iter_rows
-    from adhere.rank import NO_TALLY, blank_between, lines_of, rank
+    from adhere.ranking import NO_TALLY, blank_between, lines_of, rank
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
@@ -180,6 +180,7 @@ def ranker(
 def _survey(rows: Rows) -> tuple[int, bool, str]:
     """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
     from adhere.data import writable
+    from adhere.ranking import bring_candidates
 
     total = brought = 0
     without = ""
@@ -189,28 +190,15 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
         brought += bool(row.candidates)
         without = without or ("" if row.candidates else row.where)
         digest.update(writable(row).encode("utf-8", "backslashreplace"))
-    if 0 < brought < total:
-        raise UserError(
-            f"no `candidates`, which {brought} of {total} rows bring",
-            where=without,
-            fix="give candidates in every row or in none",
-        )
-    return total, brought > 0, digest.hexdigest()
+    return total, bring_candidates(brought, total, without), digest.hexdigest()
 
 
 def _draw(options: argparse.Namespace, policy: Policy, config: RankConfig, brought: bool) -> Draw:
     """Where the candidates come from."""
-    from adhere.rank import given_candidates, sampled_candidates, served_candidates
+    from adhere.ranking import given_candidates, sampled_candidates, served_candidates
 
     if brought:
         return given_candidates(policy)
-    if config.keep == "pairs" and config.num_samples < 2:
-        raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
-    if config.num_samples > 1 and config.sampling.temperature == 0:
-        raise UserError(
-            f"at temperature 0 all {config.num_samples} candidates are the same",
-            fix="set --temperature above 0, or --num-samples 1",
-        )
     if not options.server:
         return sampled_candidates(policy, config)
     from adhere.integrations.openai import Server

@@ -67,7 +67,7 @@ def _need(spec: RewardConfig) -> tuple[str, ...]:
 def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """The whole file, held in memory."""
     from adhere.data import read_rows, writable, write_jsonl
-    from adhere.rank import score_rows
+    from adhere.ranking import score_rows
     from adhere.reward.reward import Reward
 
     rows = read_rows(options.input, columns_of(options), need=_need(spec))
@@ -87,7 +87,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
 def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """Shard by shard, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
     from adhere.data import iter_rows, writable
-    from adhere.rank import group_starts, scattered
+    from adhere.ranking import group_starts, scattered
     from adhere.shards import ShardedRows, shard_rows
 
     rows: Rows = partial(iter_rows, options.input, columns_of(options), need=_need(spec))
@@ -125,7 +125,7 @@ def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig
 
 def _check(policy: Policy, rows: Iterable[Row]) -> None:
     """Raise `UserError` unless every prompt can be read."""
-    from adhere.rank import batched
+    from adhere.ranking import batched
 
     for batch in batched(rows, CHECKED):
         policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
@@ -134,7 +134,7 @@ def _check(policy: Policy, rows: Iterable[Row]) -> None:
 def scorer(options: argparse.Namespace, spec: RewardConfig, heads: Tensor | None, file: Path, folder: Path) -> Work:
     """What a worker does: load the model once, then score the rows of shard after shard."""
     from adhere.data import iter_rows
-    from adhere.rank import score_rows
+    from adhere.ranking import score_rows
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)

@@ -44,7 +44,7 @@ def _arguments(parser: Parser) -> None:
 def _serve(options: argparse.Namespace, console: Console) -> int:
     from adhere.config import flags_given, load_config
     from adhere.data import read_rows
-    from adhere.rank import HEAD_PROMPTS, measure_heads
+    from adhere.ranking import HEAD_PROMPTS, measure_heads
     from adhere.reward.heads import load_heads
     from adhere.reward.reward import Reward
     from adhere.serve.config import ServeConfig

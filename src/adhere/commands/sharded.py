@@ -61,7 +61,7 @@ def copy_heads(
 
     With the model at hand, `check` sees whether the rows fit it, and `options.device` gets the device it was put on.
     """
-    from adhere.rank import measure_heads
+    from adhere.ranking import measure_heads
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)

@@ -25,7 +25,7 @@ from adhere.errors import TooLong, UnsupportedModel, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.rank import HEAD_PROMPTS
+from adhere.ranking import HEAD_PROMPTS
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
 from adhere.types import Reading, Rollout

@@ -140,7 +140,12 @@ Algorithm = PPO | Reinforce | RLOO | GRPO | DPO
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything `adhere train` reads; the resolved tree is written to the run as config.yaml."""
+    """Everything `adhere train` reads; the resolved tree is written to the run as config.yaml.
+
+    >>> config = TrainConfig("toy", "prompts.jsonl", "runs/first", steps=10, warmup_steps=2)
+    >>> config.algorithm.name, config.rate(0) < config.rate(1)
+    ('grpo', True)
+    """
 
     model: str
     """Model folder or hub id, causal or encoder–decoder."""

@@ -60,16 +60,18 @@ def train(
     rows: Sequence[Row],
     run: Path,
     *,
+    reward: Reward | None = None,
     resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
     on_step: OnStep = lambda metrics: None,
 ) -> Trained:
     """Train `policy` in place on the prompts of `rows`, writing the run to the folder `run`.
 
-    `on_start` is called when all is checked and nothing is written yet, `on_step` with the metrics of each step.
+    `reward`: what `config` names, where the caller has made it already; its reader must be frozen. `on_start` is called
+    when all is checked and nothing is written yet, `on_step` with the metrics of each step.
     Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
     """
-    trainer = Trainer(config, policy, rows, run, resume=resume, on_start=on_start)
+    trainer = Trainer(config, policy, rows, run, reward=reward, resume=resume, on_start=on_start)
     stopped, done = None, False
     try:
         with _ctrl_c() as pressed:
@@ -97,6 +99,7 @@ class Trainer:
         rows: Sequence[Row],
         run: Path,
         *,
+        reward: Reward | None = None,
         resume: bool = False,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -106,7 +109,7 @@ class Trainer:
             [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
         )
         self._check_lengths(rows)
-        self.reward = Reward.resolve(config.reward, policy)
+        self.reward = reward or Reward.resolve(config.reward, policy)
         frozen = config.algorithm.needs_reference or config.algorithm.kl_coef > 0
         self.reference = (self.reward.reference or policy.reference()) if frozen else None
         self.learner = Learner(policy, config.algorithm.needs_value_head)

@@ -30,7 +30,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How responses are drawn for an evaluation."""
+    """How responses are drawn for an evaluation.
+
+    >>> EvalConfig(num_samples=8).temperature
+    1.0
+    """
 
     num_samples: int = 4
     """Sampled responses to each prompt, for consistency, distinct-n and KL; 1 gives no consistency."""
@@ -141,11 +145,13 @@ def evaluate(
     `paraphrases`; a baseline with the same vocabulary (KL), an embedder, a judge. Figures are means over prompts with
     95 % bootstrap intervals. Batches that `kept` holds are not done again.
 
-    Raises `UserError`: no rows, or a prompt that a policy cannot read.
+    Raises `UserError`: no rows, a judge without a baseline, or a prompt that a policy cannot read.
     """
     if not rows:
         raise UserError("no rows to evaluate on", fix="give at least one prompt")
     config = config or EvalConfig()
+    if config.judge and baseline is None:
+        raise UserError("`judge` compares with a baseline", fix="give a baseline, or no judge")
     total = len(rows) * (1 if baseline is None else 2)
 
     def report(done: int) -> None:

@@ -10,7 +10,11 @@ from adhere.errors import UserError
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held."""
+    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held.
+
+    >>> Lora(rank=8).alpha
+    32
+    """
 
     rank: int = 16
     """Rank of the update."""
@@ -20,7 +24,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn."""
+    """How responses are drawn.
+
+    >>> Sampling(temperature=0.7, max_new_tokens=32).top_p
+    1.0
+    """
 
     temperature: float = 1.0
     """Softmax temperature; 0 decodes greedily."""

@@ -77,19 +77,24 @@ def user_function(spec: str) -> Callable[[Evidence], Tensor]:
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{spec!r}: {module_name} has no function {name!r}", where="reward", fix=fix)
+    return checked(spec, function)
 
-    def checked(evidence: Evidence) -> Tensor:
+
+def checked(name: str, function: Callable[[Evidence], Tensor]) -> Callable[[Evidence], Tensor]:
+    """`function`, a user's own signal called `name`; whatever it returns is checked: a finite number per response."""
+
+    def signal(evidence: Evidence) -> Tensor:
         value = function(evidence)
         want = f"return a finite float tensor of shape [{len(evidence.reading.rollout)}], a number per response"
         if not isinstance(value, Tensor):
-            raise UserError(f"{spec!r} returned {type(value).__name__}", where="reward", fix=want)
+            raise UserError(f"{name!r} returned {type(value).__name__}", where="reward", fix=want)
         if not value.is_floating_point() or value.shape != (len(evidence.reading.rollout),):
-            raise UserError(f"{spec!r} returned {value.dtype} {list(value.shape)}", where="reward", fix=want)
+            raise UserError(f"{name!r} returned {value.dtype} {list(value.shape)}", where="reward", fix=want)
         if not torch.isfinite(value).all():
-            raise UserError(f"{spec!r} returned a value that is not finite", where="reward", fix=want)
+            raise UserError(f"{name!r} returned a value that is not finite", where="reward", fix=want)
         return value
 
-    return checked
+    return signal
 
 
 class Reward:
@@ -97,7 +102,17 @@ class Reward:
 
     `copy_weights` [L, H] are measured on the first prompts it sees when a signal needs them and none were given; they
     stay from then on, as `reward.copy_weights`, for the run to save. `reference` is the frozen scorer: by default
-    a copy of the policy as it is now; where nothing is trained, the policy itself will do.
+    a copy of the policy as it is now; where nothing is trained, the policy itself will do. `functions`: signals of your
+    own that the config names and that no module need hold.
+
+    >>> from adhere.model.policy import Policy
+    >>> from adhere.toy import model_path
+    >>> policy = Policy.load(model_path("causal"), device="cpu")
+    >>> reward = Reward(RewardConfig({"coherence": 1.0}, normalise="none"), policy, reference=policy)
+    >>> story = "mary went to the garden . john is in the office . where is mary ? answer :"
+    >>> garden, office = reward.score([story] * 2, ["garden", "office"]).reward.tolist()
+    >>> garden > office
+    True
     """
 
     def __init__(
@@ -106,6 +121,7 @@ class Reward:
         policy: Policy,
         copy_weights: Tensor | None = None,
         reference: Policy | None = None,
+        functions: Mapping[str, Callable[[Evidence], Tensor]] | None = None,
     ) -> None:
         if config.made_for not in (None, policy.kind):
             what = f"was made for {config.made_for}, and this model is {policy.kind}"
@@ -114,6 +130,7 @@ class Reward:
         self.policy = policy
         self.copy_weights = copy_weights
         self.classes = token_classes(policy.tokenizer)
+        self.functions = functions or {}
         self._functions = {name: self._function(name) for name in config.weights}
         # Taken now: the reference is what the policy is at the start. Text alone needs no second model.
         frozen = config.scorer == "reference" and config.reads != Reads.TEXT
@@ -219,7 +236,7 @@ class Reward:
             return partial(SIGNALS[name], config=self.config)
         if name.startswith(PREFERENCE):
             return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
-        return user_function(name)
+        return checked(name, self.functions[name]) if name in self.functions else user_function(name)
 
     def _maps(self, prompts: Prompts, scorer: Policy) -> dict[str, Tensor | None]:
         """The maps of a reading that the signals read, and the weights of their heads; copy heads are measured here."""

@@ -64,6 +64,13 @@ class RankConfig:
             raise UserError(f"margin is {self.margin}", fix="set it to 0 or above")
         if self.margin and self.keep != "pairs":
             raise UserError(f"margin is for pairs, and keep is {self.keep}", fix="leave it out, or keep pairs")
+        if self.keep == "pairs" and self.num_samples < 2:
+            raise UserError("a pair needs two candidates", fix="set num_samples to 2 or above")
+        if self.num_samples > 1 and self.sampling.temperature == 0:
+            raise UserError(
+                f"at temperature 0 all {self.num_samples} candidates are the same",
+                fix="set temperature above 0, or num_samples to 1",
+            )
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,15 @@ def served_candidates(policy: Policy, complete: Complete) -> Draw:
         return _rollout(policy, _names(rows), prompts, complete([row.prompt for row in rows], seed))
 
     return draw
+
+
+def bring_candidates(brought: int, total: int, without: str) -> bool:
+    """Whether rows bring their candidates, `brought` of `total` rows: all, or none. Raises `UserError` for some;
+    `without` is a row that has none."""
+    if 0 < brought < total:
+        what = f"no `candidates`, which {brought} of {total} rows bring"
+        raise UserError(what, where=without, fix="give candidates in every row or in none")
+    return brought > 0
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
