@@ -15,8 +15,8 @@ from adhere.data import Row
 from adhere.measure.stats import bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
-from adhere.rank import Ranked, rank, sampled_candidates
-from adhere.rank_settings import RankConfig
+from adhere.ranking import Ranked, rank, sampled_candidates
+from adhere.ranking_settings import RankConfig
 from adhere.reward.named import RewardConfig, config_of
 from adhere.reward.reward import Reward
 from adhere.text import is_answer

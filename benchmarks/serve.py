@@ -31,7 +31,7 @@ import torch
 from step import prompts, save_model
 
 from adhere.model.policy import Policy
-from adhere.rank import Group, score_groups
+from adhere.ranking import Group, score_groups
 from adhere.reward.heads import load_heads, measure_on_answers, save_heads
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward

@@ -76,7 +76,6 @@ def adhere_step(model: Path, run: Path, shape: tuple[int, int, int]) -> Step:
         num_samples=SAMPLES,
         sampling=Sampling(max_new_tokens=response),
         learning_rate=1e-6,
-        kl_coef=0.04,
         save_every=1000,
     )
     rows = [Row(prompt=text) for text in prompts(length, 64)]

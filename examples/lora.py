@@ -4,12 +4,11 @@ python examples/lora.py [--model PATH_OR_HUB_ID] [--steps 20] [--output runs/lor
 """
 
 import argparse
+from pathlib import Path
 
 from peft import PeftModel
 
-from adhere import Lora, Policy, Sampling, TrainConfig, train
-from adhere.data import Row, write_jsonl
-from adhere.resume import new_run_dir
+from adhere import Lora, Policy, train
 from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -18,22 +17,19 @@ parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--output", default="runs/lora")
 options = parser.parse_args()
 
-rows = [Row(row["prompt"]) for row in make_rows("conflict", "train", 200)]
-run = new_run_dir(options.output)
-write_jsonl(run / "prompts.jsonl", [{"prompt": row.prompt} for row in rows])
-config = TrainConfig(
-    model=options.model, prompts=str(run / "prompts.jsonl"), output=str(run), lora=Lora(rank=8, alpha=16),
-    steps=options.steps, learning_rate=1e-3, sampling=Sampling(max_new_tokens=8),
+stories, run = make_rows("conflict", "train", 200), Path(options.output)
+policy = Policy.load(options.model, lora=Lora(rank=8, alpha=16))
+train(
+    policy, stories, output=run, steps=options.steps, learning_rate=1e-3, max_new_tokens=8,
+    on_step=lambda row: print(f"step {row['step']:.0f}: reward {row['reward']:.3f}"),
 )  # fmt: skip
-policy = Policy.load(options.model, lora=config.lora)
-train(config, policy, rows, run, on_step=lambda row: print(f"step {row['step']:.0f}: reward {row['reward']:.3f}"))
 
 # `run / "model"` holds the merged weights, for any tool. The adapter alone is small, and goes onto the base again:
 policy.model.save_pretrained(run / "adapter")
 base = Policy.load(options.model)
 again = Policy(PeftModel.from_pretrained(base.model, run / "adapter").eval(), base.tokenizer)
 
-prompt = rows[0].prompt
+prompt = stories[0]["prompt"]
 before = again.reference().inspect(prompt, max_new_tokens=8)  # the adapter switched off
 after = again.inspect(prompt, max_new_tokens=8)
 assert after.response == policy.inspect(prompt, max_new_tokens=8).response

@@ -8,9 +8,7 @@ The command line takes the same, from the folder that holds this file: adhere tr
 
 import argparse
 
-from adhere import Policy, Reward, Sampling, TrainConfig, train
-from adhere.data import Row, write_jsonl
-from adhere.resume import new_run_dir
+from adhere import Policy, score, train
 from adhere.toy import make_rows, model_path
 
 
@@ -30,18 +28,12 @@ def main():
 
     spec = {"weights": {"coherence": 1.0, "own_signal:peak": 0.5}, "gates": ["ended"]}  # module:function
     policy = Policy.load(options.model)
-    prompts = [row["prompt"] for row in make_rows("conflict", "train", 200)]
-    scores = Reward.resolve(spec, policy).score([prompts[0]] * 2, ["garden", "office"])
-    print("before:", {name: [round(x, 3) for x in values.tolist()] for name, values in scores.signals.items()})
-
-    run = new_run_dir(options.output)
-    write_jsonl(run / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    config = TrainConfig(
-        model=options.model, prompts=str(run / "prompts.jsonl"), output=str(run), reward=spec, steps=options.steps,
-        learning_rate=2e-4, sampling=Sampling(max_new_tokens=8),
-    )  # fmt: skip
+    stories = make_rows("conflict", "train", 200)
+    answers = [{"prompt": stories[0]["prompt"], "response": place} for place in ("garden", "office")]
+    for row in score(policy, answers, reward=spec):
+        print(f"{row['response']}:", {name: round(value, 3) for name, value in row["signals"].items()})
     train(
-        config, policy, [Row(prompt) for prompt in prompts], run,
+        policy, stories, reward=spec, output=options.output, steps=options.steps, learning_rate=2e-4, max_new_tokens=8,
         on_step=lambda row: print(f"step {row['step']:.0f}: peak {row['signals/own_signal:peak']:.3f}"),
     )  # fmt: skip
 

@@ -5,10 +5,8 @@ python examples/rerank.py [--model PATH_OR_HUB_ID] [--prompts 4] [--samples 8]
 
 import argparse
 
-from adhere import Policy, Reward, Sampling
-from adhere.data import Row
-from adhere.rank import blank_between, rank, sampled_candidates
-from adhere.rank_settings import RankConfig
+from adhere import Policy, rank
+from adhere.ranking import blank_between
 from adhere.toy import make_rows, model_path
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -18,17 +16,13 @@ parser.add_argument("--samples", type=int, default=8)
 options = parser.parse_args()
 
 policy = Policy.load(options.model)
-rows = [Row(row["prompt"], tuple(row["answers"])) for row in make_rows("conflict", "test", options.prompts)]
-config = RankConfig(num_samples=options.samples, sampling=Sampling(max_new_tokens=8))
-reward = Reward.named("attention", policy)
-
+stories = make_rows("conflict", "test", options.prompts)
 pairs = []
-for batch in rank(reward, rows, config, sampled_candidates(policy, config)):
-    for ranked in batch:
-        best, worst = ranked.candidates[0], ranked.candidates[-1]
-        print(f"{ranked.row.prompt}\n  answer {' or '.join(ranked.row.answers)}")
-        for name, found in (("best", best), ("worst", worst)):
-            print(f"  {name:<6} {found['response']}  (reward {found['reward']:.2f})")
-        if pair := ranked.pair(margin=0.5, blank=blank_between(policy)):
-            pairs.append(pair)
-print(f"{len(pairs)} of {len(rows)} prompts give a pair for DPOTrainer:", *pairs[:1])
+for ranked in rank(policy, stories, num_samples=options.samples, max_new_tokens=8):
+    best, worst = ranked.candidates[0], ranked.candidates[-1]
+    print(f"{ranked.row.prompt}\n  answer {' or '.join(ranked.row.answers)}")
+    for name, found in (("best", best), ("worst", worst)):
+        print(f"  {name:<6} {found['response']}  (reward {found['reward']:.2f})")
+    if pair := ranked.pair(margin=0.5, blank=blank_between(policy)):
+        pairs.append(pair)
+print(f"{len(pairs)} of {len(stories)} prompts give a pair for DPOTrainer:", *pairs[:1])

@@ -13,20 +13,11 @@ from hypothesis import strategies as st
 
 from adhere.errors import UserError
 from adhere.learn import advantages
-from adhere.learn.algorithms import (
-    ALGORITHMS,
-    DPO,
-    GRPO,
-    PPO,
-    RLOO,
-    Algorithm,
-    Batch,
-    Reinforce,
-    next_baseline,
-    next_kl_coef,
-)
-from adhere.learn.losses import LossInputs
+from adhere.learn.algorithms import FORMULAS, loss_of, next_baseline, next_kl_coef, sampled_kl, with_advantages
+from adhere.learn.batch import Batch, Outputs, Totals
+from adhere.learn.settings import DPO, GRPO, PPO, RLOO, Algorithm, Reinforce
 from adhere.options import docs_of
+from adhere.types import Chunk
 from tests.families import save
 
 INF, NAN = float("inf"), float("nan")
@@ -48,7 +39,7 @@ def batch(**changes):
         "ref_logprobs": REFERENCE,
         "values": torch.zeros(4, 2),
         "kl_coef": 0.5,
-        "baseline": None,
+        "totals": Totals(7, 4, 2),
     }
     return Batch(**{**settings, **changes})
 
@@ -71,38 +62,27 @@ def some_batch(seed=0, padding=0.0):
         ref_logprobs=(old + noise(0.3)).masked_fill(~mask, padding),
         values=noise().masked_fill(~mask, padding),
         kl_coef=0.1,
-        baseline=None,
+        totals=Totals(int(mask.sum()), 8, 3),
     )
     assert scored.values is not None
     now = ((old + noise(0.3)).masked_fill(~mask, padding), (scored.values + noise(0.3)).masked_fill(~mask, padding))
     return scored, now
 
 
+def said(logprobs, values=None):
+    """What the policy says now; entropy is reported and enters no loss."""
+    return Outputs(logprobs, torch.zeros_like(logprobs), values)
+
+
 def losses_of(algorithm, scored, now, pieces):
     """Loss, metrics and the two gradients, summed over `pieces` of rows, each cut to its longest response."""
     logprobs, values = (tensor.clone().requires_grad_() for tensor in now)
-    targets = algorithm.targets(scored)
+    batch = with_advantages(algorithm, scored)
     total, metrics = 0.0, {}
     for rows in pieces:
-        part = slice(0, max(1, int(scored.mask[rows].sum(-1).max())))
-        loss, own = algorithm.loss(
-            LossInputs(
-                logprobs=logprobs[rows, part],
-                old_logprobs=scored.logprobs[rows, part],
-                mask=scored.mask[rows, part],
-                advantages=targets.advantages[rows, part],
-                rewards=scored.rewards[rows],
-                group=scored.group[rows] - scored.group[rows].min(),
-                ref_logprobs=scored.ref_logprobs[rows, part],
-                values=values[rows, part],
-                old_values=scored.values[rows, part],
-                returns=None if targets.returns is None else targets.returns[rows, part],
-                kl_coef=scored.kl_coef,
-                num_tokens=int(scored.mask.sum()),
-                num_responses=len(scored.mask),
-                num_groups=int(scored.group.unique().numel()),
-            )
-        )
+        columns = slice(0, max(1, int(scored.mask[rows].sum(-1).max())))
+        part = batch.part(Chunk(None, rows, columns, slice(None)))
+        loss, own = loss_of(algorithm, part, said(logprobs[rows, columns], values[rows, columns]))
         loss.backward()
         total += float(loss.detach())
         metrics = {name: metrics.get(name, 0.0) + float(value) for name, value in own.items()}
@@ -136,7 +116,7 @@ def test_padding_changes_nothing(algorithm, padding):
     for one, other in zip(clean[2:], dirty[2:], strict=True):
         assert torch.equal(one, other)
         assert other[~scored.mask].eq(0).all()
-    targets = algorithm.targets(scored)
+    targets = with_advantages(algorithm, scored)
     for tensor in (targets.advantages, targets.returns):
         assert tensor is None or tensor[~scored.mask].eq(0).all()
 
@@ -158,42 +138,47 @@ def test_equal_rewards_and_no_kl_leave_the_policy_alone(algorithm):
 
 
 def test_kl_of_a_batch_by_hand():
-    assert batch().kl().tolist() == [1, 1, 1, 0]
-    assert batch(ref_logprobs=None).kl().tolist() == [0, 0, 0, 0]
+    assert sampled_kl(batch()).tolist() == [1, 1, 1, 0]
+    assert sampled_kl(batch(ref_logprobs=None)).tolist() == [0, 0, 0, 0]
 
 
 def test_reinforce_targets_by_hand():
     # Rewards after KL: 1 − 0.5, 3 − 0.5, 4 − 0.5, 0 = 0.5, 2.5, 3.5, 0. Their mean: 6.5 / 4 = 1.625.
-    assert Reinforce().targets(batch()).advantages[:, 0].tolist() == [-1.125, 0.875, 1.875, -1.625]
-    assert Reinforce().targets(batch(baseline=1.0)).advantages[:, 0].tolist() == [-0.5, 1.5, 2.5, -1.0]
+    assert with_advantages(Reinforce(), batch()).advantages[:, 0].tolist() == [-1.125, 0.875, 1.875, -1.625]
+    assert with_advantages(Reinforce(), batch(baseline=1.0)).advantages[:, 0].tolist() == [-0.5, 1.5, 2.5, -1.0]
     # With the KL in the loss the rewards stay: mean 2.
-    assert Reinforce(kl_in="loss").targets(batch()).advantages[:, 0].tolist() == [-1, 1, 2, -2]
+    assert with_advantages(Reinforce(kl_in="loss"), batch()).advantages[:, 0].tolist() == [-1, 1, 2, -2]
 
 
 def test_rloo_targets_by_hand():
     # 0.5 − 2.5 = −2 and 2; 3.5 − 0 = 3.5 and −3.5; every token of a response gets its advantage, padding none.
-    assert RLOO().targets(batch()).advantages.tolist() == [[-2, -2], [2, 0], [3.5, 3.5], [-3.5, -3.5]]
-    assert RLOO(kl_in="loss").targets(batch()).advantages[:, 0].tolist() == [-2, 2, 4, -4]
+    assert with_advantages(RLOO(), batch()).advantages.tolist() == [[-2, -2], [2, 0], [3.5, 3.5], [-3.5, -3.5]]
+    assert with_advantages(RLOO(kl_in="loss"), batch()).advantages[:, 0].tolist() == [-2, 2, 4, -4]
 
 
 def test_grpo_targets_by_hand():
     # KL stays out of the rewards. Centred −1, 1, 2, −2; deviations with Bessel √2 and √8.
-    found = GRPO().targets(batch()).advantages[:, 0].tolist()
+    found = with_advantages(GRPO(), batch()).advantages[:, 0].tolist()
     assert found == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2), 1 / math.sqrt(2), -1 / math.sqrt(2)], rel=1e-3)
-    assert GRPO(scale="none").targets(batch()).advantages[:, 0].tolist() == [-1, 1, 2, -2]
-    assert GRPO(scale="none", kl_in="reward").targets(batch()).advantages[:, 0].tolist() == [-1, 1, 1.75, -1.75]
+    assert with_advantages(GRPO(scale="none"), batch()).advantages[:, 0].tolist() == [-1, 1, 2, -2]
+    assert with_advantages(GRPO(scale="none", kl_in="reward"), batch()).advantages[:, 0].tolist() == [
+        -1,
+        1,
+        1.75,
+        -1.75,
+    ]
 
 
 def test_ppo_targets_by_hand():
     # γ = λ = 1 and values 0: the advantage of a token is the sum of rewards from it on. Token rewards −0.5 (log π − log
     # π_ref), the score at the last token:
     #   −0.5, 0 + 1 → 0.5, 1    −0.5 + 3 → 2.5    0.5, −1 + 4 → 3.5, 3    0, 0 → 0, 0
-    targets = PPO(gae_lambda=1.0).targets(batch())
+    targets = with_advantages(PPO(gae_lambda=1.0), batch())
     wanted = torch.tensor([[0.5, 1.0], [2.5, 0.0], [3.5, 3.0], [0.0, 0.0]])
     assert torch.equal(targets.returns, wanted)
     assert torch.allclose(targets.advantages, advantages.whiten(wanted, MASK))
     # With the KL in the loss only the score is left.
-    plain = PPO(gae_lambda=1.0, kl_in="loss").targets(batch()).returns
+    plain = with_advantages(PPO(gae_lambda=1.0, kl_in="loss"), batch()).returns
     assert plain.tolist() == [[1, 1], [3, 0], [4, 4], [0, 0]]
 
 
@@ -209,15 +194,12 @@ def test_kl_enters_once_where_kl_in_says(algorithm):
     """In the loss it moves the loss and leaves the targets, in the reward the reverse; without a reference, neither."""
     scored, now = some_batch()
     free = replace(scored, kl_coef=0.0)
-    moved = not torch.equal(algorithm.targets(scored).advantages, algorithm.targets(free).advantages)
+    moved = not torch.equal(with_advantages(algorithm, scored).advantages, with_advantages(algorithm, free).advantages)
     assert moved == (algorithm.kl_in == "reward")
-    inputs = LossInputs(
-        *(now[0], scored.logprobs, scored.mask, torch.zeros(8, 6), scored.rewards, scored.group, scored.ref_logprobs),
-        *(now[1], scored.values, scored.values, 0.1, int(scored.mask.sum()), 8, 3),
-    )
-    charged, nothing = algorithm.loss(inputs)[0], algorithm.loss(replace(inputs, kl_coef=0.0))[0]
-    assert torch.equal(algorithm.loss(replace(inputs, ref_logprobs=None))[0], nothing)
-    gap = ((inputs.ref_logprobs - inputs.logprobs) * inputs.mask).sum(-1)
+    aimed = replace(scored, advantages=torch.zeros(8, 6), returns=scored.values)
+    charged, nothing = (loss_of(algorithm, given, said(*now))[0] for given in (aimed, replace(aimed, kl_coef=0.0)))
+    assert torch.equal(loss_of(algorithm, replace(aimed, ref_logprobs=None), said(*now))[0], nothing)
+    gap = ((scored.ref_logprobs - now[0]) * scored.mask).sum(-1)
     assert gap.abs().sum() > 0
     assert bool(charged > nothing) == (algorithm.kl_in == "loss")
 
@@ -227,20 +209,20 @@ def test_the_kl_term_is_brought_together_as_the_policy_term():
     # solves e^d − d − 1 = 1. β = 0.1: over tokens 0.1 · 3/4, over means 0.1 · 1/2, over sums (RLOO) 0.1 · 3/2.
     reference = torch.tensor([[0.0], [1.1461932206205825]]).expand(2, 3)
     mask, zeros = torch.tensor([[True, False, False], [True, True, True]]), torch.zeros(2, 3)
-    rest = (None, None, None, 0.1, 4, 2, 1)
-    inputs = LossInputs(zeros, zeros, mask, zeros, zeros[:, 0], torch.tensor([0, 0]), reference, *rest)
+    scored = Batch(zeros[:, 0], torch.tensor([0, 0]), mask, zeros, Totals(4, 2, 1), reference, kl_coef=0.1)
+    scored = replace(scored, advantages=zeros)
     cases = [(GRPO(), 0.075), (GRPO(loss_over="sequence"), 0.05), (Reinforce(kl_in="loss"), 0.075)]
     for algorithm, wanted in [*cases, (RLOO(kl_in="loss"), 0.15)]:
-        assert algorithm.loss(inputs)[0].item() == pytest.approx(wanted, rel=1e-5), algorithm
+        assert loss_of(algorithm, scored, said(zeros))[0].item() == pytest.approx(wanted, rel=1e-5), algorithm
 
 
 @pytest.mark.parametrize(("over", "wanted"), [("token", -7 / 4), ("sequence", -3 / 2)])
 def test_grpo_brings_the_policy_term_together_as_told(over, wanted):
     # Responses of 1 and 3 tokens with advantages 1 and 2, ratio 1: −(1 + 3 · 2)/4, or −(1 + 2)/2.
     mask, zeros = torch.tensor([[True, False, False], [True, True, True]]), torch.zeros(2, 3)
-    gains, rest = torch.tensor([[1.0], [2.0]]).expand(2, 3), (None, None, None, None, 0.1, 4, 2, 1)
-    inputs = LossInputs(zeros, zeros, mask, gains, zeros[:, 0], torch.tensor([0, 0]), *rest)
-    assert GRPO(loss_over=over).loss(inputs)[0].item() == pytest.approx(wanted)
+    gains = torch.tensor([[1.0], [2.0]]).expand(2, 3)
+    scored = Batch(zeros[:, 0], torch.tensor([0, 0]), mask, zeros, Totals(4, 2, 1), advantages=gains)
+    assert loss_of(GRPO(loss_over=over), scored, said(zeros))[0].item() == pytest.approx(wanted)
 
 
 def test_next_kl_coef_by_hand():
@@ -264,19 +246,22 @@ def test_next_baseline_by_hand():
     assert next_baseline(0.0, 1.0, decay=0.5) == 0.5
 
 
-def test_the_dictionary_holds_every_algorithm_under_its_name():
-    assert set(ALGORITHMS.values()) == set(Algorithm.__args__)
-    assert {name: cls.name for name, cls in ALGORITHMS.items()} == {name: name for name in ALGORITHMS}
-    assert {name for name, cls in ALGORITHMS.items() if cls.needs_value_head} == {"ppo"}
-    assert {name for name, cls in ALGORITHMS.items() if cls.needs_reference} == {"dpo"}
-    assert all(cls().epochs >= 1 for cls in ALGORITHMS.values())
+def test_every_algorithm_has_its_formulas_and_says_what_it_needs():
+    assert set(FORMULAS) == set(Algorithm.__args__)
+    assert {cls.name for cls in FORMULAS} == {"ppo", "reinforce", "rloo", "grpo", "dpo"}
+    assert {cls.name for cls in FORMULAS if cls.needs_value_head} == {"ppo"}
+    assert {cls.name for cls in FORMULAS if cls.needs_reference} == {"dpo"}
+    assert {cls.name for cls in FORMULAS if cls.compares_samples} == {"rloo", "grpo", "dpo"}
+    assert {cls.name for cls in FORMULAS if cls().kl_coef} == {"ppo", "reinforce", "rloo", "grpo"}
+    assert all(cls().epochs >= 1 for cls in FORMULAS)
+    assert with_advantages(DPO(), batch()).advantages is None
 
 
-@pytest.mark.parametrize("cls", ALGORITHMS.values(), ids=list(ALGORITHMS))
+@pytest.mark.parametrize("cls", FORMULAS, ids=lambda cls: cls.name)
 def test_every_option_says_what_it_does(cls):
     options = {field.name for field in dataclasses.fields(cls)}
     assert options == {name for name in docs_of(cls) if name in options}
-    assert len(options) <= 8
+    assert len(options) <= 10
 
 
 @pytest.mark.parametrize(
@@ -294,6 +279,9 @@ def test_every_option_says_what_it_does(cls):
         (lambda: GRPO(loss_over="tokens"), "loss_over is 'tokens'; use one of token, sequence"),
         (lambda: Reinforce(kl_in="both"), "kl_in is 'both'; use one of reward, loss"),
         (lambda: DPO(beta=0.0), "beta is 0.0; set it above 0"),
+        (lambda: RLOO(kl_coef=-0.1), "kl_coef is -0.1; set it to 0 or above"),
+        (lambda: Reinforce(kl_target=0.0), "kl_target is 0.0; set it above 0"),
+        (lambda: PPO(kl_target=5.0, kl_coef=0.0), "kl_target adapts kl_coef, which is 0; set kl_coef above 0 too"),
         (lambda: DPO(epochs=-1), "epochs is -1; set it to 1 or above"),
         (
             lambda: PPO(epochs=0, gamma=2.0),
@@ -360,14 +348,15 @@ def test_advantage_and_loss_are_those_of_trls_trainer(name, tmp_path):
     trainer, scored, rewards = in_trl(
         getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config"), tmp_path, beta=0.2, epsilon=0.2, **options
     )
-    algorithm = ALGORITHMS[name.lower()]()
+    algorithm = {"GRPO": GRPO(), "RLOO": RLOO()}[name]
     mask = scored["completion_mask"].bool()
     assert mask.sum(-1).unique().numel() > 1, "responses of several lengths"
     assert rewards.unique().numel() > 2
     with torch.no_grad():
         old, reference = (logprobs_of(model, scored) for model in (trainer.model, trainer.ref_model))
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    ours = algorithm.targets(Batch(rewards, group, mask, old, reference, None, 0.2, None))
+    scored_here = Batch(rewards, group, mask, old, Totals(int(mask.sum()), 8, 2), reference, kl_coef=0.2)
+    ours = with_advantages(algorithm, scored_here)
     assert ours.advantages[:, 0].tolist() == pytest.approx(scored["advantages"].tolist(), abs=2e-5)
 
     move(trainer.model, 2)
@@ -375,12 +364,7 @@ def test_advantage_and_loss_are_those_of_trls_trainer(name, tmp_path):
     trainer.current_gradient_accumulation_steps = 1
     theirs = trainer._compute_loss(trainer.model, scored)
     now = logprobs_of(trainer.model, scored)
-    loss, metrics = algorithm.loss(
-        LossInputs(
-            *(now, old, mask, ours.advantages, rewards, group, reference, None, None, None),
-            *(0.2, int(mask.sum()), 8, 2),
-        )
-    )
+    loss, metrics = loss_of(algorithm, ours, said(now))
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-4, abs=1e-6)
     weight = trainer.model.lm_head.weight
     mine, other = (torch.autograd.grad(value, weight)[0] for value in (loss, theirs))

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from adhere.cli import main
 from adhere.config import dump_yaml
-from adhere.learn.algorithms import DPO
+from adhere.learn.settings import DPO
 from adhere.learn.stopping import Stopping
 from adhere.learn.train import train
 from adhere.markup import markdown
@@ -89,7 +89,7 @@ def test_settings_and_the_way_from_first_to_last_step(model, tmp_path):
         "| steps | 8 |",
         "| a step | 4 prompts × 4 samples |",
         "| learning rate | 0.001, linear, 5 steps of warm-up |",
-        f"| KL coefficient | {settings.kl_coef:g} |",
+        f"| KL coefficient | {settings.algorithm.kl_coef:g} |",
         "| weights | all |",
     ):
         assert line in text

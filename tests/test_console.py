@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import io
 import json
 import re
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from adhere import console as module
 from adhere.console import Console, escaped, shown
 
 Captured = pytest.CaptureFixture[str]
@@ -156,7 +154,3 @@ def test_a_loop_that_fails_leaves_the_terminal_in_order(monkeypatch: pytest.Monk
 )
 def test_a_cell_is_written_as_people_read_it(value: object, text: str) -> None:
     assert shown(value) == text
-
-
-def test_the_examples_in_the_docstrings_hold() -> None:
-    assert doctest.testmod(module).failed == 0

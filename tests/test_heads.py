@@ -17,7 +17,7 @@ from adhere.errors import RunFailed, UserError
 from adhere.model.fingerprint import checksum, fingerprint
 from adhere.model.policy import Policy
 from adhere.model.settings import Lora
-from adhere.rank import score_rows
+from adhere.ranking import score_rows
 from adhere.reward import heads
 from adhere.reward.heads import FILE_NAME, CopyHeads, copy_heads, load_heads, measure_on_answers, save_heads
 from adhere.reward.passages import PASSAGES, repeated

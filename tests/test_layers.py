@@ -33,9 +33,9 @@ LAYERS = [
     {"learn", "preferences"},
     {"measure"},
     {"preferences"},
-    {"rank", "rank_settings", "serve", "report", "integrations", "console"},
+    {"ranking", "ranking_settings", "serve", "report", "integrations", "console"},
     {"toy"},
-    {"demo", "compare"},
+    {"api", "demo", "compare"},
     {"commands"},
     {"cli", "__main__"},
 ]
@@ -43,7 +43,7 @@ LAYERS = [
 
 PURE = [
     {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.controls"},
-    {"adhere.learn.advantages", "adhere.learn.losses"},
+    {"adhere.learn.advantages", "adhere.learn.batch", "adhere.learn.losses"},
 ]
 """Functions of tensors: beside each other, they import the records, the errors and the comparison of texts alone."""
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from adhere.learn.batch import Batch, Outputs, Totals
 from adhere.learn.losses import (
-    LossInputs,
     aggregate,
     clipped_loss,
     dpo_loss,
@@ -27,28 +27,27 @@ from adhere.learn.losses import (
 )
 
 INF, NAN = float("inf"), float("nan")
-PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "values", "old_values", "returns")
+OF_BATCH = ("logprobs", "advantages", "ref_logprobs", "values", "returns")
+"""Fields of `Batch` that have padding."""
 
 
-def given_inputs(mask, **changes):
-    """`LossInputs` of a whole batch: zeros wherever a test says nothing."""
+def given_inputs(mask, now=None, now_values=None, **changes):
+    """A whole batch and what the policy says of it now: zeros wherever a test says nothing."""
     mask = torch.as_tensor(mask)
     zeros = torch.zeros(mask.shape)
     settings = {
-        **dict.fromkeys(PER_TOKEN, zeros),
-        "mask": mask,
+        **dict.fromkeys(OF_BATCH, zeros),
         "rewards": torch.zeros(len(mask)),
         "group": torch.zeros(len(mask), dtype=torch.long),
-        "kl_coef": 0.0,
-        "num_tokens": int(mask.sum()),
-        "num_responses": len(mask),
     }
     settings |= {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in changes.items()}
-    return LossInputs(**settings, num_groups=int(settings["group"].unique().numel()))
+    totals = Totals(int(mask.sum()), len(mask), int(settings["group"].unique().numel()))
+    outputs = Outputs(zeros if now is None else now, zeros, zeros if now_values is None else now_values)
+    return Batch(mask=mask, totals=totals, **settings), outputs
 
 
 def random_inputs(lengths, seed=0, drift=0.3, **changes):
-    """A batch as in training, float64, two responses to a prompt; `logprobs` and `values` take gradients."""
+    """A batch as in training, float64, two responses to a prompt; what the policy says now takes gradients."""
     generator = torch.Generator().manual_seed(seed)
     count, width = len(lengths), max(1, *lengths)
 
@@ -58,12 +57,12 @@ def random_inputs(lengths, seed=0, drift=0.3, **changes):
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     old = -noise().abs()
     settings = {
-        "logprobs": (old + drift * noise()).requires_grad_(),
-        "old_logprobs": old,
+        "now": (old + drift * noise()).requires_grad_(),
+        "logprobs": old,
         "ref_logprobs": old + drift * noise(),
         "advantages": noise()[:, :1] * mask,
-        "values": noise().requires_grad_(),
-        "old_values": noise(),
+        "now_values": noise().requires_grad_(),
+        "values": noise(),
         "returns": noise(),
         "rewards": noise()[:, 0],
         "group": torch.arange(count) // 2,
@@ -78,10 +77,10 @@ def test_policy_gradient_by_hand():
     # Response 0: two tokens, A = 2; response 1: one token, A = −1. log π: −0.5, −1.5 | −0.25.
     # −A log π: 1, 3 | −0.25. Over tokens: 3.75 / 3 = 1.25. Gradient −A / 3: −2/3, −2/3 | 1/3.
     logprobs = torch.tensor([[-0.5, -1.5], [-0.25, 9.0]], requires_grad=True)
-    inputs = given_inputs(
-        [[True, True], [True, False]], logprobs=logprobs, advantages=torch.tensor([[2.0, 2.0], [-1.0, 7.0]])
+    batch, now = given_inputs(
+        [[True, True], [True, False]], now=logprobs, advantages=torch.tensor([[2.0, 2.0], [-1.0, 7.0]])
     )
-    loss, metrics = policy_gradient_loss(inputs)
+    loss, metrics = policy_gradient_loss(batch, now)
     loss.backward()
     assert loss.item() == pytest.approx(1.25)
     assert metrics == {}
@@ -99,7 +98,7 @@ def test_policy_gradient_by_hand():
 )
 def test_aggregation_by_hand(over, value, weights):
     terms = torch.tensor([[1.0, 3.0], [-0.25, 8.0]], requires_grad=True)
-    loss = aggregate(terms, given_inputs([[True, True], [True, False]]), over)
+    loss = aggregate(terms, given_inputs([[True, True], [True, False]])[0], over)
     loss.backward()
     assert loss.item() == pytest.approx(value)
     assert terms.grad.flatten().tolist() == pytest.approx([*weights, 0])
@@ -111,9 +110,7 @@ def test_the_clipped_loss_by_hand():
     #   −min(−3, −2.6) = 3: gradient −ρA = 3             −min(−1, −1.6) = 1.6, clipped: gradient 0
     # Mean over 4 tokens: (−1.3 − 0.5 + 3 + 1.6) / 4 = 0.7.
     logprobs = torch.tensor([[1.5, 0.5, 1.5, 0.5]]).log().requires_grad_()
-    loss, metrics = clipped_loss(
-        given_inputs(ONE_EACH, logprobs=logprobs, advantages=[[1.0, 1.0, -2.0, -2.0]]), 0.2, 0.3
-    )
+    loss, metrics = clipped_loss(*given_inputs(ONE_EACH, now=logprobs, advantages=[[1.0, 1.0, -2.0, -2.0]]), 0.2, 0.3)
     loss.backward()
     assert loss.item() == pytest.approx(0.7)
     assert logprobs.grad.flatten().tolist() == pytest.approx([0, -0.5 / 4, 3 / 4, 0])
@@ -129,7 +126,7 @@ def test_the_sequence_clipped_loss_by_hand():
     # Mean over 2 responses: −0.8. No token by itself left [0.8, 1.2] by much; the response did.
     logprobs = torch.tensor([[1.25, 1.2], [0.5, 0.8]]).log().requires_grad_()
     mask = torch.ones(2, 2, dtype=torch.bool)
-    loss, metrics = sequence_clipped_loss(given_inputs(mask, logprobs=logprobs, advantages=torch.ones(2, 2)), 0.2, 0.2)
+    loss, metrics = sequence_clipped_loss(*given_inputs(mask, now=logprobs, advantages=torch.ones(2, 2)), 0.2, 0.2)
     loss.backward()
     assert loss.item() == pytest.approx(-0.8)
     assert logprobs.grad.flatten().tolist() == pytest.approx([0, 0, -0.2, -0.2])
@@ -139,19 +136,19 @@ def test_the_sequence_clipped_loss_by_hand():
 @pytest.mark.parametrize(
     ("loss_of", "over"),
     [
-        (lambda inputs: clipped_loss(inputs, 0.2, 0.2), "token"),
-        (lambda inputs: clipped_loss(inputs, 0.2, 0.2, "sequence"), "sequence"),
-        (lambda inputs: sequence_clipped_loss(inputs, 0.2, 0.2), "sum"),
+        (lambda batch, now: clipped_loss(batch, now, 0.2, 0.2), "token"),
+        (lambda batch, now: clipped_loss(batch, now, 0.2, 0.2, "sequence"), "sequence"),
+        (lambda batch, now: sequence_clipped_loss(batch, now, 0.2, 0.2), "sum"),
     ],
     ids=["token", "sequence mean", "whole response"],
 )
 def test_on_policy_the_clipped_losses_have_the_policy_gradient(loss_of, over):
-    inputs = random_inputs([3, 1, 4, 2], drift=0.0)
-    loss_of(inputs)[0].backward()
-    clipped = inputs.logprobs.grad.clone()
-    inputs.logprobs.grad = None
-    policy_gradient_loss(inputs, over)[0].backward()
-    assert torch.allclose(clipped, inputs.logprobs.grad, atol=1e-12)
+    batch, now = random_inputs([3, 1, 4, 2], drift=0.0)
+    loss_of(batch, now)[0].backward()
+    clipped = now.logprobs.grad.clone()
+    now.logprobs.grad = None
+    policy_gradient_loss(batch, now, over)[0].backward()
+    assert torch.allclose(clipped, now.logprobs.grad, atol=1e-12)
 
 
 def test_kl_estimates_by_hand():
@@ -197,8 +194,8 @@ def test_the_value_loss_by_hand():
     # (V − R)² = 1, 0.01, 0; clipped: 1.69, 0.01, 0. ½ · (1.69 + 0.01 + 0) / 3 = 17/60.
     # Gradient (V − R) / 3: 0 where the clipped error, which does not move with V, is larger; 0.1 / 3; 0.
     values = torch.tensor([[1.0, 0.1, 1.0]], requires_grad=True)
-    inputs = given_inputs([[True] * 3], values=values, old_values=[[0.5, 0.0, 1.1]], returns=[[2.0, 0.0, 1.0]])
-    loss, metrics = value_loss(inputs, 0.2)
+    batch, now = given_inputs([[True] * 3], now_values=values, values=[[0.5, 0.0, 1.1]], returns=[[2.0, 0.0, 1.0]])
+    loss, metrics = value_loss(batch, now, 0.2)
     loss.backward()
     assert loss.item() == pytest.approx(17 / 60)
     assert values.grad.flatten().tolist() == pytest.approx([0, 0.1 / 3, 0])
@@ -212,14 +209,14 @@ def test_dpo_by_hand():
     # Loss −log σ(0.5) over two groups. Gradient at a token of the chosen −β σ(−0.5) / 2, of the rejected the opposite.
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, True]])
     logprobs = torch.tensor([[0.5, -0.25], [1.25, 40.0], [3.0, 3.0], [3.0, 3.0], [1.0, 1.0]]).sub(1).requires_grad_()
-    inputs = given_inputs(
+    batch, now = given_inputs(
         mask,
-        logprobs=logprobs,
+        now=logprobs,
         ref_logprobs=torch.full((5, 2), -1.0),
         rewards=[1.0, 5.0, 3.0, 2.0, 2.0],
         group=[0, 0, 0, 1, 1],
     )
-    loss, metrics = dpo_loss(inputs, 0.5)
+    loss, metrics = dpo_loss(batch, now, 0.5)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.5)) / 2)
     pull = 0.5 / (1 + math.exp(0.5)) / 2
@@ -229,7 +226,7 @@ def test_dpo_by_hand():
     found = {name: float(value) for name, value in metrics.items()}
     assert found == pytest.approx({"dpo/accuracy": 0.5, "dpo/margin": 0.25, "dpo/pairs": 0.5})
     # The other way round the policy has it wrong.
-    wrong = dpo_loss(replace(inputs, rewards=-inputs.rewards), 0.5)[1]
+    wrong = dpo_loss(replace(batch, rewards=-batch.rewards), now, 0.5)[1]
     assert float(wrong["dpo/accuracy"]) == 0.0 and float(wrong["dpo/margin"]) < 0
 
 
@@ -252,24 +249,24 @@ def test_pairs(rewards, group, wanted):
 
 
 def test_dpo_without_a_pair_is_zero_with_zero_gradients():
-    inputs = replace(random_inputs([3, 2]), rewards=torch.ones(2))
-    loss, metrics = dpo_loss(inputs, 0.1)
+    batch, now = random_inputs([3, 2], rewards=torch.ones(2))
+    loss, metrics = dpo_loss(batch, now, 0.1)
     loss.backward()
-    assert loss.item() == 0 and inputs.logprobs.grad.eq(0).all()
+    assert loss.item() == 0 and now.logprobs.grad.eq(0).all()
     assert all(float(value) == 0 for value in metrics.values())
 
 
 LOSSES = {
     "policy gradient": policy_gradient_loss,
-    "clipped": lambda inputs: clipped_loss(inputs, 0.2, 0.2),
-    "sequence mean": lambda inputs: clipped_loss(inputs, 0.2, 0.2, "sequence"),
-    "whole response": lambda inputs: sequence_clipped_loss(inputs, 0.2, 0.2),
-    "kl": lambda inputs: (
-        aggregate(kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask), inputs, "token"),
+    "clipped": lambda batch, now: clipped_loss(batch, now, 0.2, 0.2),
+    "sequence mean": lambda batch, now: clipped_loss(batch, now, 0.2, 0.2, "sequence"),
+    "whole response": lambda batch, now: sequence_clipped_loss(batch, now, 0.2, 0.2),
+    "kl": lambda batch, now: (
+        aggregate(kl_penalty(now.logprobs, batch.ref_logprobs, batch.mask), batch, "token"),
         {},
     ),
-    "value": lambda inputs: value_loss(inputs, 0.2),
-    "dpo": lambda inputs: dpo_loss(inputs, 0.1),
+    "value": lambda batch, now: value_loss(batch, now, 0.2),
+    "dpo": lambda batch, now: dpo_loss(batch, now, 0.1),
 }
 
 
@@ -277,34 +274,37 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_is_never_read_and_gets_no_gradient(name, padding):
     """One response fills its row, one has a single token, one is empty."""
-    clean = random_inputs([4, 1, 0, 3], seed=3)
+    batch, now = random_inputs([4, 1, 0, 3], seed=3)
 
     def dirty(tensor):
-        out = tensor.detach().masked_fill(~clean.mask, padding)
+        out = tensor.detach().masked_fill(~batch.mask, padding)
         return out.requires_grad_() if tensor.requires_grad else out
 
-    dirtied = replace(clean, **{field: dirty(getattr(clean, field)) for field in PER_TOKEN})
+    dirtied = replace(batch, **{field: dirty(getattr(batch, field)) for field in OF_BATCH})
     results = []
-    for inputs in (clean, dirtied):
-        loss, metrics = LOSSES[name](inputs)
+    for given_batch, said in (
+        (batch, now),
+        (dirtied, Outputs(dirty(now.logprobs), dirty(now.entropy), dirty(now.values))),
+    ):
+        loss, metrics = LOSSES[name](given_batch, said)
         loss.backward()
-        results.append((loss, metrics, inputs.logprobs.grad, inputs.values.grad))
+        results.append((loss, metrics, said.logprobs.grad, said.values.grad))
     (loss, metrics, *gradients), (other, others, *other_gradients) = results
     assert torch.isfinite(loss) and torch.equal(loss, other) and metrics == others
     for one, two in zip(gradients, other_gradients, strict=True):
         assert (one is None) == (two is None)
-        assert one is None or (torch.equal(one, two) and two[~clean.mask].eq(0).all())
+        assert one is None or (torch.equal(one, two) and two[~batch.mask].eq(0).all())
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_but_padding_is_a_loss_of_zero(name):
-    """`num_tokens` is 0 then, which must not be divided by. DPO alone has something to say: a pair with no margin."""
-    inputs = random_inputs([0, 0])
-    loss, metrics = LOSSES[name](inputs)
+    """There are 0 tokens then, which must not be divided by. DPO alone has something to say: a pair with no margin."""
+    batch, now = random_inputs([0, 0])
+    loss, metrics = LOSSES[name](batch, now)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(2) if name == "dpo" else 0)
     assert all(torch.isfinite(value) for value in metrics.values())
-    assert inputs.logprobs.grad is None or inputs.logprobs.grad.eq(0).all()
+    assert now.logprobs.grad is None or now.logprobs.grad.eq(0).all()
 
 
 @pytest.mark.parametrize("loss_of", [LOSSES["clipped"], LOSSES["whole response"]], ids=["token", "whole response"])
@@ -313,9 +313,7 @@ def test_a_ratio_beyond_float32_leaves_finite_numbers(loss_of):
     logprobs = torch.zeros(3, 2, requires_grad=True)
     advantages = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0]])
     mask = torch.ones(3, 2, dtype=torch.bool)
-    loss, _ = loss_of(
-        given_inputs(mask, logprobs=logprobs, old_logprobs=torch.full((3, 2), -200.0), advantages=advantages)
-    )
+    loss, _ = loss_of(*given_inputs(mask, now=logprobs, logprobs=torch.full((3, 2), -200.0), advantages=advantages))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
 
@@ -341,25 +339,25 @@ def bare(cls, **attributes):
     return trainer
 
 
-def in_trl(inputs, **more):
-    nothing = torch.zeros(len(inputs.mask), 1, dtype=torch.long)
-    mask = inputs.mask.long()
+def in_trl(batch, **more):
+    nothing = torch.zeros(len(batch.mask), 1, dtype=torch.long)
+    mask = batch.mask.long()
     return {
         **{"prompt_ids": nothing, "prompt_mask": nothing, "completion_ids": mask, "completion_mask": mask},
-        "advantages": inputs.advantages[:, 0],
+        "advantages": batch.advantages[:, 0],
         "num_items_in_batch": mask.sum(),
         **more,
     }
 
 
-def gradient(loss, inputs):
-    return torch.autograd.grad(loss, inputs.logprobs)[0]
+def gradient(loss, now):
+    return torch.autograd.grad(loss, now.logprobs)[0]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(("kind", "over"), [("dapo", "token"), ("grpo", "sequence")])
 def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
-    inputs = random_inputs([4, 2, 5, 1, 6, 6], seed=1, drift=0.5)
+    batch, now = random_inputs([4, 2, 5, 1, 6, 6], seed=1, drift=0.5)
     trainer = bare(
         trl.GRPOTrainer,
         **{"loss_type": kind, "beta": beta, "epsilon_low": 0.2, "epsilon_high": 0.28, "max_completion_length": 9},
@@ -368,38 +366,38 @@ def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
     )
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: (
-        inputs.logprobs,
-        torch.zeros_like(inputs.logprobs),
+        now.logprobs,
+        torch.zeros_like(now.logprobs),
         None,
     )
     theirs = trainer._compute_loss(
-        None, in_trl(inputs, old_per_token_logps=inputs.old_logprobs, ref_per_token_logps=inputs.ref_logprobs)
+        None, in_trl(batch, old_per_token_logps=batch.logprobs, ref_per_token_logps=batch.ref_logprobs)
     )
-    ours, metrics = clipped_loss(inputs, 0.2, 0.28, over)
-    penalty = kl_penalty(inputs.logprobs, inputs.ref_logprobs, inputs.mask)
-    ours = ours + beta * aggregate(penalty, inputs, over)
+    ours, metrics = clipped_loss(batch, now, 0.2, 0.28, over)
+    penalty = kl_penalty(now.logprobs, batch.ref_logprobs, batch.mask)
+    ours = ours + beta * aggregate(penalty, batch, over)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
-    assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
+    assert torch.allclose(gradient(ours, now), gradient(theirs, now), atol=1e-12)
     logged = trainer._metrics["train"]
     for name, value in metrics.items():
         assert float(value) == pytest.approx(logged[name][0], abs=1e-6) and float(value) > 0
     if beta:
-        assert float(aggregate(penalty, inputs, "token")) == pytest.approx(logged["kl"][0], rel=1e-6)
+        assert float(aggregate(penalty, batch, "token")) == pytest.approx(logged["kl"][0], rel=1e-6)
 
 
 def test_the_sequence_clipped_loss_is_the_rloo_of_trl(trl):
-    inputs = random_inputs([4, 2, 5, 1, 3, 3], seed=2, drift=0.2)
+    batch, now = random_inputs([4, 2, 5, 1, 3, 3], seed=2, drift=0.2)
     trainer = bare(trl.RLOOTrainer, epsilon_low=0.2, epsilon_high=0.2)
     trainer._get_per_token_logps_and_entropies = lambda *a, **k: (
-        inputs.logprobs,
-        torch.zeros_like(inputs.logprobs),
+        now.logprobs,
+        torch.zeros_like(now.logprobs),
         None,
     )
-    old = (inputs.old_logprobs * inputs.mask).sum(-1)
-    theirs = trainer._compute_loss(None, in_trl(inputs, old_logps=old))
-    ours, metrics = sequence_clipped_loss(inputs, 0.2, 0.2)
+    old = (batch.logprobs * batch.mask).sum(-1)
+    theirs = trainer._compute_loss(None, in_trl(batch, old_logps=old))
+    ours, metrics = sequence_clipped_loss(batch, now, 0.2, 0.2)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
-    assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
+    assert torch.allclose(gradient(ours, now), gradient(theirs, now), atol=1e-12)
     found = {name: float(value) for name, value in metrics.items()}
     assert found == pytest.approx({name: trainer._metrics["train"][name][0] for name in found})
     assert sum(found.values()) > 0
@@ -407,10 +405,10 @@ def test_the_sequence_clipped_loss_is_the_rloo_of_trl(trl):
 
 def test_dpo_is_the_one_of_trl(trl):
     """TRL has one pair a row, chosen first; ours are groups of two with the better response at either place."""
-    inputs = replace(random_inputs([4, 2, 5, 1], seed=5), rewards=torch.tensor([1.0, 2.0, 4.0, 3.0]))
+    batch, now = random_inputs([4, 2, 5, 1], seed=5, rewards=torch.tensor([1.0, 2.0, 4.0, 3.0]))
     order = torch.tensor([1, 2, 0, 3])
-    logprobs = (inputs.logprobs * inputs.mask)[order]
-    reference = (inputs.ref_logprobs * inputs.mask)[order].sum(-1)
+    logprobs = (now.logprobs * batch.mask)[order]
+    reference = (batch.ref_logprobs * batch.mask)[order].sum(-1)
     nothing = torch.zeros_like(logprobs)
     outputs = SimpleNamespace(log_probs=logprobs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     trainer = bare(
@@ -418,13 +416,13 @@ def test_dpo_is_the_one_of_trl(trl):
         **{"ld_alpha": None, "precompute_ref_logps": True, "f_divergence_type": "reverse_kl", "beta": 0.3},
         **{"loss_types": ["sigmoid"], "loss_weights": [1.0], "use_weighting": False},
     )
-    mask = torch.cat([torch.zeros(4, 1, dtype=torch.long), inputs.mask[order].long()], dim=1)
-    batch = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
-    batch |= {"ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:]}
-    theirs = trainer._compute_loss(lambda **k: outputs, batch, False)
-    ours, metrics = dpo_loss(inputs, 0.3)
+    mask = torch.cat([torch.zeros(4, 1, dtype=torch.long), batch.mask[order].long()], dim=1)
+    row = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
+    row |= {"ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:]}
+    theirs = trainer._compute_loss(lambda **k: outputs, row, False)
+    ours, metrics = dpo_loss(batch, now, 0.3)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
-    assert torch.allclose(gradient(ours, inputs), gradient(theirs, inputs), atol=1e-12)
+    assert torch.allclose(gradient(ours, now), gradient(theirs, now), atol=1e-12)
     logged = trainer._metrics["train"]
     assert float(metrics["dpo/accuracy"]) == pytest.approx(logged["rewards/accuracies"][0])
     assert float(metrics["dpo/margin"]) == pytest.approx(logged["rewards/margins"][0], rel=1e-6)

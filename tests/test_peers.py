@@ -17,7 +17,7 @@ from adhere.integrations import http, verl
 from adhere.integrations.http import JsonClient
 from adhere.integrations.verl import compute_score
 from adhere.model.policy import Policy
-from adhere.rank import Group, score_groups
+from adhere.ranking import Group, score_groups
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
 from adhere.serve.app import create_app

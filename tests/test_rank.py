@@ -22,8 +22,8 @@ from adhere.cli import main
 from adhere.data import Row, iter_rows, writable
 from adhere.integrations import http
 from adhere.model.policy import Policy
-from adhere.rank import Ranked, blank_between, rank, sampled_candidates
-from adhere.rank_settings import RankConfig
+from adhere.ranking import Ranked, blank_between, rank, sampled_candidates
+from adhere.ranking_settings import RankConfig
 from adhere.resume import JOURNAL, GrowingRows
 from adhere.reward.reward import Reward
 from adhere.toy import make_rows, model_path

@@ -23,7 +23,7 @@ import torch
 
 from adhere.cli import main
 from adhere.errors import UserError
-from adhere.learn.algorithms import DPO, PPO
+from adhere.learn.settings import DPO, PPO
 from adhere.learn.trackers import check_login
 from adhere.learn.train import Trainer, train
 from adhere.model.policy import Policy

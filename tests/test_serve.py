@@ -26,7 +26,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from adhere.cli import main
 from adhere.errors import UserError
 from adhere.model.policy import Policy
-from adhere.rank import Group, score_groups
+from adhere.ranking import Group, score_groups
 from adhere.reward.heads import save_heads
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward

@@ -21,8 +21,8 @@ from adhere.commands.sharded import copy_heads
 from adhere.data import Row, iter_rows
 from adhere.errors import RunFailed, UserError
 from adhere.model.policy import Policy
-from adhere.rank import _groups, group_starts, scattered
-from adhere.rank_settings import RankConfig
+from adhere.ranking import _groups, group_starts, scattered
+from adhere.ranking_settings import RankConfig
 from adhere.resume import JOURNAL
 from adhere.row_files import positions
 from adhere.shards import AIM, MOST, SUCCESS, ShardedRows, shard_rows

@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from adhere.config import load_config
 from adhere.data import Row
 from adhere.errors import RunFailed, UserError
-from adhere.learn.algorithms import DPO, GRPO, PPO, RLOO, Reinforce
-from adhere.learn.settings import TrainConfig
+from adhere.learn.settings import DPO, GRPO, PPO, RLOO, Reinforce, TrainConfig
 from adhere.learn.stopping import Stopping, reason_to_stop
 from adhere.learn.train import Trainer, _agreement, train
 from adhere.model.policy import Policy
 from adhere.model.settings import Lora, Sampling
+from adhere.options import options
 from adhere.reward.heads import FILE_NAME, load_heads
 from adhere.toy import make_rows, model_path
 from adhere.types import Prompts, Rollout
@@ -68,8 +69,9 @@ def says_garden(evidence):
 def test_every_algorithm_raises_the_reward_it_is_given(family, algorithm, tmp_path):
     model = save(family, tmp_path / "model")
     seen = []
+    free = algorithm if isinstance(algorithm, DPO) else replace(algorithm, kl_coef=0.0)
     train(
-        config(model, tmp_path / "run", algorithm=algorithm, steps=25, num_samples=8, learning_rate=5e-3, kl_coef=0.0),
+        config(model, tmp_path / "run", algorithm=free, steps=25, num_samples=8, learning_rate=5e-3),
         Policy.load(model, device="cpu"),
         rows(),
         tmp_path / "run",
@@ -142,10 +144,10 @@ def test_data_order_walks_every_prompt_once_an_epoch(tmp_path):
 
 def test_a_resumed_run_takes_the_kl_coef_it_is_given(tmp_path):
     model, run = save("llama", tmp_path / "model"), tmp_path / "run"
-    settings = config(model, run, steps=2, kl_coef=0.0)
+    settings = config(model, run, steps=2, algorithm=GRPO(kl_coef=0.0))
     train(settings, Policy.load(model, device="cpu"), rows(), run)
     seen = []
-    longer = replace(settings, steps=3, kl_coef=0.2)
+    longer = replace(settings, steps=3, algorithm=GRPO(kl_coef=0.2))
     train(longer, Policy.load(model, device="cpu"), rows(), run, resume=True, on_step=seen.append)
     assert [(m["step"], m["kl_coef"]) for m in seen] == [(3, 0.2)] and seen[0]["kl"] > 0
 
@@ -198,13 +200,13 @@ CHILD = """
 import sys
 from adhere.model.policy import Policy
 from adhere.learn.train import train
-from adhere.learn.algorithms import {algorithm}
+from adhere.learn.settings import {algorithm}
 from adhere.resume import new_run_dir
 from tests.test_train import config, rows
 import torch
 torch.set_num_threads(1)
 model, run, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
-settings = config(model, run, algorithm={algorithm}(), steps=14, save_every=3, kl_target=0.01)
+settings = config(model, run, algorithm={algorithm}(kl_target=0.01), steps=14, save_every=3)
 policy = Policy.load(model, device="cpu")
 train(settings, policy, rows(), new_run_dir(run, resume), resume=resume, on_step=lambda m: print("step", flush=True))
 """
@@ -345,15 +347,42 @@ def test_an_early_stop_ends_the_run_with_a_model(tmp_path):
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"num_samples": 1}, "num_samples is 1"),
-        ({"schedule": "cosin"}, "unknown schedule"),
-        ({"kl_target": -1.0}, "kl_target is -1.0"),
-        ({"kl_target": 5.0, "kl_coef": 0.0}, "kl_target adapts kl_coef, which is 0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"schedule": "cosin"}, "schedule is 'cosin'; use one of linear, cosine, constant"),
+        ({"num_samples": 1, "algorithm": DPO()}, "dpo compares samples of one prompt"),
+        ({"steps": 0, "trackers": ("wand",)}, "steps is 0; set it to 1 or above; unknown tracker 'wand'"),
         ({"sampling": Sampling(temperature=0)}, "greedily"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
         config("m", "o", **changes)
+
+
+@pytest.mark.parametrize("algorithm", [PPO(), Reinforce()], ids=lambda a: a.name)
+def test_one_sample_is_enough_where_none_are_compared(algorithm):
+    assert config("m", "o", num_samples=1, algorithm=algorithm).num_samples == 1
+
+
+def test_kl_is_charged_by_the_algorithms_that_take_its_options(tmp_path):
+    """`--kl-coef` is a flag of theirs; DPO, whose `beta` does that work, refuses it."""
+    given = {"model": "m", "prompts": "p", "output": "o", "algorithm.kl_coef": "0.2", "algorithm.kl_target": "3"}
+    assert load_config(TrainConfig, None, given).algorithm == GRPO(kl_coef=0.2, kl_target=3.0)
+    assert {option.flag for option in options(TrainConfig)} >= {"--kl-coef", "--kl-target", "--kl-in"}
+    with pytest.raises(UserError, match=r"`kl_coef` is an option of ppo and reinforce and rloo and grpo, not of dpo"):
+        load_config(TrainConfig, None, {**given, "algorithm": "dpo"})
+    old = tmp_path / "run.yaml"
+    old.write_text("{model: m, prompts: p, output: o, kl_coef: 0.1}")
+    with pytest.raises(UserError, match=r"unknown option 'kl_coef'; did you mean algorithm\.kl_coef"):
+        load_config(TrainConfig, old)
+
+
+def test_options_are_known_without_torch():
+    """So that help, and errors in options, come at once."""
+    code = "import sys, adhere.learn.settings as s; s.TrainConfig('m', 'p', 'o'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert done.stdout == "False\n"
 
 
 def test_the_learning_rate_warms_up_and_falls():
@@ -374,7 +403,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from adhere.data import Row
-from adhere.learn.algorithms import {algorithm}
+from adhere.learn.settings import {algorithm}
 from adhere.learn.train import Trainer
 from adhere.model.policy import Policy
 from adhere.model.settings import Lora

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from typing import Any
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from candidates import CANDIDATES, changed
 from torch import Tensor
-from train import Run, perform, table
+from train import ALGORITHMS, Run, perform, table
 
-from adhere.learn.algorithms import ALGORITHMS, GRPO, Batch, Targets
+from adhere.learn.algorithms import FORMULAS, Formulas, grpo_advantages, grpo_loss
+from adhere.learn.batch import Batch
+from adhere.learn.settings import GRPO
 from adhere.reward.signals import Evidence
 
 _LATEST: dict[str, Tensor] = {}
@@ -45,13 +47,17 @@ class TokenCredit(GRPO):
 
     share: float = 0.0
 
-    def targets(self, batch: Batch) -> Targets:
-        plain = super().targets(batch)
-        return Targets(plain.advantages * (1.0 - self.share + self.share * _LATEST["weights"]))
+
+def token_advantages(options: TokenCredit, batch: Batch) -> Batch:
+    """GRPO's advantages, `share` of each moved to the tokens that `remember` weighs."""
+    plain = grpo_advantages(options, batch).advantages
+    assert plain is not None
+    return replace(batch, advantages=plain * (1.0 - options.share + options.share * _LATEST["weights"]))
 
 
 def trained(run: Run) -> tuple[Run, dict[str, Any]]:
     """`train.perform`, in a process that knows the algorithms of this file."""
+    FORMULAS[TokenCredit] = Formulas(token_advantages, grpo_loss)
     for name, share in NAMES.items():
         ALGORITHMS[name] = lambda share=share: TokenCredit(share=share)
     CANDIDATES["remembered"] = changed({f"{__name__}:remember": 0.0})

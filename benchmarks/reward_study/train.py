@@ -19,20 +19,19 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from candidates import CANDIDATES
 
 from adhere.data import Row
-from adhere.learn.algorithms import ALGORITHMS
-from adhere.learn.settings import TrainConfig
+from adhere.learn.settings import DPO, Algorithm, TrainConfig
 from adhere.learn.train import train
 from adhere.measure.stats import Estimate, paired_bootstrap
 from adhere.model.policy import Policy
@@ -42,6 +41,7 @@ from adhere.toy import make_rows, model_path
 SPLITS = ("agree", "conflict")
 SAMPLES = 8
 RESPONSE_TOKENS = 8
+ALGORITHMS: dict[str, Callable[[], Algorithm]] = {cls.name: cls for cls in get_args(Algorithm)}
 FRESH = {"validation": 7, "test": 23}
 """Seed of the fresh stories of each part."""
 MEASURES = ("conflict greedy", "conflict sampled", "agree greedy", "agree sampled")
@@ -82,6 +82,12 @@ def measured(policy: Policy, run: Run) -> dict[str, list[float]]:
     return found
 
 
+def algorithm_of(run: Run) -> Algorithm:
+    """The algorithm that a run names, with its KL coefficient where it takes one."""
+    made = ALGORITHMS[run.algorithm]()
+    return made if isinstance(made, DPO) else replace(made, kl_coef=run.kl_coef)
+
+
 def perform(run: Run) -> tuple[Run, dict[str, Any]]:
     """Train, and measure before and after."""
     torch.set_num_threads(1)
@@ -109,13 +115,12 @@ def perform(run: Run) -> tuple[Run, dict[str, Any]]:
                 prompts="",
                 output=folder,
                 reward=CANDIDATES[run.reward],
-                algorithm=ALGORITHMS[run.algorithm](),
+                algorithm=algorithm_of(run),
                 steps=run.steps,
                 prompts_per_step=32,
                 num_samples=run.num_samples,
                 sampling=Sampling(max_new_tokens=RESPONSE_TOKENS),
                 learning_rate=run.learning_rate,
-                kl_coef=run.kl_coef,
                 seed=run.rounds * run.seed + number,
                 save_every=run.steps,
                 device="cpu",

@@ -16,7 +16,7 @@ from typing import Any
 
 from adhere.errors import UserError, unknown_name
 from adhere.files import atomic_write, to_json
-from adhere.row_files import Fault, FilePosition, kind, records, short, told
+from adhere.row_files import Fault, FilePosition, kind, records, short
 
 SHOWN = 20
 """Bad rows that are told one by one; the rest are counted."""
@@ -58,7 +58,12 @@ PLAIN = Columns()
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt and what is known of it."""
+    """One prompt and what is known of it.
+
+    >>> row = Row("where is mary ?", answers=("garden",))
+    >>> row.prompt, row.response
+    ('where is mary ?', None)
+    """
 
     prompt: str | Messages
     """Text, or chat messages that end with the user's (or a tool's) turn."""
@@ -112,30 +117,67 @@ def iter_rows(
     Bad rows are left out and told together after the last row: who must not act on the good rows of a bad file goes
     through them once before.
     """
-    unknown = [name for name in need if name not in Row.__dataclass_fields__]
-    assert not unknown, f"`need` names fields that a Row has not: {unknown}"
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} rows leaves none", fix="give 1 or more")
+    any_good = False
+    for row in _rows(records(str(source), limit, begin), columns, need):
+        any_good = True
+        yield row
+    if not any_good:
+        raise UserError("holds no rows", where=str(source), fix='write one object a line, e.g. {"prompt": "…"}')
+
+
+def rows_of(
+    items: Iterable[str | Mapping[str, Any] | Row], columns: Columns = PLAIN, *, need: Sequence[str] = ()
+) -> list[Row]:
+    """The rows that a program holds: texts (prompts), mappings with the fields that a row of a file has, or rows.
+
+    A `datasets.Dataset` is such mappings. `columns` and `need` are those of `read_rows`; the errors name the rows by
+    their numbers, from 1.
+
+    >>> rows_of(["where is mary ?", {"question": "where ?", "answer": "garden"}])[1].answers
+    ('garden',)
+    """
+    if isinstance(items, Mapping):
+        fix = "give a list of them; of a DatasetDict, one split: dataset['train']"
+        raise UserError("rows are given as one mapping", where="prompts", fix=fix)
+    found = list(_rows(((f"row {number}", item) for number, item in enumerate(items, 1)), columns, need))
+    if not found:
+        raise UserError("no rows are given", where="prompts", fix="give at least one prompt")
+    return found
+
+
+def _rows(given: Iterable[tuple[str, Any]], columns: Columns, need: Sequence[str]) -> Iterator[Row]:
+    """What is given (records, rows, or what is wrong with them) as rows; all faults are told after the last."""
+    unknown = [name for name in need if name not in Row.__dataclass_fields__]
+    assert not unknown, f"`need` names fields that a Row has not: {unknown}"
     faults: list[str] = []
-    good = bad = 0
-    for where, raw in records(str(source), limit, begin):
+    bad = 0
+    for where, raw in given:
         try:
             if isinstance(raw, Fault):
                 raise raw
-            row = _row(raw, where, columns, need)
+            if isinstance(raw, Row):
+                row = raw
+            elif isinstance(raw, str):  # a prompt, whatever the fields of a row are called
+                row = _row({"prompt": raw}, where, PLAIN)
+            elif isinstance(raw, Mapping):
+                row = _row(dict(raw), where, columns)
+            else:
+                raise Fault(f"is {kind(raw)}; give text, a mapping or a Row")
+            for name in need:
+                if getattr(row, name) in (None, ()):
+                    raise Fault(f"no `{name}`; write " + (f'"{name}": ["…"]' if name in LISTS else f'"{name}": "…"'))
         except Fault as fault:
             bad += 1
             if bad <= SHOWN:
                 faults.append(f"{where}: {fault}")
             continue
-        good += 1
         yield row
     if bad > SHOWN:
         faults.append(f"… and {bad - SHOWN} more")
     if bad:
         raise UserError("\n".join(faults))
-    if not good:
-        raise UserError("holds no rows", where=told(str(source)), fix='write one object a line, e.g. {"prompt": "…"}')
 
 
 def writable(row: Row) -> str:
@@ -157,12 +199,12 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
-def _row(raw: dict[str, Any], where: str, columns: Columns, need: Sequence[str]) -> Row:
+def _row(raw: dict[str, Any], where: str, columns: Columns) -> Row:
     prompt, response = _prompt(raw, columns)
     given = _text(raw, "response")
     if response is not None and given is not None:
         raise Fault("a last assistant turn and a `response`; keep one of them")
-    row = Row(
+    return Row(
         prompt,
         _answers(raw, columns),
         response if given is None else given,
@@ -173,10 +215,6 @@ def _row(raw: dict[str, Any], where: str, columns: Columns, need: Sequence[str])
         raw,
         where,
     )
-    for name in need:
-        if getattr(row, name) in (None, ()):
-            raise Fault(f"no `{name}`; write " + (f'"{name}": ["…"]' if name in LISTS else f'"{name}": "…"'))
-    return row
 
 
 def _prompt(raw: dict[str, Any], columns: Columns) -> tuple[str | Messages, str | None]:

@@ -10,7 +10,11 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input or usage: says where, what is wrong and what to do. The command line turns it into exit code 2."""
+    """Bad input or usage: says where, what is wrong and what to do. The command line turns it into exit code 2.
+
+    >>> print(UserError("no `prompt`", where="rows.jsonl:3", fix="write one"))
+    rows.jsonl:3: no `prompt`; write one
+    """
 
     exit_code = 2
 
@@ -21,7 +25,11 @@ class UserError(ValueError):
 
 
 class UnsupportedModel(UserError):
-    """The model cannot do what was asked of it (attention is out of reach, no tokenizer, unsafe weights, …)."""
+    """The model cannot do what was asked of it (attention is out of reach, no tokenizer, unsafe weights, …).
+
+    >>> issubclass(UnsupportedModel, UserError)
+    True
+    """
 
 
 class TooLong(UserError):
@@ -29,7 +37,11 @@ class TooLong(UserError):
 
 
 class RunFailed(UserError):
-    """Input was fine, the run was not (no room on disk, NaN weights, …): exit code 1."""
+    """Input was fine, the run was not (no room on disk, NaN weights, …): exit code 1.
+
+    >>> RunFailed("loss is nan").exit_code
+    1
+    """
 
     exit_code = 1
 

@@ -91,14 +91,13 @@ class Rollout:
             self.temperature,
         )
 
-    def groups(self, first: int, last: int) -> tuple[Rollout, slice, slice, slice]:
-        """The groups of prompts `first … last - 1`, trimmed of padding, and where they stand in this rollout: rows of
-        the batch, response columns, prompt columns."""
+    def groups(self, first: int, last: int) -> Chunk:
+        """The groups of prompts `first … last - 1`."""
         start, stop = torch.searchsorted(
             self.prompt_index, torch.tensor([first, last], device=self.ended.device)
         ).tolist()
         rows = slice(start, stop)
-        width = slice(0, max(1, int(self.lengths[rows].max())) if stop > start else 1)
+        columns = slice(0, max(1, int(self.lengths[rows].max())) if stop > start else 1)
         chosen = slice(first, last)
         used = self.prompts.mask[chosen].any(0).nonzero().squeeze(-1)
         span = slice(int(used[0]), int(used[-1]) + 1)
@@ -112,18 +111,18 @@ class Rollout:
         part = Rollout(
             prompts,
             self.prompt_index[rows] - first,
-            self.response_ids[rows, width],
-            self.response_mask[rows, width],
+            self.response_ids[rows, columns],
+            self.response_mask[rows, columns],
             self.ended[rows],
             self.responses[rows],
-            None if self.logprobs is None else self.logprobs[rows, width],
+            None if self.logprobs is None else self.logprobs[rows, columns],
             self.temperature,
         )
-        return part, rows, width, span
+        return Chunk(part, rows, columns, span)
 
-    def chunks(self, max_tokens: int) -> Iterator[tuple[Rollout, slice, slice, slice]]:
+    def chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """Whole groups, as many at a time as keep prompt and response tokens (padding included) within `max_tokens`;
-        a group that is larger by itself comes alone. See `groups` for what each item holds."""
+        a larger group comes alone."""
         sizes = torch.bincount(self.prompt_index, minlength=len(self.prompts)).tolist()
         prompt, response = self.prompts.ids.shape[1], self.response_ids.shape[1]
         first, tokens = 0, 0
@@ -134,6 +133,19 @@ class Rollout:
                 first, tokens = last, 0
             tokens += cost
         yield self.groups(first, len(sizes))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some whole groups of a rollout, trimmed of padding, and where they stand in it."""
+
+    rollout: Rollout
+    rows: slice
+    """Their responses."""
+    columns: slice
+    """The response columns that they use."""
+    span: slice
+    """The prompt columns that they use."""
 
 
 @dataclass(frozen=True)

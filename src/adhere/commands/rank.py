@@ -32,14 +32,14 @@ from adhere.config import flags_given, load_config, to_dict
 from adhere.console import Console
 from adhere.data import iter_rows, writable
 from adhere.errors import UserError
-from adhere.rank_settings import RankConfig
+from adhere.ranking_settings import RankConfig
 from adhere.resume import GrowingRows
 
 if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
     from adhere.model.policy import Policy
-    from adhere.rank import Draw
+    from adhere.ranking import Draw
     from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
@@ -82,7 +82,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     if options.server and brought:
         raise UserError("the rows bring candidates", where=options.prompts, fix="leave --server out")
     if not brought:
-        _check_draw(config)
+        config.check_draw()
     settings = {
         "model": options.model,
         "dtype": options.dtype,
@@ -97,7 +97,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
         return _in_shards(options, console, config, spec, rows, total, brought, settings)
     output = GrowingRows(options.output, settings, resume=options.resume)
 
-    from adhere.rank import NO_TALLY, blank_between, check, lines_of, rank
+    from adhere.ranking import NO_TALLY, blank_between, check, lines_of, rank
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
@@ -140,7 +140,7 @@ def _in_shards(
     settings: Mapping[str, Any],
 ) -> int:
     """Shard by shard, by Ray's workers. A batch has the seed of its place in the file, whoever ranks it."""
-    from adhere.rank import check
+    from adhere.ranking import check
     from adhere.shards import ShardedRows, shard_rows
 
     size = shard_rows(total, config.batch_size)
@@ -170,7 +170,7 @@ def ranker(
     folder: Path,
 ) -> Work:
     """What a worker does: load the model once, then rank the rows of shard after shard."""
-    from adhere.rank import NO_TALLY, blank_between, lines_of, rank
+    from adhere.ranking import NO_TALLY, blank_between, lines_of, rank
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
@@ -192,6 +192,8 @@ def ranker(
 
 def _survey(rows: Rows) -> tuple[int, bool, str]:
     """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
+    from adhere.ranking import bring_candidates
+
     total = brought = 0
     without = ""
     digest = blake2b(digest_size=16)
@@ -200,24 +202,7 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
         brought += bool(row.candidates)
         without = without or ("" if row.candidates else row.where)
         digest.update(writable(row).encode("utf-8", "backslashreplace"))
-    if 0 < brought < total:
-        raise UserError(
-            f"no `candidates`, which {brought} of {total} rows bring",
-            where=without,
-            fix="give candidates in every row or in none",
-        )
-    return total, brought > 0, digest.hexdigest()
-
-
-def _check_draw(config: RankConfig) -> None:
-    """Raise `UserError` where the candidates to draw cannot differ, or are too few."""
-    if config.keep == "pairs" and config.num_samples < 2:
-        raise UserError("a pair needs two candidates", fix="set --num-samples to 2 or above")
-    if config.num_samples > 1 and config.sampling.temperature == 0:
-        raise UserError(
-            f"at temperature 0 all {config.num_samples} candidates are the same",
-            fix="set --temperature above 0, or --num-samples 1",
-        )
+    return total, bring_candidates(brought, total, without), digest.hexdigest()
 
 
 def _draw(
@@ -228,7 +213,7 @@ def _draw(
     warn: Callable[[str], None] = warnings.warn,
 ) -> Draw:
     """Where the candidates come from."""
-    from adhere.rank import given_candidates, sampled_candidates, served_candidates
+    from adhere.ranking import given_candidates, sampled_candidates, served_candidates
 
     if brought:
         return given_candidates(policy)

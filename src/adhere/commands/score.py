@@ -83,7 +83,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
     for row in rows:
         writable(row)
 
-    from adhere.rank import score_rows
+    from adhere.ranking import score_rows
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
@@ -99,7 +99,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
 
 def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """Shard by shard, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
-    from adhere.rank import group_starts, scattered
+    from adhere.ranking import group_starts, scattered
     from adhere.shards import ShardedRows, shard_rows
 
     rows: Rows = partial(iter_rows, options.input, columns_of(options), need=_need(spec), limit=options.limit)
@@ -137,7 +137,7 @@ def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig
 
 def _check(policy: Policy, rows: Iterable[Row]) -> None:
     """Raise `UserError` unless every prompt can be read."""
-    from adhere.rank import batched
+    from adhere.ranking import batched
 
     for batch in batched(rows, CHECKED):
         policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
@@ -145,7 +145,7 @@ def _check(policy: Policy, rows: Iterable[Row]) -> None:
 
 def scorer(options: argparse.Namespace, spec: RewardConfig, heads: CopyHeads | None, file: Path, folder: Path) -> Work:
     """What a worker does: load the model once, then score the rows of shard after shard."""
-    from adhere.rank import score_rows
+    from adhere.ranking import score_rows
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)

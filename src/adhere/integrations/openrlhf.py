@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from adhere.errors import UserError
-from adhere.rank import Group
+from adhere.ranking import Group
 
 
 def groups_of(

@@ -5,27 +5,14 @@ Its forward is the differentiable reading of a rollout, with the prompt of a gro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from adhere.learn.batch import Outputs
 from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.policy import Policy
 from adhere.model.prefix import plain_forwards, shared_forwards
 from adhere.types import Rollout
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Per response token, zero on padding. float32 [B, R]."""
-
-    logprobs: Tensor
-    """With gradient."""
-    entropy: Tensor
-    """Without gradient, nats."""
-    values: Tensor | None
-    """With gradient; None without a value head."""
 
 
 class Learner(nn.Module):

@@ -1,4 +1,4 @@
-"""Losses: a record of tensors in, (loss, metrics) out.
+"""Losses: two records of tensors in (the batch, and what the policy says of it now), (loss, metrics) out.
 
 Every term is divided by totals of the *whole* optimiser batch, so the losses and metrics of its micro-batches add up to
 those of the batch: gradient accumulation is exact. Padding is never read and gets no gradient, whatever stands there:
@@ -8,11 +8,12 @@ masked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from adhere.learn.batch import Batch, Outputs
 
 Metrics = dict[str, Tensor]
 Over = Literal["token", "sequence", "sum"]
@@ -21,82 +22,55 @@ Over = Literal["token", "sequence", "sum"]
 LARGEST_LOG_RATIO = 20.0
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """What a loss may read. Log-probs, values and masks are [B, R]; nothing on padding is read."""
-
-    logprobs: Tensor
-    """Under the policy now, with gradient."""
-    old_logprobs: Tensor
-    """Under the policy that sampled."""
-    mask: Tensor
-    """bool: True = a response token."""
-    advantages: Tensor
-    rewards: Tensor
-    """[B], for losses that rank."""
-    group: Tensor
-    """[B] int64: which prompt each response answers; a micro-batch holds whole groups."""
-    ref_logprobs: Tensor | None
-    values: Tensor | None
-    """The value head now, with gradient."""
-    old_values: Tensor | None
-    returns: Tensor | None
-    kl_coef: float
-    num_tokens: int
-    """Response tokens of the whole batch."""
-    num_responses: int
-    """Responses of the whole batch."""
-    num_groups: int
-    """Prompts of the whole batch."""
-
-
-def aggregate(per_token: Tensor, inputs: LossInputs, over: Over) -> Tensor:
+def aggregate(per_token: Tensor, batch: Batch, over: Over) -> Tensor:
     """A [B, R] term as this micro-batch's share of a scalar.
 
     `token`: mean over all tokens (DAPO, 2503.14476); `sequence`: mean over responses of their means (GRPO, 2402.03300,
     eq. 3); `sum`: mean over responses of their sums (a response as one action: RLOO).
     """
-    per_response = _kept(per_token, inputs.mask).sum(-1)
+    per_response = _kept(per_token, batch.mask).sum(-1)
     if over == "token":
-        return per_response.sum() / max(1, inputs.num_tokens)
+        return per_response.sum() / max(1, batch.totals.tokens)
     if over == "sequence":
-        return (per_response / inputs.mask.sum(-1).clamp(min=1)).sum() / inputs.num_responses
-    return per_response.sum() / inputs.num_responses
+        return (per_response / batch.mask.sum(-1).clamp(min=1)).sum() / batch.totals.responses
+    return per_response.sum() / batch.totals.responses
 
 
-def policy_gradient_loss(inputs: LossInputs, over: Over = "token") -> tuple[Tensor, Metrics]:
+def policy_gradient_loss(batch: Batch, now: Outputs, over: Over = "token") -> tuple[Tensor, Metrics]:
     """−A log π (Williams 1992): the score-function form, without a ratio. Its gradient is the policy gradient only
     while the policy is the one that sampled, so it serves for one pass over each rollout."""
-    per_token = -_kept(inputs.advantages, inputs.mask) * _kept(inputs.logprobs, inputs.mask)
-    return aggregate(per_token, inputs, over), {}
+    per_token = -_advantages(batch) * _kept(now.logprobs, batch.mask)
+    return aggregate(per_token, batch, over), {}
 
 
-def clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float, over: Over = "token") -> tuple[Tensor, Metrics]:
+def clipped_loss(
+    batch: Batch, now: Outputs, clip_low: float, clip_high: float, over: Over = "token"
+) -> tuple[Tensor, Metrics]:
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) per token (Schulman et al. 2017, eq. 7), ρ = π / π_old.
 
     The metrics are shares of all tokens where the clip binds, and so the gradient is 0: ρ too low where A < 0, too high
     where A > 0.
     """
-    per_token, low, high = _clipped(_log_ratio(inputs), _kept(inputs.advantages, inputs.mask), clip_low, clip_high)
-    tokens = max(1, inputs.num_tokens)
-    return aggregate(per_token, inputs, over), {
+    per_token, low, high = _clipped(_log_ratio(batch, now), _advantages(batch), clip_low, clip_high)
+    tokens = max(1, batch.totals.tokens)
+    return aggregate(per_token, batch, over), {
         "clip_ratio/low_mean": low.sum() / tokens,
         "clip_ratio/high_mean": high.sum() / tokens,
     }
 
 
-def sequence_clipped_loss(inputs: LossInputs, clip_low: float, clip_high: float) -> tuple[Tensor, Metrics]:
+def sequence_clipped_loss(batch: Batch, now: Outputs, clip_low: float, clip_high: float) -> tuple[Tensor, Metrics]:
     """`clipped_loss` with the response as one action (RLOO, Ahmadian et al. 2024, sec. 3.1): ρ is the ratio of the
     whole response, Π_t π / π_old, and A its one advantage, read at its first token; mean over responses.
 
     While the policy is the one that sampled, the gradient is that of −A Σ_t log π. The metrics are shares of all
     responses where the clip binds. An empty response adds 0.
     """
-    advantages = _kept(inputs.advantages, inputs.mask)[:, 0]
-    per_response, low, high = _clipped(_log_ratio(inputs).sum(-1), advantages, clip_low, clip_high)
-    return per_response.sum() / inputs.num_responses, {
-        "clip_ratio/low_mean": low.sum() / inputs.num_responses,
-        "clip_ratio/high_mean": high.sum() / inputs.num_responses,
+    advantages = _advantages(batch)[:, 0]
+    per_response, low, high = _clipped(_log_ratio(batch, now).sum(-1), advantages, clip_low, clip_high)
+    return per_response.sum() / batch.totals.responses, {
+        "clip_ratio/low_mean": low.sum() / batch.totals.responses,
+        "clip_ratio/high_mean": high.sum() / batch.totals.responses,
     }
 
 
@@ -112,19 +86,19 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: 
     return -gap if estimator == "k1" else gap.exp() - gap - 1
 
 
-def value_loss(inputs: LossInputs, clip: float) -> tuple[Tensor, Metrics]:
+def value_loss(batch: Batch, now: Outputs, clip: float) -> tuple[Tensor, Metrics]:
     """½ max((V − R)², (V_clipped − R)²), mean over tokens; V_clipped stays within `clip` of what V was at sampling (as
     in Ziegler et al. 2019)."""
-    assert inputs.values is not None and inputs.old_values is not None and inputs.returns is not None
-    values, old = _kept(inputs.values, inputs.mask), _kept(inputs.old_values, inputs.mask)
-    returns = _kept(inputs.returns, inputs.mask)
+    assert now.values is not None and batch.values is not None and batch.returns is not None
+    values, old = _kept(now.values, batch.mask), _kept(batch.values, batch.mask)
+    returns = _kept(batch.returns, batch.mask)
     near = old + (values - old).clamp(-clip, clip)
     error = torch.max((values - returns).square(), (near - returns).square())
-    loss = 0.5 * aggregate(error, inputs, "token")
+    loss = 0.5 * aggregate(error, batch, "token")
     return loss, {"value_loss": loss.detach()}
 
 
-def dpo_loss(inputs: LossInputs, beta: float) -> tuple[Tensor, Metrics]:
+def dpo_loss(batch: Batch, now: Outputs, beta: float) -> tuple[Tensor, Metrics]:
     """−log σ(β [Δ chosen − Δ rejected]), Δ = log π − log π_ref summed over tokens (Rafailov et al. 2023, eq. 7), the
     best against the worst response of each group by reward; mean over groups.
 
@@ -132,11 +106,11 @@ def dpo_loss(inputs: LossInputs, beta: float) -> tuple[Tensor, Metrics]:
     up: for means over pairs, divide `dpo/accuracy` (chosen ahead of rejected) and `dpo/margin` (β [Δ chosen −
     Δ rejected]) by `dpo/pairs`, the share of groups that have a pair.
     """
-    assert inputs.ref_logprobs is not None
-    gains = (_kept(inputs.logprobs, inputs.mask) - _kept(inputs.ref_logprobs, inputs.mask)).sum(-1)
-    chosen, rejected = pairs(inputs.rewards, inputs.group)
+    assert batch.ref_logprobs is not None
+    gains = (_kept(now.logprobs, batch.mask) - _kept(batch.ref_logprobs, batch.mask)).sum(-1)
+    chosen, rejected = pairs(batch.rewards, batch.group)
     margins = beta * (gains[chosen] - gains[rejected])
-    total = inputs.num_groups
+    total = batch.totals.groups
     loss = -nn.functional.logsigmoid(margins).sum() / total
     with torch.no_grad():
         metrics = {
@@ -166,9 +140,15 @@ def _kept(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask, 0.0)
 
 
-def _log_ratio(inputs: LossInputs) -> Tensor:
+def _advantages(batch: Batch) -> Tensor:
+    """The advantages, [B, R], 0 on padding."""
+    assert batch.advantages is not None, "advantages come before losses"
+    return _kept(batch.advantages, batch.mask)
+
+
+def _log_ratio(batch: Batch, now: Outputs) -> Tensor:
     """log π − log π_old, [B, R], 0 on padding."""
-    return _kept(inputs.logprobs, inputs.mask) - _kept(inputs.old_logprobs, inputs.mask)
+    return _kept(now.logprobs, batch.mask) - _kept(batch.logprobs, batch.mask)
 
 
 def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:

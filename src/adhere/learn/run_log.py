@@ -19,7 +19,7 @@ from adhere.learn.settings import TrainConfig
 from adhere.learn.trackers import Trackers
 from adhere.resume import truncate_jsonl
 from adhere.reward import heads
-from adhere.types import Rollout, Scores
+from adhere.types import Rollout, Scores, masked_mean
 
 COMPLETIONS = "completions"
 """Folder of the run: `step-000010.parquet`, …"""
@@ -57,10 +57,12 @@ class RunLog:
     def responses(self, step: int, rollout: Rollout, scores: Scores, advantages: Tensor | None) -> None:
         """The first responses of a step in samples.jsonl, and where a table is due every one of all processes in it.
 
-        `advantages` [B]: what each response weighs in the loss; None where the algorithm has none."""
+        `advantages` [B, R]; their mean over its tokens is what a response weighs in the loss. None where the algorithm
+        has none."""
         every, shown = self._config.completions_every, self._config.log_samples
         due = every > 0 and step % every == 0
-        rows = _responses(step, rollout, scores, advantages, len(rollout) if due else shown)
+        weights = None if advantages is None else masked_mean(advantages, rollout.response_mask)
+        rows = _responses(step, rollout, scores, weights, len(rollout) if due else shown)
         whole = gather_object(rows) if due else rows
         if not self._accelerator.is_main_process:
             return

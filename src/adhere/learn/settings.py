@@ -1,24 +1,152 @@
-"""What a training run is told. Each part's options live beside the code that reads them; this composes them."""
+"""What a training run is told: the algorithms, each with its own options, and `TrainConfig`, which composes it all.
+
+Imports no torch, so that the command line explains and checks options at once. What an algorithm computes is in
+`adhere.learn.algorithms`. Of a class, a `ClassVar` is a fact, any other field an option.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from adhere.data import Columns
 from adhere.errors import UserError
 from adhere.learn import trackers
-from adhere.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from adhere.learn.stopping import Stopping
 from adhere.model.settings import Lora, Sampling
 from adhere.options import AtLeast
 
+KLPlace = Literal["reward", "loss"]
+Scale = Literal["group", "batch", "none"]
+LossOver = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True)
+class _ChargesKL:
+    """The options of every algorithm that charges for KL from the start."""
+
+    kl_coef: float = 0.04
+    """Weight of the KL divergence from the start."""
+    kl_target: float | None = None
+    """Adapt kl_coef to keep KL near this many nats a response; nothing keeps it fixed."""
+    kl_in: KLPlace = "reward"
+    """Where KL from the start is charged: off the reward, or added to the loss."""
+
+    def __post_init__(self) -> None:
+        _raise(_faults(self))
+
+
+@dataclass(frozen=True)
+class PPO(_ChargesKL):
+    """Proximal policy optimisation with a value head (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    name: ClassVar[str] = "ppo"
+    needs_value_head: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = False
+
+    epochs: int = 2
+    """Passes over each rollout."""
+    clip_low: float = 0.2
+    """How far below 1 the probability ratio may fall before it is clipped."""
+    clip_high: float = 0.2
+    """How far above 1 the probability ratio may rise before it is clipped."""
+    gamma: float = 1.0
+    """Discount a token."""
+    gae_lambda: float = 0.95
+    """Generalised advantage estimation: 0 trusts the value head, 1 the outcome."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    value_clip: float = 0.2
+    """How far a value may move from what it was at sampling."""
+
+
+@dataclass(frozen=True)
+class Reinforce(_ChargesKL):
+    """REINFORCE with a running-mean baseline (Williams 1992). One pass over each rollout, as its gradient asks; the
+    loss is a mean over tokens: the sum over each response, averaged over responses, over their mean length."""
+
+    name: ClassVar[str] = "reinforce"
+    needs_value_head: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = False
+    epochs: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class RLOO(_ChargesKL):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): the other samples of the prompt are the baseline, the response is
+    one action. The first pass has ratio 1, and so the plain score-function gradient; clipping acts from the second."""
+
+    name: ClassVar[str] = "rloo"
+    needs_value_head: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = True
+
+    epochs: int = 1
+    """Passes over each rollout."""
+    clip_low: float = 0.2
+    """How far below 1 the probability ratio may fall before it is clipped."""
+    clip_high: float = 0.2
+    """How far above 1 the probability ratio may rise before it is clipped."""
+
+
+@dataclass(frozen=True)
+class GRPO(_ChargesKL):
+    """Group relative policy optimisation (Shao et al. 2024)."""
+
+    name: ClassVar[str] = "grpo"
+    needs_value_head: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    compares_samples: ClassVar[bool] = True
+
+    kl_in: KLPlace = "loss"
+    epochs: int = 1
+    """Passes over each rollout."""
+    clip_low: float = 0.2
+    """How far below 1 the probability ratio may fall before it is clipped."""
+    clip_high: float = 0.2
+    """How far above 1 the probability ratio may rise before it is clipped; 0.28 is DAPO's clip-higher."""
+    scale: Scale = "group"
+    """Rewards are divided by the deviation of the group, of the batch, or (Dr. GRPO) not."""
+    loss_over: LossOver = "token"
+    """Mean over all tokens (DAPO), or over responses of their means (the original)."""
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Iterative direct preference optimisation (Rafailov et al. 2023): best against worst of each round's samples.
+    `beta` holds the policy to the reference, so KL is charged nowhere else."""
+
+    name: ClassVar[str] = "dpo"
+    needs_value_head: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
+    compares_samples: ClassVar[bool] = True
+    kl_coef: ClassVar[float] = 0.0
+    kl_target: ClassVar[float | None] = None
+
+    epochs: int = 1
+    """Passes over each rollout."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference."""
+
+    def __post_init__(self) -> None:
+        _raise(_faults(self))
+
+
+Algorithm = PPO | Reinforce | RLOO | GRPO | DPO
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything `adhere train` reads; the resolved tree is written to the run as config.yaml."""
+    """Everything `adhere train` reads; the resolved tree is written to the run as config.yaml.
+
+    >>> config = TrainConfig("toy", "prompts.jsonl", "runs/first", steps=10, warmup_steps=2)
+    >>> config.algorithm.name, config.rate(0) < config.rate(1)
+    ('grpo', True)
+    """
 
     model: str
     """Model folder or hub id, causal or encoder–decoder."""
@@ -50,10 +178,6 @@ class TrainConfig:
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    kl_coef: float = 0.04
-    """Weight of the KL divergence from the start, in the reward or in the loss as the algorithm says."""
-    kl_target: float | None = None
-    """Adapt kl_coef to keep KL near this many nats a response; nothing keeps it fixed."""
     max_tokens: int = 16_384
     """Tokens of one forward and backward, padding included; larger batches are accumulated."""
     seed: int = 0
@@ -90,33 +214,10 @@ class TrainConfig:
     """Run code that comes with the model. Off unless you know whose code it is."""
 
     def __post_init__(self) -> None:
-        faults = [
-            UserError(f"{name} is {value}", fix=f"set it to {least} or above")
-            for name, value, least in (
-                ("steps", self.steps, 1),
-                ("prompts_per_step", self.prompts_per_step, 1),
-                ("num_samples", self.num_samples, 1),
-                ("max_tokens", self.max_tokens, 1),
-                ("save_every", self.save_every, 1),
-                ("keep_checkpoints", self.keep_checkpoints, 1),
-                ("warmup_steps", self.warmup_steps, 0),
-                ("kl_coef", self.kl_coef, 0),
-                ("weight_decay", self.weight_decay, 0),
-                ("log_samples", self.log_samples, 0),
-                ("completions_every", self.completions_every, 0),
-            )
-            if not value >= least
-        ]
-        faults += [fault for tracker in self.trackers if (fault := trackers.fault(tracker)) is not None]
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            faults.append(UserError(f"learning_rate is {self.learning_rate}", fix="set it above 0"))
-        if self.schedule not in SCHEDULES:
-            faults.append(UserError(f"unknown schedule {self.schedule!r}", fix=f"use one of {', '.join(SCHEDULES)}"))
-        if self.kl_target is not None and self.kl_target <= 0:
-            faults.append(UserError(f"kl_target is {self.kl_target}", fix="set it above 0, or leave it out"))
-        if self.kl_target is not None and self.kl_coef == 0:
-            faults.append(UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too"))
-        if self.num_samples < 2 and not isinstance(self.algorithm, PPO | Reinforce):
+        faults = [*_faults(self), *filter(None, map(trackers.fault, self.trackers))]
+        if self.learning_rate == math.inf:
+            faults.append(UserError("learning_rate is inf", fix="set it to a finite number"))
+        if self.num_samples < 2 and self.algorithm.compares_samples:
             faults.append(
                 UserError(
                     f"{self.algorithm.name} compares samples of one prompt, but num_samples is {self.num_samples}",
@@ -125,8 +226,7 @@ class TrainConfig:
             )
         if self.sampling.temperature == 0:
             faults.append(UserError("training samples greedily (temperature 0)", fix="set temperature above 0"))
-        if faults:
-            raise faults[0] if len(faults) == 1 else UserError("; ".join(str(fault) for fault in faults))
+        _raise(faults)
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0: warm-up, then the schedule down to zero at the end."""
@@ -142,3 +242,57 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
 }
 """Share of training done after warm-up → share of the peak learning rate."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    """The values that an option may take: from 0 (or above it) or from `least` on, to `most`."""
+
+    least: float = 0.0
+    most: float = math.inf
+    above: bool = False
+    """`least` itself is out."""
+
+    def fault(self, name: str, value: float) -> UserError | None:
+        """The error for a value outside; NaN is outside."""
+        if (value > self.least if self.above else value >= self.least) and value <= self.most:
+            return None
+        start = f"above {self.least:g}" if self.above else f"to {self.least:g} or above"
+        limit = f", at most {self.most:g}" if self.most < math.inf else ""
+        return UserError(f"{name} is {value}", fix=f"set it {start}{limit}")
+
+
+RANGES: dict[str, _Range] = {
+    **dict.fromkeys(("steps", "prompts_per_step", "num_samples", "max_tokens", "save_every"), _Range(1)),
+    **dict.fromkeys(("keep_checkpoints", "epochs"), _Range(1)),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "log_samples", "completions_every", "kl_coef"), _Range()),
+    **dict.fromkeys(("value_coef", "value_clip"), _Range()),
+    **dict.fromkeys(("gamma", "gae_lambda"), _Range(most=1)),
+    **dict.fromkeys(("learning_rate", "kl_target", "clip_high", "beta"), _Range(above=True)),
+    "clip_low": _Range(most=1, above=True),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kl_in": get_args(KLPlace),
+    "scale": get_args(Scale),
+    "loss_over": get_args(LossOver),
+    "schedule": tuple(SCHEDULES),
+}
+
+
+def _faults(options: Any) -> list[UserError]:
+    """Every option out of its range, or none of its choices."""
+    given = {option.name: getattr(options, option.name) for option in fields(options)}
+    ranges = (RANGES[name].fault(name, value) for name, value in given.items() if name in RANGES and value is not None)
+    faults = [fault for fault in ranges if fault is not None]
+    for name, value in given.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            faults.append(UserError(f"{name} is {value!r}", fix=f"use one of {', '.join(CHOICES[name])}"))
+    if given.get("kl_target") is not None and given["kl_coef"] == 0:
+        faults.append(UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too"))
+    return faults
+
+
+def _raise(faults: Sequence[UserError]) -> None:
+    """Raise all faults together, if there are any."""
+    if faults:
+        raise faults[0] if len(faults) == 1 else UserError("; ".join(str(fault) for fault in faults))

@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from typing import TYPE_CHECKING, Any
 
 from adhere.errors import UserError, unknown_name
 from adhere.files import atomic_write
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "adhere"
@@ -98,6 +99,8 @@ class Trackers:
 
 def _made(name: str, run: Path, known: str, step: int | None) -> GeneralTracker:
     """accelerate's tracker, told where to write and what it is part of."""
+    from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker  # brings torch
+
     if name == "tensorboard":
         return TensorBoardTracker(name, str(run), purge_step=None if step is None else step + 1)
     if name == "wandb":

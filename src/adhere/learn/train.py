@@ -1,4 +1,4 @@
-"""The loop: sample → score → advantage → update.
+"""The loop: sample → read → reward → advantages → update.
 
 Every random draw and the order of the data are functions of (seed, step), so a step depends on nothing but the state
 in the checkpoint. Evaluation and printing belong to the caller.
@@ -26,12 +26,13 @@ from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_dir, require_space
 from adhere.learn import checkpoint
-from adhere.learn.algorithms import next_baseline, next_kl_coef
+from adhere.learn.algorithms import next_baseline, next_kl_coef, with_advantages
+from adhere.learn.batch import Batch
 from adhere.learn.learner import Learner
 from adhere.learn.run_log import RunLog
 from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
-from adhere.learn.update import Update, update
+from adhere.learn.update import totals_of, update, values_of
 from adhere.model.policy import Policy
 from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
 from adhere.reward.named import Reads, config_of
@@ -61,16 +62,18 @@ def train(
     rows: Sequence[Row],
     run: Path,
     *,
+    reward: Reward | None = None,
     resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
     on_step: OnStep = lambda metrics: None,
 ) -> Trained:
     """Train `policy` in place on the prompts of `rows`, writing the run to the folder `run`.
 
-    `on_start` is called when all is checked and nothing is written yet, `on_step` with the metrics of each step.
+    `reward`: what `config` names, where the caller has made it already; its reader must be frozen. `on_start` is called
+    when all is checked and nothing is written yet, `on_step` with the metrics of each step.
     Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
     """
-    trainer = Trainer(config, policy, rows, run, resume=resume, on_start=on_start)
+    trainer = Trainer(config, policy, rows, run, reward=reward, resume=resume, on_start=on_start)
     stopped, done = None, False
     try:
         with _ctrl_c() as pressed:
@@ -98,6 +101,7 @@ class Trainer:
         rows: Sequence[Row],
         run: Path,
         *,
+        reward: Reward | None = None,
         resume: bool = False,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
@@ -107,24 +111,25 @@ class Trainer:
             [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
         )
         self._check_lengths(rows)
-        spec = config_of(config.reward)
-        scoring = spec.scorer == "reference" and spec.reads != Reads.TEXT
-        # Taken now: the reference is what the policy is at the start.
-        frozen = policy.reference() if scoring or config.algorithm.needs_reference or config.kl_coef > 0 else None
-        self.reward = Reward(spec, policy, self._heads(resume), frozen)
-        self.reference = frozen if config.algorithm.needs_reference or config.kl_coef > 0 else None
+        spec = reward.config if reward is not None else config_of(config.reward)
+        heads, own = (reward.heads, reward.functions) if reward is not None else (self._heads(resume), None)
+        holds = config.algorithm.needs_reference or config.algorithm.kl_coef > 0
+        scores = spec.scorer == "reference" and spec.reads != Reads.TEXT
+        frozen = policy.reference() if holds or scores else None  # taken now: what the policy is at the start
+        self.reward = Reward(spec, policy, heads, frozen, own)
+        self.reference = frozen if holds else None
         self.learner = Learner(policy, config.algorithm.needs_value_head)
         self.parameters = self.learner.trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         _same_everywhere(self.accelerator, self.parameters)
-        self.state = checkpoint.TrainState(kl_coef=config.kl_coef)
+        self.state = checkpoint.TrainState(kl_coef=config.algorithm.kl_coef)
         begun = checkpoint.latest(run) if resume else None
         if begun is not None:
             self.state = checkpoint.restore(begun, self.parameters, self.optimizer)
-            if config.kl_target is None:  # fixed: a run that stopped early may be told another to go on with
-                self.state.kl_coef = config.kl_coef
+            if config.algorithm.kl_target is None:  # fixed: a run that stopped early may go on with another
+                self.state.kl_coef = config.algorithm.kl_coef
         on_start()
         self.log = RunLog(run, config, self.accelerator, self.state.step if begun else None)
         self.log.save_heads(self.reward.heads)
@@ -144,17 +149,12 @@ class Trainer:
         with clock("update"):
             for group in self.optimizer.param_groups:
                 group["lr"] = config.rate(step)
-            given = Update(rollout, scores.reward, reference, self.state.kl_coef, self.state.baseline)
-            metrics, advantages = update(self.accelerator, self.learner, self.optimizer, config, given)
+            batch = with_advantages(config.algorithm, self._batch(rollout, scores.reward, reference))
+            metrics = update(self.accelerator, self.learner, self.optimizer, config, rollout, batch)
         metrics |= self._metrics(rollout, scores, reference, clock)
-        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
-            raise RunFailed(
-                f"step {step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
-                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
-            )
-        self._advance(metrics, rollout)
+        self._advance(metrics, len(rollout))
         self.log.metrics(metrics)
-        self.log.responses(step + 1, rollout, scores, advantages)
+        self.log.responses(step + 1, rollout, scores, batch.advantages)
         return metrics
 
     def save(self) -> None:
@@ -205,6 +205,22 @@ class Trainer:
             return scores.reading.logprobs
         return self.reference.read(rollout, attention=False).logprobs
 
+    def _batch(self, rollout: Rollout, rewards: Tensor, reference: Tensor | None) -> Batch:
+        """What this step learns from, but for the advantages."""
+        assert rollout.logprobs is not None, "training needs sampled responses"
+        valued = self.config.algorithm.needs_value_head
+        return Batch(
+            rewards,
+            rollout.prompt_index,
+            rollout.response_mask,
+            rollout.logprobs,
+            totals_of(self.accelerator, rollout),
+            reference,
+            values_of(self.learner, rollout, self.config.max_tokens) if valued else None,
+            self.state.kl_coef,
+            self.state.baseline,
+        )
+
     def _metrics(self, rollout: Rollout, scores: Scores, reference: Tensor | None, clock: _Clock) -> Metrics:
         sizes = torch.bincount(rollout.prompt_index, minlength=len(rollout.prompts)).clamp(min=1)
         lengths, rewards = rollout.lengths.float(), scores.reward
@@ -238,13 +254,18 @@ class Trainer:
             **{f"seconds/{name}": taken for name, taken in clock.seconds.items()},
         }
 
-    def _advance(self, metrics: Metrics, rollout: Rollout) -> None:
-        """What the next step carries on from this one."""
-        config, progress = self.config, self.state
-        progress.step += 1
-        progress.baseline = next_baseline(progress.baseline, metrics["reward/normalised"])
-        if config.kl_target is not None:
-            progress.kl_coef = next_kl_coef(progress.kl_coef, metrics["kl"], config.kl_target, len(rollout))
+    def _advance(self, metrics: Metrics, responses: int) -> None:
+        """What the next step carries on from this one. Raises `RunFailed` where there is nothing to carry on from."""
+        state, kl_target = self.state, self.config.algorithm.kl_target
+        if not all(math.isfinite(metrics[name]) for name in ("loss", "grad_norm")):
+            raise RunFailed(
+                f"step {state.step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
+                fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
+            )
+        state.step += 1
+        state.baseline = next_baseline(state.baseline, metrics["reward/normalised"])
+        if kl_target is not None:
+            state.kl_coef = next_kl_coef(state.kl_coef, metrics["kl"], kl_target, responses)
 
 
 class _Clock:

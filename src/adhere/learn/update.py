@@ -1,61 +1,39 @@
-"""From a scored rollout to an optimiser step: targets once, then losses and gradients of micro-batches of groups."""
+"""From a batch with its advantages to an optimiser step: losses and gradients, micro-batch by micro-batch of groups."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from adhere.learn.algorithms import DPO, Batch, Targets
-from adhere.learn.learner import Outputs
-from adhere.learn.losses import LossInputs
+from adhere.learn.algorithms import loss_of
+from adhere.learn.batch import Batch, Outputs, Totals
 from adhere.learn.settings import TrainConfig
-from adhere.types import Rollout, masked_mean
+from adhere.types import Rollout
 
 Metrics = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an update is made of."""
-
-    rollout: Rollout
-    rewards: Tensor
-    """[B]."""
-    ref_logprobs: Tensor | None
-    """[B, R]."""
-    kl_coef: float
-    baseline: float | None
-
-
 def update(
-    accelerator: Accelerator, learner: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, given: Update
-) -> tuple[Metrics, Tensor | None]:
-    """Change the policy once (or `epochs` times) towards the rewards.
+    accelerator: Accelerator,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    rollout: Rollout,
+    batch: Batch,
+) -> Metrics:
+    """Change the policy once (or `epochs` times) towards the rewards of `batch`, which `rollout` got.
 
-    Gives loss, entropy, gradient norm and the loss's own metrics, of the last pass; and the advantage of each response,
-    [B], the mean over its tokens: the same at each, but in PPO. None where the algorithm has none."""
-    rollout, algorithm = given.rollout, config.algorithm
-    assert rollout.logprobs is not None, "training needs sampled responses"
-    values = _values(learner, config, rollout) if algorithm.needs_value_head else None
-    batch = Batch(
-        given.rewards, rollout.prompt_index, rollout.response_mask, rollout.logprobs, given.ref_logprobs, values,
-        given.kl_coef, given.baseline,
-    )  # fmt: skip
-    targets = algorithm.targets(batch)
-    totals = _totals(accelerator, rollout)
+    Gives loss, entropy, gradient norm and the loss's own metrics, of the last pass."""
     metrics: dict[str, Tensor] = {}
-    for _ in range(algorithm.epochs):
+    for _ in range(config.algorithm.epochs):
         metrics = {}
-        for part, rows, columns, _ in rollout.chunks(config.max_tokens):
-            out: Outputs = learner(part)
-            inputs = _inputs(batch, targets, out, rows, columns, totals)
-            loss, own = algorithm.loss(inputs)
+        for chunk in rollout.chunks(config.max_tokens):
+            now: Outputs = learner(chunk.rollout)
+            loss, own = loss_of(config.algorithm, batch.part(chunk), now)
             accelerator.backward(loss)
             own["loss"] = loss.detach()
-            own["entropy"] = out.entropy.sum() / totals.num_tokens
+            own["entropy"] = now.entropy.sum() / batch.totals.tokens
             metrics = {name: metrics.get(name, 0.0) + value.detach() for name, value in own.items()}
         _sum_gradients(accelerator, learner)
         norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
@@ -64,8 +42,24 @@ def update(
         optimizer.zero_grad()
         metrics = {name: accelerator.reduce(value, "sum") for name, value in metrics.items()}
         metrics["grad_norm"] = torch.as_tensor(norm)
-    advantages = None if isinstance(algorithm, DPO) else masked_mean(targets.advantages, rollout.response_mask)
-    return {name: float(value) for name, value in metrics.items()}, advantages
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def totals_of(accelerator: Accelerator, rollout: Rollout) -> Totals:
+    """Sizes of the rollouts of all processes together."""
+    counts = torch.tensor(
+        [int(rollout.response_mask.sum()), len(rollout), len(rollout.prompts)], device=rollout.response_ids.device
+    )
+    return Totals(*(int(n) for n in accelerator.reduce(counts, "sum").tolist()))
+
+
+@torch.no_grad()
+def values_of(learner: nn.Module, rollout: Rollout, max_tokens: int) -> Tensor:
+    """[B, R]: what the value head says of a rollout; 0 on padding."""
+    values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+    for chunk in rollout.chunks(max_tokens):
+        values[chunk.rows, chunk.columns] = learner(chunk.rollout).values
+    return values
 
 
 def _sum_gradients(accelerator: Accelerator, learner: nn.Module) -> None:
@@ -79,51 +73,3 @@ def _sum_gradients(accelerator: Accelerator, learner: nn.Module) -> None:
         if parameter.requires_grad:
             own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = accelerator.reduce(own, "sum")
-
-
-@dataclass(frozen=True)
-class _Totals:
-    num_tokens: int
-    num_responses: int
-    num_groups: int
-
-
-def _totals(accelerator: Accelerator, rollout: Rollout) -> _Totals:
-    counts = torch.tensor(
-        [int(rollout.response_mask.sum()), len(rollout), len(rollout.prompts)], device=rollout.response_ids.device
-    )
-    return _Totals(*(int(n) for n in accelerator.reduce(counts, "sum").tolist()))
-
-
-@torch.no_grad()
-def _values(learner: nn.Module, config: TrainConfig, rollout: Rollout) -> Tensor:
-    """[B, R]: what the value head says before the update."""
-    values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-    for part, rows, columns, _ in rollout.chunks(config.max_tokens):
-        values[rows, columns] = learner(part).values
-    return values
-
-
-def _inputs(batch: Batch, targets: Targets, out: Outputs, rows: slice, columns: slice, totals: _Totals) -> LossInputs:
-    def part(tensor: Tensor) -> Tensor:
-        return tensor[rows, columns]
-
-    def maybe(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else part(tensor)
-
-    return LossInputs(
-        logprobs=out.logprobs,
-        old_logprobs=part(batch.logprobs),
-        mask=part(batch.mask),
-        advantages=part(targets.advantages),
-        rewards=batch.rewards[rows],
-        group=batch.group[rows],
-        ref_logprobs=maybe(batch.ref_logprobs),
-        values=out.values,
-        old_values=maybe(batch.values),
-        returns=maybe(targets.returns),
-        kl_coef=batch.kl_coef,
-        num_tokens=totals.num_tokens,
-        num_responses=totals.num_responses,
-        num_groups=totals.num_groups,
-    )

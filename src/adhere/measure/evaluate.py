@@ -112,11 +112,13 @@ def evaluate(
     `paraphrases`; a baseline with the same vocabulary (KL), an embedder, a judge. Figures are means over prompts with
     95 % bootstrap intervals. Batches that `cache` holds are not done again.
 
-    Raises `UserError`: no rows, or a prompt that a policy cannot read.
+    Raises `UserError`: no rows, a judge without a baseline, or a prompt that a policy cannot read.
     """
     if not rows:
         raise UserError("no rows to evaluate on", fix="give at least one prompt")
     config = config or EvalConfig()
+    if config.judge and baseline is None:
+        raise UserError("`judge` compares with a baseline", fix="give a baseline, or no judge")
     total = len(rows) * (1 if baseline is None else 2)
 
     def report(done: int) -> None:

@@ -229,13 +229,13 @@ class Policy:
         if copy_weights is not None:
             shapes["copy_attention"] = (size, width, places)
         whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for part, rows, columns, span in rollout.chunks(FORWARD_TOKENS):
-            padding = ~part.response_mask
-            for name, values in self._read(part, attention, copy_weights).items():
+        for chunk in rollout.chunks(FORWARD_TOKENS):
+            padding = ~chunk.rollout.response_mask
+            for name, values in self._read(chunk.rollout, attention, copy_weights).items():
                 if values.dim() == 3:
-                    whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
+                    whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
                 else:
-                    whole[name][rows, columns] = values.masked_fill(padding, 0.0)
+                    whole[name][chunk.rows, chunk.columns] = values.masked_fill(padding, 0.0)
         return Reading(rollout, **whole)
 
     def inspect(
@@ -280,18 +280,18 @@ class Policy:
         """
         total: Tensor | None = None
         logprobs: list[Tensor] = []
-        for part, rows, columns, span in rollout.chunks(FORWARD_TOKENS):
+        for chunk in rollout.chunks(FORWARD_TOKENS):
+            part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
             if copied is None:
                 prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
                 wanted = prompt_ids[:, None, :] == part.response_ids[..., None]
             else:
-                places = torch.arange(span.start, span.stop, device=self.device)
-                wanted = copied[rows, columns, None] == places
-            counted_here = counted[rows, columns]
-            hits = CopyHits(wanted, counted_here)
+                places = torch.arange(chunk.span.start, chunk.span.stop, device=self.device)
+                wanted = copied[chunk.rows, chunk.columns, None] == places
+            hits = CopyHits(wanted, here)
             for piece in self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]):
                 found = token_logprobs(piece.logits, part.response_ids[:, piece.response])
-                logprobs.append(found[counted_here[:, piece.response]])
+                logprobs.append(found[here[:, piece.response]])
             total = hits.result() if total is None else total + hits.result()
         assert total is not None
         return total, float(torch.cat(logprobs).mean())
@@ -301,8 +301,9 @@ class Policy:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
         found = []
-        for part, rows, _, span in rollout.chunks(FORWARD_TOKENS):
-            mass = HeadMass(salience[rows, span], part.response_mask)
+        for chunk in rollout.chunks(FORWARD_TOKENS):
+            part = chunk.rollout
+            mass = HeadMass(salience[chunk.rows, chunk.span], part.response_mask)
             list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
             found.append(mass.result())
         return torch.cat(found)

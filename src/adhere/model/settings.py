@@ -11,7 +11,11 @@ from adhere.options import Above, AtLeast, AtMost, check
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held."""
+    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held.
+
+    >>> Lora(rank=8).alpha
+    32
+    """
 
     rank: Annotated[int, AtLeast(1)] = 16
     """Rank of the update."""
@@ -24,7 +28,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn."""
+    """How responses are drawn.
+
+    >>> Sampling(temperature=0.7, max_new_tokens=32).top_p
+    1.0
+    """
 
     temperature: Annotated[float, AtLeast(0)] = 1.0
     """Softmax temperature; 0 decodes greedily."""

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 from adhere.config import load_config
 from adhere.files import atomic_write
 from adhere.integrations.hub import is_name
-from adhere.learn.settings import TrainConfig
+from adhere.learn.settings import Algorithm, TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.markup import markdown, visible
 from adhere.measure.stats import Estimate
@@ -141,13 +141,18 @@ def _training(run: Run, config: TrainConfig) -> str:
         "a step": f"{config.prompts_per_step} prompts × {config.num_samples} samples",
         "samples": f"temperature {config.sampling.temperature:g}, {config.sampling.max_new_tokens} tokens at most",
         "learning rate": f"{config.learning_rate:g}, {config.schedule}, {config.warmup_steps} steps of warm-up",
-        "KL coefficient": f"{config.kl_coef:g}"
-        + ("" if config.kl_target is None else f", to {config.kl_target:g} nats"),
+        "KL coefficient": _kl(config.algorithm),
         "weights": "all" if lora is None else f"LoRA of rank {lora.rank}, alpha {lora.alpha}, merged",
         "seed": str(config.seed),
         "versions": ", ".join(_versions("adhere", "transformers", "torch")),
     }
     return _table(["", ""], [[name, value] for name, value in rows.items() if value])
+
+
+def _kl(algorithm: Algorithm) -> str:
+    """The coefficient that training began with, and what it was steered to; empty where KL is not charged."""
+    steered = "" if algorithm.kl_target is None else f", to {algorithm.kl_target:g} nats"
+    return f"{algorithm.kl_coef:g}{steered}" if algorithm.kl_coef else ""
 
 
 def _progress(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -33,15 +33,21 @@ def user_function(spec: str) -> Callable[[Evidence], Tensor]:
     if not callable(function):
         raise UserError(f"{spec!r}: {module_name} has no function {name!r}", where="reward", fix=fix)
 
-    def checked(evidence: Evidence) -> Tensor:
+    return checked(spec, function)
+
+
+def checked(name: str, function: Callable[[Evidence], Tensor]) -> Callable[[Evidence], Tensor]:
+    """`function`, a user's own signal called `name`; whatever it returns is checked: a finite number per response."""
+
+    def signal(evidence: Evidence) -> Tensor:
         value = function(evidence)
         want = f"return a finite float tensor of shape [{len(evidence.reading.rollout)}], a number per response"
         if not isinstance(value, Tensor):
-            raise UserError(f"{spec!r} returned {type(value).__name__}", where="reward", fix=want)
+            raise UserError(f"{name!r} returned {type(value).__name__}", where="reward", fix=want)
         if not value.is_floating_point() or value.shape != (len(evidence.reading.rollout),):
-            raise UserError(f"{spec!r} returned {value.dtype} {list(value.shape)}", where="reward", fix=want)
+            raise UserError(f"{name!r} returned {value.dtype} {list(value.shape)}", where="reward", fix=want)
         if not torch.isfinite(value).all():
-            raise UserError(f"{spec!r} returned a value that is not finite", where="reward", fix=want)
+            raise UserError(f"{name!r} returned a value that is not finite", where="reward", fix=want)
         return value
 
-    return checked
+    return signal

@@ -80,7 +80,11 @@ GATES = ("ended",)
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A reward, but for the model that reads."""
+    """A reward, but for the model that reads.
+
+    >>> RewardConfig({"coherence": 1.0, "repetition": -0.5}, normalise="none").compares
+    False
+    """
 
     weights: Mapping[str, float]
     """Signal (or `preference:FOLDER`, or `module:function` of your own) → weight; 0 reports a signal without rewarding

@@ -16,7 +16,7 @@ from torch import Tensor
 from adhere.errors import RunFailed, UserError, unknown_name
 from adhere.inspection.inspection import Inspection
 from adhere.reward import controls, signals
-from adhere.reward.custom import user_function
+from adhere.reward.custom import checked, user_function
 from adhere.reward.evidence import gather, maps_read
 from adhere.reward.group import counted, gate, group_normalise
 from adhere.reward.heads import CopyHeads, check_shape, copy_heads
@@ -57,12 +57,22 @@ class Reward:
     """A reward bound to the model that reads: call it on a rollout, or `score` texts.
 
     `policy` is read as it is and never copied. While it is trained, give `reference`, a frozen policy that reads in its
-    place (`policy.reference()`), unless the config says `scorer: policy`. `heads` are the copy heads of the model that
+    place (`policy.reference()`), unless the config says `scorer: policy`. `functions`: signals of
+    your own that the config names and that no module need hold. `heads` are the copy heads of the model that
     reads; where a signal needs them and none are given, they are looked up or measured now (`heads.copy_heads`), and
     never change afterwards: no prompt and no other response has a part in them.
 
     Raises `UserError`: the reward was made for another kind of model, or the heads were; or the model has no copy heads
     of its own to be found.
+
+    >>> from adhere.model.policy import Policy
+    >>> from adhere.toy import model_path
+    >>> policy = Policy.load(model_path("causal"), device="cpu")
+    >>> reward = Reward(RewardConfig({"coherence": 1.0}, normalise="none"), policy)
+    >>> story = "mary went to the garden . john is in the office . where is mary ? answer :"
+    >>> garden, office = reward.score([story] * 2, ["garden", "office"]).reward.tolist()
+    >>> garden > office
+    True
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class Reward:
         policy: Policy,
         heads: CopyHeads | None = None,
         reference: Policy | None = None,
+        functions: Mapping[str, Callable[[Evidence], Tensor]] | None = None,
     ) -> None:
         if config.made_for not in (None, policy.kind):
             what = f"was made for {config.made_for}, and this model is {policy.kind}"
@@ -79,6 +90,7 @@ class Reward:
         self.policy = policy
         self.reference = reference if config.scorer == "reference" else None
         self.classes = token_classes(policy.tokenizer)
+        self.functions = functions or {}
         self._functions = {name: self._function(name) for name in config.weights}
         if heads is not None:
             check_shape(heads, self.scorer)
@@ -199,7 +211,7 @@ class Reward:
             return partial(FORMULAS[name], **options)
         if name.startswith(PREFERENCE):
             return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
-        return user_function(name)
+        return checked(name, self.functions[name]) if name in self.functions else user_function(name)
 
     def evidence(self, rollout: Rollout, scorer: Policy | None = None, reading: Reading | None = None) -> Evidence:
         """What this reward's signals read of a rollout: see `adhere.reward.evidence.gather`."""

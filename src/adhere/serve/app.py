@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from adhere.errors import UserError
 from adhere.integrations.openrlhf import groups_of
-from adhere.rank import Group, read_groups, score_groups
+from adhere.ranking import Group, read_groups, score_groups
 from adhere.reward.named import Reads
 from adhere.reward.reward import Reward
 from adhere.serve import wire

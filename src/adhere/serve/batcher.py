@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adhere.errors import UserError
-from adhere.rank import Group
+from adhere.ranking import Group
 
 Figures = dict[str, Any]
 Score = Callable[[Sequence[Group]], list[list[Figures]]]

@@ -32,3 +32,13 @@ class RankConfig:
         if self.margin and self.keep != "pairs":
             faults.append(UserError(f"margin is for pairs, and keep is {self.keep}", fix="leave it out, or keep pairs"))
         check(self, *faults)
+
+    def check_draw(self) -> None:
+        """Raise `UserError` where candidates that are to be drawn cannot differ, or are too few for a pair."""
+        if self.keep == "pairs" and self.num_samples < 2:
+            raise UserError("a pair needs two candidates", fix="set num_samples to 2 or above")
+        if self.num_samples > 1 and self.sampling.temperature == 0:
+            raise UserError(
+                f"at temperature 0 all {self.num_samples} candidates are the same",
+                fix="set temperature above 0, or num_samples to 1",
+            )

@@ -22,7 +22,7 @@ from adhere.data import Row
 from adhere.errors import TooLong, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
-from adhere.rank_settings import RankConfig
+from adhere.ranking_settings import RankConfig
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
 
@@ -108,6 +108,15 @@ def served_candidates(policy: Policy, complete: Complete) -> Draw:
         return _rollout(policy, _names(rows), prompts, complete([row.prompt for row in rows], seed))
 
     return draw
+
+
+def bring_candidates(brought: int, total: int, without: str) -> bool:
+    """Whether rows bring their candidates, `brought` of `total` rows: all, or none. Raises `UserError` for some;
+    `without` is a row that has none."""
+    if 0 < brought < total:
+        what = f"no `candidates`, which {brought} of {total} rows bring"
+        raise UserError(what, where=without, fix="give candidates in every row or in none")
+    return brought > 0
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
