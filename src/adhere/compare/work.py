@@ -57,6 +57,7 @@ def load(job: Job) -> Policy:
         lora=settings.lora,
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
+        train=True,
     )
 
 

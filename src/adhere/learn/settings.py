@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from adhere.data import Columns
 from adhere.errors import UserError
 from adhere.learn import trackers
 from adhere.learn.algorithms import GRPO, PPO, Algorithm, Reinforce
 from adhere.learn.stopping import Stopping
-from adhere.model.settings import Lora, Sampling
+from adhere.model.settings import Lora, Sampling, check_training_dtype
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,12 @@ class TrainConfig:
     """When to stop early."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
+    save: Literal["merged", "adapter", "both"] = "both"
+    """What a run with --lora leaves: the merged model in model/, adapter/ in PEFT's format, or both."""
     columns: Columns = field(default_factory=Columns)
     """How the fields of a row are named."""
     dtype: str = "auto"
-    """Weights' type: auto, float32, bfloat16 or float16."""
+    """What forwards compute in: float32 (auto too) or bfloat16; the trained weights are float32 in either case."""
     device: str = "auto"
     """cpu, cuda, mps or auto."""
     attention: str = "auto"
@@ -118,10 +120,39 @@ class TrainConfig:
                     fix="set num_samples to 2 or above, or use ppo or reinforce",
                 )
             )
+        faults += [
+            UserError(f"{name} is {value}", fix="set it to a finite number")
+            for name, value in (("weight_decay", self.weight_decay), ("kl_coef", self.kl_coef))
+            if value == math.inf
+        ]
+        if not self.max_grad_norm > 0:
+            faults.append(UserError(f"max_grad_norm is {self.max_grad_norm}", fix="set it above 0"))
+        if self.lora is None and self.save == "adapter":
+            faults.append(UserError("save is adapter, but no adapter is trained", fix="add --lora"))
+        try:
+            check_training_dtype(self.dtype)
+        except UserError as fault:
+            faults.append(fault)
         if self.sampling.temperature == 0:
             faults.append(UserError("training samples greedily (temperature 0)", fix="set temperature above 0"))
         if faults:
             raise faults[0] if len(faults) == 1 else UserError("; ".join(str(fault) for fault in faults))
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether a finished run leaves `model/`."""
+        return self.lora is None or self.save != "adapter"
+
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether a finished run leaves `adapter/`."""
+        return self.lora is not None and self.save != "merged"
+
+    @property
+    def resumes_with(self) -> dict[str, Any]:
+        """What a run keeps when it is resumed: other values would make other weights of the same checkpoint."""
+        lora = {} if self.lora is None else {f"lora_{name}": value for name, value in asdict(self.lora).items()}
+        return {"dtype": "bfloat16" if self.dtype == "bfloat16" else "float32", "lora": self.lora is not None, **lora}
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0: warm-up, then the schedule down to zero at the end."""
