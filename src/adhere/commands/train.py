@@ -104,6 +104,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         lora=config.lora,
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
+        train=True,
     )
     main = PartialState(cpu=policy.device.type == "cpu").is_main_process
     if not main:  # of a distributed run one process speaks, asks and writes
@@ -142,11 +143,15 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if trained.interrupted:
         console.note(f"interrupted at step {trained.steps}; go on with: adhere train --resume --output {run}")
         return INTERRUPTED
-    write_card(run, repo, chat=any(not isinstance(row.prompt, str) for row in rows))
-    console.note(f"{trained.steps} steps; model in {run / 'model'}, report in {page}")
-    found = {"steps": trained.steps, "stopped": trained.stopped, "model": run / "model", "report": page}
+    if config.leaves_model:
+        write_card(run, repo, chat=any(not isinstance(row.prompt, str) for row in rows))
+    model, adapter = config.leaves_model and run / "model", config.leaves_adapter and run / "adapter"
+    left = ", ".join(f"{place.name} in {place}" for place in (model, adapter) if place)
+    console.note(f"{trained.steps} steps; {left}, report in {page}")
+    found = {"steps": trained.steps, "stopped": trained.stopped, "model": model or None, "adapter": adapter or None,
+             "report": page}  # fmt: skip
     if repo:
-        found["hub"] = hub.push(run / "model", repo, f"{trained.steps} steps of adhere train")
+        found["hub"] = hub.push(model or run / "adapter", repo, f"{trained.steps} steps of adhere train")
         console.note(f"pushed to {found['hub']}")
     console.result(found)
     return 0

@@ -54,6 +54,7 @@ def load(job: Job) -> Policy:
         lora=options.lora,
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
+        train=True,
     )
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,6 +20,9 @@ from torch import nn
 
 from adhere.errors import UserError
 from adhere.files import atomic_dir
+from adhere.model.checkpoint_files import one_line
+from adhere.model.precision import require_finite
+from adhere.resume import require_same
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 
@@ -32,23 +37,38 @@ class TrainState:
     """Current KL coefficient (changes only with adaptive control)."""
     baseline: float | None = None
     """Running mean reward, for algorithms that use one."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the run must be told again when it is resumed."""
 
 
 def save(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: TrainState
 ) -> None:
-    """Write a checkpoint; it appears under its name only when whole."""
+    """Write a checkpoint; it appears under its name only when whole.
+
+    Raises `RunFailed` where a parameter is not finite: the checkpoint before it is worth more."""
+    require_finite(parameters.items())
     with atomic_dir(folder) as building:
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, building / WEIGHTS)
         save_file(_flatten(parameters, optimizer), building / OPTIMIZER)
         (building / STATE).write_text(json.dumps(asdict(state)))
 
 
-def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainState:
+def restore(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    options: Mapping[str, Any],
+) -> TrainState:
     """Load a checkpoint into `parameters` and `optimizer` in place.
 
-    Raises `UserError` when it belongs to another model, adapter or algorithm."""
-    weights = _read(folder / WEIGHTS)
+    Raises `UserError` before anything is changed: it is damaged, it was begun with other `options`, or it belongs to
+    another model, adapter or algorithm."""
+    with one_line("the checkpoint is damaged", str(folder), "remove that folder to go on from the one before"):
+        state = TrainState(**json.loads((folder / STATE).read_text("utf-8")))
+        weights, slots = _read(folder / WEIGHTS), _read(folder / OPTIMIZER)
+    fix = "resume with the options it was started with, or choose another --output"
+    require_same(state.options, options, where=folder, fix=fix)
     if weights.keys() != parameters.keys():
         odd = sorted(weights.keys() ^ parameters.keys())[:3]
         raise UserError(
@@ -56,14 +76,22 @@ def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.
             where=str(folder),
             fix="resume with the model, --lora and --algorithm it was started with",
         )
+    for name, parameter in parameters.items():
+        (one, begun), (other, now) = ((w.dtype, list(w.shape)) for w in (weights[name], parameter))
+        if (one, begun) != (other, now):
+            raise UserError(
+                f"{name} is {str(one).removeprefix('torch.')} {begun} in the checkpoint, "
+                f"{str(other).removeprefix('torch.')} {now} in this run",
+                where=str(folder),
+                fix="resume with the model and the options it was started with",
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    slots = _read(folder / OPTIMIZER)
     for name, parameter in parameters.items():
-        state = {key.rsplit("/", 1)[1]: value for key, value in slots.items() if key.rsplit("/", 1)[0] == name}
-        optimizer.state[parameter] = {key: _placed(key, value, parameter) for key, value in state.items()}
-    return TrainState(**json.loads((folder / STATE).read_text()))
+        own = {key.rsplit("/", 1)[1]: value for key, value in slots.items() if key.rsplit("/", 1)[0] == name}
+        optimizer.state[parameter] = {key: _placed(key, value, parameter) for key, value in own.items()}
+    return state
 
 
 def latest(run: Path) -> Path | None:

@@ -5,12 +5,16 @@ Its forward is the differentiable reading of a rollout, with the prompt of a gro
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
 from adhere.learn.batch import Outputs
+from adhere.model import adapters
 from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.policy import Policy
+from adhere.model.precision import computing
 from adhere.model.prefix import plain_forwards, shared_forwards
 from adhere.types import Rollout
 
@@ -22,6 +26,7 @@ class Learner(nn.Module):
         super().__init__()
         self.network = policy.network
         self.share = policy.shares_prefixes
+        self.device, self.compute = policy.device, policy.compute
         self.value_head: nn.Linear | None = None
         if value_head:
             width = policy.network.get_output_embeddings().weight.shape[1]
@@ -32,11 +37,15 @@ class Learner(nn.Module):
     def forward(self, rollout: Rollout) -> Outputs:
         parts = shared_forwards if self.share else plain_forwards
         logprobs, entropy, values = [], [], []
-        for part in parts(self.network, rollout, hidden=self.value_head is not None):
-            logprobs.append(token_logprobs(part.logits, rollout.response_ids[:, part.response], rollout.temperature))
-            entropy.append(token_spread(part.logits.detach(), rollout.temperature)[0])
-            if self.value_head is not None and part.hidden is not None:
-                values.append(self.value_head(part.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float())
+        # Dropout of adapters belongs to the update, not to the values that are read before it.
+        dropping = adapters.dropout(self.network) if torch.is_grad_enabled() else nullcontext()
+        with dropping, computing(self.device, self.compute):
+            for part in parts(self.network, rollout, hidden=self.value_head is not None):
+                given = rollout.response_ids[:, part.response]
+                logprobs.append(token_logprobs(part.logits, given, rollout.temperature))
+                entropy.append(token_spread(part.logits.detach(), rollout.temperature)[0])
+                if self.value_head is not None and part.hidden is not None:
+                    values.append(self.value_head(part.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float())
         padding = ~rollout.response_mask
         return Outputs(
             torch.cat(logprobs, dim=1).masked_fill(padding, 0.0),

@@ -7,16 +7,16 @@ Imports no torch, so that the command line explains and checks options at once. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from adhere.data import Columns
 from adhere.errors import UserError
 from adhere.learn import trackers
 from adhere.learn.stopping import Stopping
-from adhere.model.settings import Lora, Sampling
-from adhere.options import AtLeast
+from adhere.model.settings import Lora, Sampling, check_training_dtype
+from adhere.options import Above, AtLeast, AtMost, Below, check
 
 KLPlace = Literal["reward", "loss"]
 Scale = Literal["group", "batch", "none"]
@@ -27,15 +27,18 @@ LossOver = Literal["token", "sequence"]
 class _ChargesKL:
     """The options of every algorithm that charges for KL from the start."""
 
-    kl_coef: float = 0.04
+    kl_coef: Annotated[float, AtLeast(0), Below(math.inf)] = 0.04
     """Weight of the KL divergence from the start."""
-    kl_target: float | None = None
+    kl_target: Annotated[float, Above(0)] | None = None
     """Adapt kl_coef to keep KL near this many nats a response; nothing keeps it fixed."""
     kl_in: KLPlace = "reward"
     """Where KL from the start is charged: off the reward, or added to the loss."""
 
     def __post_init__(self) -> None:
-        _raise(_faults(self))
+        faults = []
+        if self.kl_target is not None and self.kl_coef == 0:
+            faults.append(UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too"))
+        check(self, *faults)
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,19 @@ class PPO(_ChargesKL):
     needs_reference: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
 
-    epochs: int = 2
+    epochs: Annotated[int, AtLeast(1)] = 2
     """Passes over each rollout."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Above(0), AtMost(1)] = 0.2
     """How far below 1 the probability ratio may fall before it is clipped."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Above(0)] = 0.2
     """How far above 1 the probability ratio may rise before it is clipped."""
-    gamma: float = 1.0
+    gamma: Annotated[float, AtLeast(0), AtMost(1)] = 1.0
     """Discount a token."""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[float, AtLeast(0), AtMost(1)] = 0.95
     """Generalised advantage estimation: 0 trusts the value head, 1 the outcome."""
-    value_coef: float = 0.1
+    value_coef: Annotated[float, AtLeast(0)] = 0.1
     """Weight of the value loss."""
-    value_clip: float = 0.2
+    value_clip: Annotated[float, AtLeast(0)] = 0.2
     """How far a value may move from what it was at sampling."""
 
 
@@ -85,11 +88,11 @@ class RLOO(_ChargesKL):
     needs_reference: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = True
 
-    epochs: int = 1
+    epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each rollout."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Above(0), AtMost(1)] = 0.2
     """How far below 1 the probability ratio may fall before it is clipped."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Above(0)] = 0.2
     """How far above 1 the probability ratio may rise before it is clipped."""
 
 
@@ -103,11 +106,11 @@ class GRPO(_ChargesKL):
     compares_samples: ClassVar[bool] = True
 
     kl_in: KLPlace = "loss"
-    epochs: int = 1
+    epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each rollout."""
-    clip_low: float = 0.2
+    clip_low: Annotated[float, Above(0), AtMost(1)] = 0.2
     """How far below 1 the probability ratio may fall before it is clipped."""
-    clip_high: float = 0.2
+    clip_high: Annotated[float, Above(0)] = 0.2
     """How far above 1 the probability ratio may rise before it is clipped; 0.28 is DAPO's clip-higher."""
     scale: Scale = "group"
     """Rewards are divided by the deviation of the group, of the batch, or (Dr. GRPO) not."""
@@ -127,13 +130,13 @@ class DPO:
     kl_coef: ClassVar[float] = 0.0
     kl_target: ClassVar[float | None] = None
 
-    epochs: int = 1
+    epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each rollout."""
-    beta: float = 0.1
+    beta: Annotated[float, Above(0)] = 0.1
     """Strength of the pull towards the reference."""
 
     def __post_init__(self) -> None:
-        _raise(_faults(self))
+        check(self)
 
 
 Algorithm = PPO | Reinforce | RLOO | GRPO | DPO
@@ -160,46 +163,48 @@ class TrainConfig:
     """Copy heads that `adhere heads` or a run has saved (default: those of the model, measured where need be)."""
     algorithm: Algorithm = field(default_factory=GRPO)
     """How the reward becomes an update."""
-    steps: int = 100
+    steps: Annotated[int, AtLeast(1)] = 100
     """Training steps."""
-    prompts_per_step: int = 16
+    prompts_per_step: Annotated[int, AtLeast(1)] = 16
     """Prompts drawn for each step."""
-    num_samples: int = 8
+    num_samples: Annotated[int, AtLeast(1)] = 8
     """Responses sampled to each prompt (the group)."""
     sampling: Sampling = field(default_factory=Sampling)
     """How responses are drawn."""
-    learning_rate: float = 1e-5
+    learning_rate: Annotated[float, Above(0), Below(math.inf)] = 1e-5
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 5
+    warmup_steps: Annotated[int, AtLeast(0)] = 5
     """Steps over which the learning rate rises from zero."""
-    schedule: str = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after warm-up: linear, cosine or constant."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, AtLeast(0), Below(math.inf)] = 0.0
     """Decoupled weight decay of AdamW."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Above(0)] = 1.0
     """Gradients are scaled down to this norm."""
-    max_tokens: int = 16_384
+    max_tokens: Annotated[int, AtLeast(1)] = 16_384
     """Tokens of one forward and backward, padding included; larger batches are accumulated."""
     seed: int = 0
     """Seed of data order and sampling."""
-    save_every: int = 50
+    save_every: Annotated[int, AtLeast(1)] = 50
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, AtLeast(1)] = 2
     """Newest checkpoints to keep."""
-    log_samples: int = 4
+    log_samples: Annotated[int, AtLeast(0)] = 4
     """Responses written to samples.jsonl at each step."""
-    completions_every: int = 1
+    completions_every: Annotated[int, AtLeast(0)] = 1
     """Steps between Parquet tables of all completions with their scores; 0 writes none."""
     stopping: Stopping = field(default_factory=Stopping)
     """When to stop early."""
     lora: Lora | None = None
     """Train low-rank adapters instead of all weights."""
+    save: Literal["merged", "adapter", "both"] = "both"
+    """What a run with --lora leaves: the merged model in model/, adapter/ in PEFT's format, or both."""
     limit: Annotated[int, AtLeast(1)] | None = None
     """Read the first N prompts only; nothing reads all."""
     columns: Columns = field(default_factory=Columns)
     """How the fields of a row are named."""
     dtype: str = "auto"
-    """Weights' type: auto, float32, bfloat16 or float16."""
+    """What forwards compute in: float32 (auto too) or bfloat16; the trained weights are float32 in either case."""
     device: str = "auto"
     """cpu, cuda, mps or auto."""
     attention: str = "auto"
@@ -214,9 +219,7 @@ class TrainConfig:
     """Run code that comes with the model. Off unless you know whose code it is."""
 
     def __post_init__(self) -> None:
-        faults = [*_faults(self), *filter(None, map(trackers.fault, self.trackers))]
-        if self.learning_rate == math.inf:
-            faults.append(UserError("learning_rate is inf", fix="set it to a finite number"))
+        faults = [*filter(None, map(trackers.fault, self.trackers))]
         if self.num_samples < 2 and self.algorithm.compares_samples:
             faults.append(
                 UserError(
@@ -224,9 +227,31 @@ class TrainConfig:
                     fix="set num_samples to 2 or above, or use ppo or reinforce",
                 )
             )
+        if self.lora is None and self.save == "adapter":
+            faults.append(UserError("save is adapter, but no adapter is trained", fix="add --lora"))
+        try:
+            check_training_dtype(self.dtype)
+        except UserError as fault:
+            faults.append(fault)
         if self.sampling.temperature == 0:
             faults.append(UserError("training samples greedily (temperature 0)", fix="set temperature above 0"))
-        _raise(faults)
+        check(self, *faults)
+
+    @property
+    def leaves_model(self) -> bool:
+        """Whether a finished run leaves `model/`."""
+        return self.lora is None or self.save != "adapter"
+
+    @property
+    def leaves_adapter(self) -> bool:
+        """Whether a finished run leaves `adapter/`."""
+        return self.lora is not None and self.save != "merged"
+
+    @property
+    def resumes_with(self) -> dict[str, Any]:
+        """What a run keeps when it is resumed: other values would make other weights of the same checkpoint."""
+        lora = {} if self.lora is None else {f"lora_{name}": value for name, value in asdict(self.lora).items()}
+        return {"dtype": "bfloat16" if self.dtype == "bfloat16" else "float32", "lora": self.lora is not None, **lora}
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 0: warm-up, then the schedule down to zero at the end."""
@@ -242,57 +267,3 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
 }
 """Share of training done after warm-up → share of the peak learning rate."""
-
-
-@dataclass(frozen=True)
-class _Range:
-    """The values that an option may take: from 0 (or above it) or from `least` on, to `most`."""
-
-    least: float = 0.0
-    most: float = math.inf
-    above: bool = False
-    """`least` itself is out."""
-
-    def fault(self, name: str, value: float) -> UserError | None:
-        """The error for a value outside; NaN is outside."""
-        if (value > self.least if self.above else value >= self.least) and value <= self.most:
-            return None
-        start = f"above {self.least:g}" if self.above else f"to {self.least:g} or above"
-        limit = f", at most {self.most:g}" if self.most < math.inf else ""
-        return UserError(f"{name} is {value}", fix=f"set it {start}{limit}")
-
-
-RANGES: dict[str, _Range] = {
-    **dict.fromkeys(("steps", "prompts_per_step", "num_samples", "max_tokens", "save_every"), _Range(1)),
-    **dict.fromkeys(("keep_checkpoints", "epochs"), _Range(1)),
-    **dict.fromkeys(("warmup_steps", "weight_decay", "log_samples", "completions_every", "kl_coef"), _Range()),
-    **dict.fromkeys(("value_coef", "value_clip"), _Range()),
-    **dict.fromkeys(("gamma", "gae_lambda"), _Range(most=1)),
-    **dict.fromkeys(("learning_rate", "kl_target", "clip_high", "beta"), _Range(above=True)),
-    "clip_low": _Range(most=1, above=True),
-}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "kl_in": get_args(KLPlace),
-    "scale": get_args(Scale),
-    "loss_over": get_args(LossOver),
-    "schedule": tuple(SCHEDULES),
-}
-
-
-def _faults(options: Any) -> list[UserError]:
-    """Every option out of its range, or none of its choices."""
-    given = {option.name: getattr(options, option.name) for option in fields(options)}
-    ranges = (RANGES[name].fault(name, value) for name, value in given.items() if name in RANGES and value is not None)
-    faults = [fault for fault in ranges if fault is not None]
-    for name, value in given.items():
-        if name in CHOICES and value not in CHOICES[name]:
-            faults.append(UserError(f"{name} is {value!r}", fix=f"use one of {', '.join(CHOICES[name])}"))
-    if given.get("kl_target") is not None and given["kl_coef"] == 0:
-        faults.append(UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too"))
-    return faults
-
-
-def _raise(faults: Sequence[UserError]) -> None:
-    """Raise all faults together, if there are any."""
-    if faults:
-        raise faults[0] if len(faults) == 1 else UserError("; ".join(str(fault) for fault in faults))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Annotated
 
-from adhere.errors import UserError
+from adhere.options import AtLeast, check
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,11 @@ class Stopping:
     """Stop when more than this share of groups give every sample the same reward (1 = never)."""
     min_entropy_ratio: float = 0.02
     """Stop when mean entropy falls below this share of the first steps' (0 = never)."""
-    window: int = 10
+    window: Annotated[int, AtLeast(1)] = 10
     """Steps that a limit is judged over."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UserError(f"stopping window is {self.window}", fix="set it to 1 or above")
+        check(self)
 
 
 def reason_to_stop(history: Sequence[dict[str, float]], limits: Stopping) -> str | None:

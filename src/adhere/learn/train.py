@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import broadcast
+from peft import PeftModel
 from torch import Tensor, nn
 
 from adhere.data import Row
@@ -28,19 +29,21 @@ from adhere.files import atomic_dir, require_space
 from adhere.learn import checkpoint
 from adhere.learn.algorithms import next_baseline, next_kl_coef, with_advantages
 from adhere.learn.batch import Batch
+from adhere.learn.launch import accelerator
 from adhere.learn.learner import Learner
 from adhere.learn.run_log import RunLog
 from adhere.learn.settings import TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.learn.update import totals_of, update, values_of
+from adhere.model import adapters
 from adhere.model.policy import Policy
+from adhere.model.precision import quantised
 from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
 from adhere.reward.named import Reads, config_of
 from adhere.reward.reward import Reward
 from adhere.types import Rollout, Scores
 
 Metrics = dict[str, float]
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 OnStep = Callable[[Metrics], None]
 
 
@@ -106,7 +109,10 @@ class Trainer:
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.policy, self.run = config, policy, run
-        self.accelerator = Accelerator(cpu=policy.device.type == "cpu")
+        self.accelerator = accelerator(policy.device, config.dtype)
+        policy.prepare_training(config.dtype)
+        if config.leaves_model and quantised(policy.model):
+            raise UserError("an adapter cannot be merged into quantised weights", fix="use --save adapter")
         self.prompts = policy.encode(
             [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
         )
@@ -124,10 +130,10 @@ class Trainer:
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         _same_everywhere(self.accelerator, self.parameters)
-        self.state = checkpoint.TrainState(kl_coef=config.algorithm.kl_coef)
+        self.state = checkpoint.TrainState(kl_coef=config.algorithm.kl_coef, options=config.resumes_with)
         begun = checkpoint.latest(run) if resume else None
         if begun is not None:
-            self.state = checkpoint.restore(begun, self.parameters, self.optimizer)
+            self.state = checkpoint.restore(begun, self.parameters, self.optimizer, config.resumes_with)
             if config.algorithm.kl_target is None:  # fixed: a run that stopped early may go on with another
                 self.state.kl_coef = config.algorithm.kl_coef
         on_start()
@@ -167,11 +173,15 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def save_model(self) -> None:
-        """Write the trained model to `model/`, for AutoModel."""
+        """Write the trained model to `model/`, for AutoModel, and its adapter to `adapter/`, for PEFT, as asked."""
         if self.accelerator.is_main_process:
-            require_space(self.run, sum(p.numel() * p.element_size() for p in self.policy.network.parameters()))
-            with atomic_dir(self.run / "model") as building:
-                self.policy.save(building)
+            if self.config.leaves_model:
+                require_space(self.run, 4 * sum(p.numel() for p in self.policy.network.parameters()))
+                with atomic_dir(self.run / "model") as building:
+                    self.policy.save(building)
+            if self.config.leaves_adapter and isinstance(self.policy.model, PeftModel):
+                with atomic_dir(self.run / "adapter") as building:
+                    adapters.save(self.policy.model, building)
         self.accelerator.wait_for_everyone()
 
     def _heads(self, resume: bool) -> CopyHeads | None:
@@ -314,14 +324,7 @@ def _agreement(rollout: Rollout) -> float:
 
 
 def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give every process the first one's weights: a fresh adapter is drawn at random.
-
-    Raises `UserError` for engines that shard the weights, which sampling and reading would have to gather."""
-    if accelerator.distributed_type in SHARDED:
-        raise UserError(
-            f"training on {accelerator.distributed_type.value} is not supported",
-            fix="launch with plain data parallelism: accelerate launch --num_processes N",
-        )
+    """Give every process the first one's weights: a fresh adapter is drawn at random."""
     if accelerator.num_processes > 1:
         for parameter in parameters.values():
             broadcast(parameter.data)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers import AutoModel
 
 from adhere.data import Row
 from adhere.errors import UserError
+from adhere.model.checkpoint_files import one_line, require_whole
+from adhere.model.load import load_network
 from adhere.model.policy import Policy
 from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward
@@ -25,14 +30,16 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise UserError("an embedder needs sentence-transformers", fix="pip install 'adhere[eval]'") from error
-        try:
+        if Path(path).is_dir():
+            require_whole(Path(path))
+        with one_line("no embedder", path, "give a folder or hub id of a sentence-transformers model"):
             self._model: SentenceTransformer = SentenceTransformer(
                 path, device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            fix = "give a folder or hub id of a sentence-transformers model"
-            raise UserError(f"no embedder ({reason})", where=path, fix=fix) from error
+            network = self._model.transformers_model
+        if network is not None:  # it draws missing weights at random; pooling by mean or first token reads no pooler
+            source = str(network.config._name_or_path)
+            load_network(source, lambda _: AutoModel, new=lambda _, name: name.startswith("pooler."))
 
     def relevance(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Cosine between the embeddings of each prompt and its response, in [−1, 1]."""

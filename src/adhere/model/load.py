@@ -1,32 +1,46 @@
-"""A checkpoint, from a folder or the hub, made into a network and a tokenizer that fit each other. safetensors only."""
+"""A checkpoint, from a folder or the hub, made into a network and a tokenizer that fit each other.
+
+The one place that loads a network: policies, reward models and embedders. Every weight of the network comes from the
+file, and every weight of the file has its place; safetensors only. What libraries raise becomes one line.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from adhere.errors import UnsupportedModel, UserError
+from adhere.model import adapters
+from adhere.model.adapters import some
+from adhere.model.checkpoint_files import (
+    CONFIG,
+    has_tokenizer,
+    one_line,
+    require_model,
+    require_tokenizer,
+    require_whole,
+)
 from adhere.model.embedded import located
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
+LOADABLE = "give a folder or hub id that transformers can load"
+NO_ADAPTER = {"subfolder": ".no-adapter"}
+"""Keeps transformers from applying an adapter by itself, frozen and without a look at its weights."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -51,49 +65,186 @@ def load(
     """Load `path` (a folder, a hub id or `toy-causal`, `toy-encdec`), causal or encoder–decoder as its configuration
     says, in evaluation mode.
 
-    Dropout stays off for good: the log-probs of an update must be those of the sample.
-    Raises `UnsupportedModel`: no configuration, no tokenizer, no end-of-sequence token, pickle weights, or a vocabulary
-    larger than the embedding.
+    The folder may hold a LoRA adapter: its base is loaded and the adapter merged into it. Dropout stays off for good:
+    the log-probs of an update must be those of the sample.
+    Raises `UnsupportedModel`: no configuration, no tokenizer, no end-of-sequence token, pickle weights, a damaged file,
+    weights that are missing or left over, or a vocabulary larger than the embedding.
+    """
+    model = load_network(
+        path,
+        lambda config: AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+    )
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    _fit(model, tokenizer, path)
+    return model, tokenizer
+
+
+def load_network(
+    path: str,
+    kind: Callable[[PreTrainedConfig], Any],
+    *,
+    new: Callable[[PreTrainedModel, str], bool] = lambda network, name: False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The network at `path`, in evaluation mode, of the auto class that `kind` picks from its configuration.
+
+    `new(network, name)` says which weights may be missing or left over, because a head is put on; `options` go to
+    transformers. Raises `UnsupportedModel` as `load` does.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
-    where, path = str(path), located(path)
-    _check_folder(Path(path), where)
-    options = {"trust_remote_code": trust_remote_code}
+    path = located(path)
+    adapter = _adapter(path)
+    if adapter is not None and (base := adapters.base_of(path, adapter)) != path:
+        network = load_network(
+            base,
+            kind,
+            new=new,
+            dtype=dtype,
+            device=device,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        return adapters.merge(network, path, adapter)
+    if Path(path).is_dir():
+        require_model(Path(path))
+    place = pick_device(device)
     try:
-        config = AutoConfig.from_pretrained(path, **options)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        implementation = {} if attention == "auto" else {"attn_implementation": attention}
-        model = auto.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True, **implementation, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedModel(
-            f"cannot be loaded: {_first_line(error)}",
-            where=where,
-            fix="give a folder or hub id that transformers can load",
-        ) from error
-    _fit(model, tokenizer, where)
-    torch.nn.Module.to(model, pick_device(device))
-    return model.eval(), tokenizer
+        with one_line("cannot be loaded", path, _remedy(trust_remote_code)):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _choose_attention(config, attention, path)
+        with one_line(_failed(config), path, _package(config) or LOADABLE):
+            network, found = kind(config).from_pretrained(
+                path,
+                config=config,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are told by name, below
+                adapter_kwargs=NO_ADAPTER,
+                trust_remote_code=trust_remote_code,
+                **({"device_map": {"": place}} if _quantiser(config) else {}),
+                **options,
+            )
+    except UnsupportedModel:
+        if (cached := _cached(path)) is not None:
+            require_whole(cached)  # names the file
+        raise
+    _require_every_weight(network, found, path, new)
+    if not _quantiser(config):
+        torch.nn.Module.to(network, place)
+    if adapter is not None:
+        network = adapters.merge(network, path, adapter)
+    network.eval()
+    assert isinstance(network, PreTrainedModel)
+    return network
 
 
-def _check_folder(folder: Path, where: str) -> None:
-    if not folder.is_dir():
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`; where an adapter has none of its own, that of its base.
+
+    Raises `UnsupportedModel`: no tokenizer, or one that cannot be read."""
+    path = located(path)
+    adapter = _adapter(path)
+    if adapter is not None and not has_tokenizer(adapter) and (base := adapters.base_of(path, adapter)) != path:
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
+    folder = Path(path)
+    if folder.is_dir():
+        require_tokenizer(folder)
+        require_whole(folder)
+    named = folder / "tokenizer.json"
+    with one_line("the tokenizer cannot be loaded", str(named if named.exists() else path), LOADABLE):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _adapter(path: str) -> Path | None:
+    """The folder of the adapter at `path`, if one is there. Raises `UnsupportedModel` where `path` is no folder."""
+    if not Path(path).is_dir() and (Path(path).exists() or path.startswith((".", "/", "~"))):
+        raise UnsupportedModel("is not a folder", where=path, fix="give a model folder or a hub id")
+    return adapters.find(path)
+
+
+def _cached(path: str) -> Path | None:
+    """The folder of the cache that holds what was fetched of a hub id."""
+    if Path(path).is_dir():
+        return None
+    try:
+        found = try_to_load_from_cache(path, CONFIG)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _choose_attention(config: PreTrainedConfig, attention: str, where: str) -> None:
+    """Set the attention implementation: `auto` is what the configuration says, where this machine has that.
+
+    Older versions of transformers left a private `_attn_implementation` in config.json, which is no wish of anybody's:
+    that gives way to the default. Raises `UnsupportedModel` for a written `attn_implementation` that is not there."""
+    if attention != "auto":
+        config._attn_implementation = attention
         return
-    names = {file.name for file in folder.iterdir()}
-    if "config.json" not in names:
-        raise UnsupportedModel("holds no config.json", where=where, fix="give the folder that save_pretrained wrote")
-    if not names.intersection(TOKENIZER_FILES):
+    asked = config._attn_implementation
+    if not isinstance(asked, str) or not asked.startswith("flash_attention") or importlib.util.find_spec("flash_attn"):
+        return
+    with one_line("cannot be loaded", where, LOADABLE):
+        written, _ = PreTrainedConfig.get_config_dict(where)
+    if "attn_implementation" in written:
         raise UnsupportedModel(
-            "holds no tokenizer", where=where, fix="save one beside the model: tokenizer.save_pretrained(folder)"
-        )
-    if not any(name.endswith(".safetensors") for name in names):
-        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
-        raise UnsupportedModel(
-            "holds pickle weights only, which can run code when loaded" if pickled else "holds no weights",
+            f"config.json asks for {asked}, which is not installed",
             where=where,
-            fix="convert them: model.save_pretrained(folder) writes safetensors",
+            fix="take attn_implementation out of config.json (the default reads the same), or use --attention eager",
         )
+    config._attn_implementation = None
+
+
+def _quantiser(config: PreTrainedConfig) -> str | None:
+    """How the weights are quantised, in transformers' word; None where they are not."""
+    said = getattr(config, "quantization_config", None)
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return None if said is None else str(getattr(method, "value", method))
+
+
+def _failed(config: PreTrainedConfig) -> str:
+    method = _quantiser(config)
+    return "cannot be loaded" if method is None else f"its weights are quantised ({method}) and cannot be loaded"
+
+
+def _package(config: PreTrainedConfig) -> str | None:
+    method = _quantiser(config)
+    return None if method is None else "install what the quantised weights need, or give the model unquantised"
+
+
+def _remedy(trust_remote_code: bool) -> str:
+    return LOADABLE if trust_remote_code else f"{LOADABLE}; --trust-remote-code runs code that comes with a model"
+
+
+def _require_every_weight(
+    network: PreTrainedModel, found: dict[str, Any], where: str, new: Callable[[PreTrainedModel, str], bool]
+) -> None:
+    """Raise `UnsupportedModel` unless the file gave every weight its value, and each of its own had a place.
+
+    Weights that are tied, and those that a family is known to store needlessly, transformers has left out already."""
+    fix = "give the whole checkpoint, with the config.json that belongs to it"
+    if found["mismatched_keys"]:
+        name, stored, wanted = min(found["mismatched_keys"], key=lambda key: str(key[0]))
+        more = len(found["mismatched_keys"]) - 1
+        what = f"{name} is {list(stored)} in the file and {list(wanted)} by config.json"
+        raise UnsupportedModel(f"{what}, and {more} more" if more else what, where=where, fix=fix)
+    told = {"missing_keys": "lacks the weights", "unexpected_keys": "holds weights that config.json has no place for:"}
+    for key, what in told.items():
+        if odd := [name for name in found[key] if not new(network, name)]:
+            raise UnsupportedModel(f"{what} {some(odd)}", where=where, fix=fix)
 
 
 def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -119,7 +270,3 @@ def embedding_rows(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

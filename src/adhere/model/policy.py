@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
-from adhere.model import capture, prefix
+from adhere.model import adapters, capture, precision, prefix
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
+from adhere.model.embedded import located
 from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
 from adhere.model.families import attention_layers, shareable
 from adhere.model.fingerprint import fingerprint
@@ -49,6 +50,7 @@ class Policy:
         adapter: bool = True,
         eager: bool = False,
         folder: Path | None = None,
+        compute: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -57,6 +59,8 @@ class Policy:
         assert isinstance(network, PreTrainedModel)
         self.network = network
         self.eager = eager
+        self.compute = compute
+        """What forwards are cast to; None where they compute in the dtype of the weights."""
         self._adapter = adapter
         self._verified = False
 
@@ -70,18 +74,33 @@ class Policy:
         lora: Lora | None = None,
         attention: str = "auto",
         trust_remote_code: bool = False,
+        train: bool = False,
     ) -> Policy:
         """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
-        bypass transformers' attention interface. Raises `UnsupportedModel` (see `adhere.model.load`)."""
+        bypass transformers' attention interface; `train`: its weights are to be trained, in float32 whatever `dtype`
+        it computes in. Raises `UnsupportedModel` (see `adhere.model.load`)."""
         model, tokenizer = load(
-            str(path), dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
+            str(path),
+            dtype=precision.loading_dtype(dtype, lora is not None) if train else dtype,
+            device=device,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
         )
-        eager, folder = attention == "eager", Path(path) if Path(path).is_dir() else None
-        if lora is None:
-            return cls(model, tokenizer, eager=eager, folder=folder)
-        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", task_type=task)
-        return cls(get_peft_model(model, config).eval(), tokenizer, eager=eager, folder=folder)
+        folder = Path(located(str(path)))
+        policy = cls(
+            adapters.add(model, lora) if lora else model,
+            tokenizer,
+            eager=attention == "eager",
+            folder=folder if folder.is_dir() else None,
+        )
+        if train:
+            policy.prepare_training(dtype)
+        return policy
+
+    def prepare_training(self, dtype: str = "auto") -> None:
+        """Keep the weights that are trained in float32, and compute in `dtype` from here on (auto: float32 too).
+        Raises `UserError` for float16, and where all weights are quantised."""
+        self.compute = precision.keep_trained_in_float32(self.model, dtype)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -118,9 +137,12 @@ class Policy:
     def reference(self) -> Policy:
         """A frozen policy that stays what this one is now: the adapter switched off, or a copy without gradients."""
         if isinstance(self.model, PeftModel):
-            return Policy(self.model, self.tokenizer, adapter=False, eager=self.eager, folder=self.folder)
-        frozen = copy.deepcopy(self.network).requires_grad_(False).eval()
-        return Policy(frozen, self.tokenizer, eager=self.eager, folder=self.folder)
+            frozen, adapter = self.model, False
+        else:
+            frozen, adapter = copy.deepcopy(self.network).requires_grad_(False).eval(), True
+        return Policy(
+            frozen, self.tokenizer, adapter=adapter, eager=self.eager, folder=self.folder, compute=self.compute
+        )
 
     def encode(
         self,
@@ -309,11 +331,12 @@ class Policy:
         return torch.cat(found)
 
     def save(self, folder: Path) -> None:
-        """Write weights (adapters merged) and tokenizer so that AutoModel loads them without adhere."""
-        network = self.network
-        if isinstance(self.model, PeftModel):
-            network = copy.deepcopy(self.model).merge_and_unload()
-        network.save_pretrained(folder, safe_serialization=True)
+        """Write weights (adapters merged, in float32) and tokenizer so that AutoModel loads them without adhere.
+
+        Raises `RunFailed` where a weight is not finite."""
+        precision.require_finite(self.model.named_parameters())
+        network = adapters.merged(self.model) if isinstance(self.model, PeftModel) else self.network
+        network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _draw(
@@ -333,7 +356,8 @@ class Policy:
     def _verify(self) -> None:
         """See `capture.verify`; once a policy."""
         if not self._verified:
-            capture.verify(self.network)
+            with precision.exact(self.device):  # the tolerance is that of the weights' dtype
+                capture.verify(self.network)
             self._verified = True
 
     def _read(self, part: Rollout, attention: bool, copy_weights: Tensor | None) -> dict[str, Tensor]:
@@ -397,11 +421,9 @@ class Policy:
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        """The adapter off while this policy is a reference."""
-        if isinstance(self.model, PeftModel) and not self._adapter:
-            with self.model.disable_adapter():
-                yield
-        else:
+        """The adapter off while this policy is a reference, forwards cast to what they compute in."""
+        off = self.model.disable_adapter() if isinstance(self.model, PeftModel) and not self._adapter else nullcontext()
+        with off, precision.computing(self.device, self.compute):
             yield
 
     def _end_tokens(self) -> set[int]:

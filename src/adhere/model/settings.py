@@ -6,24 +6,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from adhere.options import Above, AtLeast, AtMost, check
+from adhere.errors import UserError
+from adhere.options import Above, AtLeast, AtMost, Below, check
+
+TRAINING_DTYPES = ("auto", "float32", "bfloat16")
+"""What a forward can compute in while weights are trained; the trained weights are always float32."""
+
+
+def check_training_dtype(dtype: str) -> None:
+    """Raise `UserError` for a dtype that cannot be trained in."""
+    if dtype == "float16":
+        raise UserError(
+            "float16 cannot be trained in: its gradients underflow, its activations overflow",
+            fix="use --dtype bfloat16, or auto for float32",
+        )
+    if dtype not in TRAINING_DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(TRAINING_DTYPES)}")
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on every linear layer: the frozen base is the reference, so no second copy is held.
+    """Low-rank adapters: the frozen base is the reference, so no second copy is held. Options as PEFT names them.
 
     >>> Lora(rank=8).alpha
     32
     """
 
     rank: Annotated[int, AtLeast(1)] = 16
-    """Rank of the update."""
-    alpha: int = 32
+    """Rank of the update, PEFT's `r`."""
+    alpha: Annotated[int, AtLeast(1)] = 32
     """Scale: the update is multiplied by alpha / rank."""
+    dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
+    """Dropout before each adapter, in the update alone: sampling and scoring go without, so ratios start beside 1."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Modules that get an adapter, by the last part of their names (q_proj v_proj); all-linear is all but the head."""
+    use_rslora: bool = False
+    """Multiply by alpha / √rank instead (rank-stabilised LoRA)."""
 
     def __post_init__(self) -> None:
-        check(self)
+        faults = []
+        if not self.target_modules:
+            fix = "name modules, or leave it out for all linear layers"
+            faults.append(UserError("lora target_modules is empty", fix=fix))
+        check(self, *faults)
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_dir, to_json
-from adhere.model.embedded import located
-from adhere.model.load import pick_device
+from adhere.learn.launch import refuse_environment
+from adhere.model.load import load_network, load_tokenizer
 from adhere.preferences.settings import PreferenceConfig
 from adhere.reward.preference import CARD, PreferenceModel, check_lengths, logits, pair_ids
 
@@ -54,15 +48,9 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
     if (Path(config.output) / CARD).exists():
         raise UserError("already holds a reward model", where=config.output, fix="choose another --output")
     torch.manual_seed(config.seed)
-    backbone = located(config.model)
-    try:
-        encdec = AutoConfig.from_pretrained(backbone).is_encoder_decoder
-        network = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=1, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"no backbone of a reward model ({reason})", where=config.model, fix="give a family that "
-                        "transformers can load as a sequence classifier") from error  # fmt: skip
+    network = load_network(config.model, lambda _: AutoModelForSequenceClassification, new=_head, device=config.device,
+                           dtype="float32", num_labels=1)  # fmt: skip
+    tokenizer = load_tokenizer(config.model)
     network.config.pad_token_id = tokenizer.pad_token_id
     training, held_out = split(rows, config.held_out, config.seed)
     if not training:
@@ -70,8 +58,8 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
     pairs = [tuple(pair_ids(tokenizer, _text(row, tokenizer), str(text)) for text in (row.chosen, row.rejected))
              for row in training]  # fmt: skip
     check_lengths(network, [ids for pair in pairs for ids in pair])
-    torch.nn.Module.to(network, pick_device(config.device))
-    (_loop if encdec else _with_trl)(config, network, tokenizer, [(one, other) for one, other in pairs])
+    learn = _loop if network.config.is_encoder_decoder else _with_trl
+    learn(config, network, tokenizer, [(one, other) for one, other in pairs])
     if any(not bool(torch.isfinite(weight).all()) for weight in network.parameters()):
         raise RunFailed("the reward model's weights are not finite", fix="lower learning_rate")
     model = PreferenceModel(network.eval(), tokenizer)
@@ -83,6 +71,11 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
         card = {"config": asdict(config), "pairs": len(training), "held_out": len(held_out), "accuracy": accuracy}
         (folder / CARD).write_text(to_json(card, indent=2), encoding="utf-8")
     return fitted
+
+
+def _head(network: PreTrainedModel, name: str) -> bool:
+    """Whether a weight is part of a head: the classifier that is put on, or the one that gives way to it."""
+    return not name.startswith(f"{network.base_model_prefix}.")
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -144,6 +137,7 @@ def _with_trl(
     except ImportError as error:
         fix = "pip install 'adhere[trl]'"
         raise UserError("a reward model on a decoder-only backbone needs TRL", fix=fix) from error
+    refuse_environment()
     ready = Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]})
     with tempfile.TemporaryDirectory() as folder:
         arguments = RewardConfig(

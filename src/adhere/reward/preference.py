@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import UserError
 from adhere.model.encode import context_length
+from adhere.model.load import load_network, load_tokenizer
 from adhere.reward.signals import Evidence
 
 CARD = "preference.json"
@@ -35,15 +36,13 @@ class PreferenceModel:
         folder, fix = Path(folder), "give the folder that `adhere preferences fit` wrote"
         try:
             json.loads((folder / CARD).read_text(encoding="utf-8"))
-            network = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"no reward model ({reason})", where=str(folder), fix=fix) from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"no reward model ({error})", where=str(folder), fix=fix) from error
+        network = load_network(str(folder), lambda _: AutoModelForSequenceClassification, device=str(device))
+        tokenizer = load_tokenizer(str(folder))
         if network.config.num_labels != 1:
             raise UserError(f"a head of {network.config.num_labels} labels, not 1", where=str(folder), fix=fix)
-        torch.nn.Module.to(network, device)
-        return cls(network.eval(), tokenizer)
+        return cls(network, tokenizer)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
