@@ -13,7 +13,20 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "files", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
+    {
+        "prompt",
+        "row_prompt",
+        "types",
+        "errors",
+        "files",
+        "options",
+        "row_files",
+        "shards",
+        "data",
+        "config",
+        "markup",
+        "inspection",
+    },
     {"model"},
     {"reward"},
     {"learn"},

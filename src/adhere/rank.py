@@ -6,7 +6,6 @@ ranking is one path. Rows pass batch by batch, and a batch depends on its place 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from array import array
@@ -24,6 +23,7 @@ from adhere.errors import TooLong, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.prompt import prompt_key
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
 
@@ -361,4 +361,4 @@ def _groups(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
 
 
 def _key(row: Row) -> str:
-    return json.dumps(row.prompt)
+    return prompt_key(row.prompt)

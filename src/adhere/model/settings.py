@@ -1,11 +1,14 @@
-"""Options of a model at work: how responses are drawn, which adapters are trained. Imports no torch, so that the
-command line can explain and check them at once."""
+"""Options of a model at work: how prompts reach it, how responses are drawn, what is trained. Imports no torch,
+so that the command line can explain and check them at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from adhere.errors import UserError
+from adhere.errors import UserError, unknown_name
+
+ChatMode = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,30 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}", fix="set it to 0 (off) or above")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}", fix="set it to 1 or above")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How prompts are put to the model, and what ends a response beside its own end tokens."""
+
+    chat: ChatMode = "auto"
+    """auto: a plain prompt becomes a user turn where the tokenizer has a chat template; on: the same, and it must have
+    one; off: plain prompts are read as they stand."""
+    system: str | None = None
+    """System text for prompts that bring none of their own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; they are no part of it."""
+
+    def __post_init__(self) -> None:
+        if self.chat not in get_args(ChatMode):
+            raise unknown_name("chat", self.chat, get_args(ChatMode))
+        if self.system is not None and self.chat == "off":
+            raise UserError("a system text goes into the chat template, and chat is off", fix="leave one of them out")
+        if self.system is not None and not self.system.strip():
+            raise UserError("system is empty", fix="write some text, or leave it out")
+        if "" in self.stop:
+            raise UserError("a stop text is empty", fix="write the text that ends a response")
+
+
+CHAT = ChatOptions()
+"""A plain prompt is a user turn where there is a chat template."""
