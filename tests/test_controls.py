@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from adhere.errors import UserError
 from adhere.reward import controls, signals
+from adhere.types import Role
 from tests.test_signals import evidence_of, padded, reads
 
 
@@ -22,7 +23,7 @@ def test_overlap_is_the_share_of_content_tokens_that_the_prompt_has():
 
 def test_overlap_does_not_count_words_of_the_template():
     evidence = evidence_of([[5, 6]], [[5, 6]])
-    prompts = replace(evidence.reading.rollout.prompts, template=torch.tensor([[True, False]]))
+    prompts = replace(evidence.reading.rollout.prompts, roles=torch.tensor([[Role.TEMPLATE, Role.USER]]))
     reading = replace(evidence.reading, rollout=replace(evidence.reading.rollout, prompts=prompts))
     assert controls.overlap(replace(evidence, reading=reading)).item() == pytest.approx(1 / 2)
 
@@ -50,8 +51,8 @@ def test_random_is_uniform():
 def test_shuffled_moves_every_token_of_the_user_and_nothing_else():
     evidence = evidence_of([[-1, 5, 6, 7, 8]], [[1, 2]], [[[0.0, 0.1, 0.2, 0.3, 0.4], [0.0, 0.4, 0.1, 0.2, 0.05]]])
     prompts = evidence.reading.rollout.prompts
-    template = torch.tensor([[True, True, False, False, False]])
-    rollout = replace(evidence.reading.rollout, prompts=replace(prompts, template=template))
+    roles = torch.tensor([[Role.PADDING, Role.TEMPLATE, Role.USER, Role.USER, Role.USER]])
+    rollout = replace(evidence.reading.rollout, prompts=replace(prompts, roles=roles))
     evidence = replace(evidence, reading=replace(evidence.reading, rollout=rollout))
     before, after = evidence.reading.attention, controls.shuffled(evidence.reading).attention
     assert torch.equal(after[..., :2], before[..., :2])

@@ -14,6 +14,8 @@ FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
     {
+        "prompt",
+        "row_prompt",
         "types",
         "errors",
         "text",

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adhere.model.families import shareable
 from adhere.model.logits import token_logprobs
 from adhere.model.prefix import plain_forwards, shared_forwards
-from adhere.types import Prompts, Rollout
+from adhere.types import Prompts, Role, Rollout
 from tests.families import CAUSAL, SEQ2SEQ, VOCAB, build
 
 
@@ -21,7 +21,9 @@ def rollout(model, width=7):
         mask[0, -4:] = mask[1, -1:] = False
     else:
         mask[0, :4] = mask[1, :1] = False
-    prompts = Prompts(("a", "b", "c"), torch.randint(3, VOCAB, (3, 11)) * mask, mask, ~mask, ((),) * 3)
+    prompts = Prompts(
+        ("a", "b", "c"), torch.randint(3, VOCAB, (3, 11)) * mask, mask.to(torch.uint8) * Role.USER, ((),) * 3
+    )
     index = torch.tensor([0, 0, 1, 1, 1, 2])
     kept = torch.arange(width)[None] < torch.tensor([4, 7, 7, 2, 1, 6])[:, None]
     ids = torch.randint(3, VOCAB, (6, width)) * kept

@@ -27,7 +27,7 @@ from adhere.reward.salience import (
     salience,
     token_classes,
 )
-from adhere.types import Prompts, Reading, Rollout
+from adhere.types import Prompts, Reading, Role, Rollout
 
 C, S, P, F, STOP, COLON = (TokenClass[n] for n in ("CONTENT", "SPECIAL", "PUNCTUATION", "FUNCTION", "STOP", "COLON"))
 
@@ -147,7 +147,7 @@ def reading_of(*texts, index=None, row=None):
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     index = torch.arange(len(rows)) if index is None else torch.tensor(index)
     out = torch.tensor([[vocabulary["mary"], vocabulary["the"]]]).repeat(len(index), 1)
-    prompts = Prompts(texts, ids, mask, ~mask, ((),) * len(rows))
+    prompts = Prompts(texts, ids, mask.to(torch.uint8) * Role.USER, ((),) * len(rows))
     rollout = Rollout(
         prompts, index, out, torch.ones_like(out).bool(), torch.ones(len(index)).bool(), ("",) * len(index)
     )
@@ -191,8 +191,7 @@ def test_the_question_alone_is_what_stands_after_the_context(left):
     prompts = reading_of(*texts).rollout.prompts
     if not left:  # the same tokens, padded behind
         order = (~prompts.mask).int().argsort(dim=-1, stable=True)
-        prompts = replace(prompts, ids=prompts.ids.gather(1, order), mask=prompts.mask.gather(1, order))
-        prompts = replace(prompts, template=~prompts.mask)
+        prompts = replace(prompts, ids=prompts.ids.gather(1, order), roles=prompts.roles.gather(1, order))
     kept, shortened = question_only(prompts, CLASSES, left=left)
     said = [TOKENIZER.decode(ids[mask]) for ids, mask in zip(kept.ids, kept.mask, strict=True)]
     assert said == ["where is john ? answer :", "where is mary ? \n answer :", "tell mary"]
@@ -214,7 +213,9 @@ def test_what_is_attended_is_a_share_of_the_context_and_never_the_question():
 
 def test_the_question_alone_keeps_the_template():
     prompts = reading_of("mary . john . where is mary ?").rollout.prompts
-    marked = replace(prompts, template=torch.arange(prompts.ids.shape[1]).unsqueeze(0) == 0)
+    roles = prompts.roles.clone()
+    roles[0, 0] = Role.TEMPLATE
+    marked = replace(prompts, roles=roles)
     kept, _ = question_only(marked, CLASSES, left=True)
     assert TOKENIZER.decode(kept.ids[0]) == "mary where is mary ?" and kept.template[0].tolist() == [True] + [False] * 4
 
@@ -240,9 +241,9 @@ def test_idf_of_a_single_prompt_is_content():
 def test_self_is_the_first_rows_attention_to_user_tokens():
     reading = reading_of("mary is in hall", "john", row=[[0.4, 0.1, 0.0, 0.2], [0.9, 0.9, 0.9, 0.0]])
     prompts = reading.rollout.prompts
-    template = prompts.template.clone()
-    template[0, 0] = True
-    reading = replace(reading, rollout=replace(reading.rollout, prompts=replace(prompts, template=template)))
+    roles = prompts.roles.clone()
+    roles[0, 0] = Role.TEMPLATE
+    reading = replace(reading, rollout=replace(reading.rollout, prompts=replace(prompts, roles=roles)))
     # Template and padding out, the rest by the largest: 0.2. John's row is all on padding: every user token.
     torch.testing.assert_close(salience("self", reading, CLASSES), torch.tensor([[0, 0.5, 0, 1.0], [0, 0, 0, 1.0]]))
 
@@ -261,8 +262,7 @@ def test_salience_is_in_range_nothing_on_padding_and_blind_to_its_amount(rows, m
     wide = replace(
         prompts,
         ids=widened(prompts.ids, 9),
-        mask=widened(prompts.mask, False),
-        template=widened(prompts.template, True),
+        roles=widened(prompts.roles, Role.PADDING),
     )
     for kind in ("all", "content", "idf", "question"):
         weight = salience(kind, reading, CLASSES)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adhere.reward import controls, signals
 from adhere.reward.signals import Evidence, renormalise
-from adhere.types import Prompts, Reading, Rollout
+from adhere.types import Prompts, Reading, Role, Rollout
 
 READING = [
     signals.coverage,
@@ -40,7 +40,7 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     index = torch.arange(count) if index is None else torch.tensor(index)
     texts = tuple(texts) if texts is not None else ("",) * count
     known = tuple(map(tuple, answers)) if answers is not None else ((),) * len(ids)
-    prompts = Prompts(tuple(map(str, prompt)), ids.clamp(min=0), mask, ~mask, known)
+    prompts = Prompts(tuple(map(str, prompt)), ids.clamp(min=0), mask.to(torch.uint8) * Role.USER, known)
     rollout = Rollout(prompts, index, out.clamp(min=0), kept, torch.ones(count, dtype=torch.bool), texts)
     a = torch.zeros(*out.shape, ids.shape[1]) if attention is None else torch.tensor(attention)
     zeros = torch.zeros(out.shape)
@@ -123,7 +123,7 @@ def test_grounding_adds_all_places_of_a_token_but_those_of_the_template():
     attention = [[[0.1, 0.2, 0.4]]]
     evidence = evidence_of([[5, 5, 5]], [[5]], attention)
     assert signals.grounding(evidence).item() == pytest.approx(0.7)
-    prompts = replace(evidence.reading.rollout.prompts, template=torch.tensor([[True, False, False]]))
+    prompts = replace(evidence.reading.rollout.prompts, roles=torch.tensor([[Role.TEMPLATE, Role.USER, Role.USER]]))
     rollout = replace(evidence.reading.rollout, prompts=prompts)
     evidence = replace(evidence, reading=replace(evidence.reading, rollout=rollout))
     assert signals.grounding(evidence).item() == pytest.approx(0.6)
@@ -247,8 +247,7 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
     prompts = replace(
         prompts,
         ids=wide(prompts.ids, before, after, junk),
-        mask=wide(prompts.mask, before, after, False),
-        template=wide(prompts.template, before, after, True),
+        roles=wide(prompts.roles, before, after, Role.PADDING),
     )
     rollout = replace(
         rollout,
@@ -294,9 +293,7 @@ def test_signals_stay_in_their_range(evidence, kept):
 def test_the_order_of_prompt_positions_changes_nothing(evidence):
     order = torch.randperm(evidence.salience.shape[1], generator=torch.Generator().manual_seed(1))
     prompts = evidence.reading.rollout.prompts
-    moved = replace(
-        prompts, ids=prompts.ids[:, order], mask=prompts.mask[:, order], template=prompts.template[:, order]
-    )
+    moved = replace(prompts, ids=prompts.ids[:, order], roles=prompts.roles[:, order])
     maps = evidence.reading.attention[..., order]
     reading = replace(
         evidence.reading, rollout=replace(evidence.reading.rollout, prompts=moved), attention=maps, copy_attention=maps

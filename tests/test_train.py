@@ -29,7 +29,7 @@ from adhere.model.settings import Lora, Sampling
 from adhere.options import options
 from adhere.reward.heads import FILE_NAME, load_heads
 from adhere.toy import make_rows, model_path
-from adhere.types import Prompts, Rollout
+from adhere.types import Prompts, Role, Rollout
 from tests.families import save
 
 PROMPTS = [f"w{i} is in the w{i + 1} . where is w{i} ?" for i in range(12)]
@@ -325,7 +325,7 @@ def test_runs_that_go_wrong_stop_with_a_reason(late, reason):
 
 
 def test_agreement_is_the_share_that_says_what_most_say():
-    prompts = Prompts(("a", "b"), torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(2, 1), ((), ()))
+    prompts = Prompts(("a", "b"), torch.zeros(2, 1), torch.full((2, 1), Role.USER), ((), ()))
     said = ("x", "x", "y", "x", "p", "q", "q", "p")
     ids = torch.zeros(8, 1)
     rollout = Rollout(prompts, torch.tensor([0] * 4 + [1] * 4), ids, ids.bool(), ids[:, 0].bool(), said)

@@ -6,7 +6,6 @@ ranking is one path. Rows pass batch by batch, and a batch depends on its place 
 
 from __future__ import annotations
 
-import json
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from adhere.data import Row
 from adhere.errors import TooLong, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
+from adhere.prompt import prompt_key
 from adhere.ranking_settings import RankConfig
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
@@ -325,4 +325,4 @@ def _groups(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
 
 
 def _key(row: Row) -> str:
-    return json.dumps(row.prompt)
+    return prompt_key(row.prompt)

@@ -11,11 +11,14 @@ A mask is `True` where a position counts, everywhere; its name says of what. Res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from adhere.prompt import Document as Document
+from adhere.prompt import Role as Role
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,85 @@ class Prompts:
     """What the model reads, chat template applied."""
     ids: Tensor
     """[N, P] int64."""
-    mask: Tensor
-    """[N, P] bool: True = a token of the prompt, False = padding."""
-    template: Tensor
-    """[N, P] bool: True = a special or chat-template token, not the user's own words."""
+    roles: Tensor
+    """[N, P] uint8: the `Role` of each token, PADDING where there is none. A token that belongs to two parts has the
+    role of its first character that is no blank."""
     answers: tuple[tuple[str, ...], ...]
     """Accepted answers of each prompt; empty where none are known."""
+    chat: tuple[bool, ...] = ()
+    """Whether each is a chat in the model's template, so that a response ends as the template ends a turn; () = none
+    is."""
+    documents: tuple[tuple[Document, ...], ...] = ()
+    """The documents of each prompt; () = no prompt has any."""
+    sources: Tensor | None = None
+    """[N, P, 3] int32: each token's place among the documents of its prompt, and the characters of the document's text
+    where it starts and ends; -1 for what is not there (no document; a title; a tokenizer that tells no characters).
+    None = no prompt has documents."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def mask(self) -> Tensor:
+        """[N, P] bool: True = a token of the prompt, False = padding."""
+        return self.roles != Role.PADDING
+
+    @property
+    def template(self) -> Tensor:
+        """[N, P] bool: True = padding, or a token that the tokenizer, the chat template or a layout wrote."""
+        return self.roles <= Role.TEMPLATE
+
+    @property
+    def current(self) -> Tensor:
+        """[N, P] bool: the words that a response is about: documents, question, instruction, the user's last turn. No
+        system text, no earlier turn."""
+        return self.roles >= Role.DOCUMENT
+
+    @property
+    def guessed(self) -> Tensor:
+        """[N] bool: nothing says what is evidence and what is question, so that a rule has to tell them apart."""
+        told = (self.roles >= Role.DOCUMENT) & (self.roles < Role.USER)
+        return (self.roles == Role.USER).any(-1) & ~told.any(-1)
+
+    def has(self, *roles: Role) -> Tensor:
+        """[N, P] bool: the tokens with one of these roles."""
+        return torch.isin(self.roles, torch.tensor(roles, dtype=self.roles.dtype, device=self.roles.device))
+
     def select(self, index: Tensor) -> Prompts:
         """The prompts `index` ([n] int64), in that order."""
-        picked = index.tolist()
+        return self._of(index.tolist(), index, slice(None))
+
+    def to(self, device: torch.device) -> Prompts:
+        """The same prompts with their tensors on `device`."""
+        sources = None if self.sources is None else self.sources.to(device)
+        return replace(self, ids=self.ids.to(device), roles=self.roles.to(device), sources=sources)
+
+    def only(self, keep: Tensor, *, left: bool) -> Prompts:
+        """The prompts cut down to their tokens `keep` [N, P] bool, padded anew on the left or the right. `texts` stay
+        those of the whole prompts."""
+        order = (keep if left else ~keep).int().argsort(dim=-1, stable=True)
+        mask = keep.gather(1, order)
+        used = mask.any(0)
+        sources = self.sources
+        if sources is not None:
+            sources = sources.gather(1, order[..., None].expand_as(sources)).masked_fill(~mask[..., None], -1)[:, used]
+        return replace(
+            self,
+            ids=self.ids.gather(1, order).masked_fill(~mask, 0)[:, used],
+            roles=self.roles.gather(1, order).masked_fill(~mask, Role.PADDING)[:, used],
+            sources=sources,
+        )
+
+    def _of(self, places: Sequence[int], rows: Tensor | slice, columns: slice) -> Prompts:
+        """The prompts `places`, which are the rows `rows` of the tensors, with the columns `columns`."""
         return Prompts(
-            tuple(self.texts[i] for i in picked),
-            self.ids[index],
-            self.mask[index],
-            self.template[index],
-            tuple(self.answers[i] for i in picked),
+            tuple(self.texts[i] for i in places),
+            self.ids[rows, columns],
+            self.roles[rows, columns],
+            tuple(self.answers[i] for i in places),
+            tuple(self.chat[i] for i in places) if self.chat else (),
+            tuple(self.documents[i] for i in places) if self.documents else (),
+            None if self.sources is None else self.sources[rows, columns],
         )
 
 
@@ -101,15 +164,8 @@ class Rollout:
         chosen = slice(first, last)
         used = self.prompts.mask[chosen].any(0).nonzero().squeeze(-1)
         span = slice(int(used[0]), int(used[-1]) + 1)
-        prompts = Prompts(
-            self.prompts.texts[chosen],
-            self.prompts.ids[chosen, span],
-            self.prompts.mask[chosen, span],
-            self.prompts.template[chosen, span],
-            self.prompts.answers[chosen],
-        )
         part = Rollout(
-            prompts,
+            self.prompts._of(range(first, last), chosen, span),
             self.prompt_index[rows] - first,
             self.response_ids[rows, columns],
             self.response_mask[rows, columns],

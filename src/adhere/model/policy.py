@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,19 @@ from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
 from adhere.model import adapters, capture, precision, prefix
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
+from adhere.model.compose import takes_chat
 from adhere.model.embedded import located
-from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
+from adhere.model.encode import Prompt, context_length, encode_prompts
+from adhere.model.endings import Endings
 from adhere.model.families import attention_layers, shareable
 from adhere.model.fingerprint import fingerprint
 from adhere.model.load import load
 from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.observe import AttentionObserver
+from adhere.model.responses import given_rollout
 from adhere.model.sampling import draw
-from adhere.model.settings import Lora, Sampling
+from adhere.model.settings import CHAT, ChatMode, ChatOptions, Lora, Sampling
+from adhere.prompt import prompt_key
 from adhere.types import Prompts, Reading, Rollout
 
 # Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
@@ -47,14 +50,17 @@ class Policy:
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        chat: ChatOptions = CHAT,
         adapter: bool = True,
         eager: bool = False,
         folder: Path | None = None,
         compute: torch.dtype | None = None,
     ) -> None:
+        takes_chat(tokenizer, chat)  # at once, not at the first prompt
         self.model = model
         self.tokenizer = tokenizer
         self.folder = folder
+        self.chat = chat
         network = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(network, PreTrainedModel)
         self.network = network
@@ -75,10 +81,15 @@ class Policy:
         attention: str = "auto",
         trust_remote_code: bool = False,
         train: bool = False,
+        chat: ChatMode = "auto",
+        system: str | None = None,
+        stop: Sequence[str] = (),
     ) -> Policy:
         """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
         bypass transformers' attention interface; `train`: its weights are to be trained, in float32 whatever `dtype`
-        it computes in. Raises `UnsupportedModel` (see `adhere.model.load`)."""
+        it computes in; `chat`, `system`, `stop`: see `ChatOptions`. Raises `UnsupportedModel` (see
+        `adhere.model.load`)."""
+        options = ChatOptions(chat, system, tuple(stop))
         model, tokenizer = load(
             str(path),
             dtype=precision.loading_dtype(dtype, lora is not None) if train else dtype,
@@ -90,6 +101,7 @@ class Policy:
         policy = cls(
             adapters.add(model, lora) if lora else model,
             tokenizer,
+            chat=options,
             eager=attention == "eager",
             folder=folder if folder.is_dir() else None,
         )
@@ -130,6 +142,16 @@ class Policy:
         return self.network.device
 
     @property
+    def takes_chat(self) -> bool:
+        """Whether a plain prompt becomes a user turn of the chat template."""
+        return takes_chat(self.tokenizer, self.chat)
+
+    @property
+    def endings(self) -> Endings:
+        """What ends a response, as tokenizer and generation configuration are now."""
+        return Endings.of(self.tokenizer, self.network, self.chat)
+
+    @property
     def shares_prefixes(self) -> bool:
         """Whether the prompt of a group is computed once (else: the plain batch)."""
         return shareable(self.network) and not self.eager
@@ -141,7 +163,13 @@ class Policy:
         else:
             frozen, adapter = copy.deepcopy(self.network).requires_grad_(False).eval(), True
         return Policy(
-            frozen, self.tokenizer, adapter=adapter, eager=self.eager, folder=self.folder, compute=self.compute
+            frozen,
+            self.tokenizer,
+            chat=self.chat,
+            adapter=adapter,
+            eager=self.eager,
+            folder=self.folder,
+            compute=self.compute,
         )
 
     def encode(
@@ -150,14 +178,14 @@ class Policy:
         answers: Sequence[Sequence[str]] | None = None,
         names: Sequence[str] | None = None,
     ) -> Prompts:
-        """Tokenise prompts (texts, or lists of chat messages) for this model; `names` says where each comes from.
-
-        Raises `UserError` for an empty prompt, one longer than the context, or messages without a chat template."""
-        return self._moved(encode_prompts(self.tokenizer, self.network, prompts, answers, names))
+        """Tokenise prompts (texts, annotated or not, or lists of chat messages) for this model, in its chat template
+        as `chat` says; `names` says where each comes from. Raises `UserError` (see `encode_prompts`)."""
+        return encode_prompts(self.tokenizer, self.network, prompts, answers, names, self.chat).to(self.device)
 
     def encode_texts(self, texts: Sequence[str]) -> Prompts:
         """Tokenise bare texts, without any chat template."""
-        return self._moved(encode_prompts(self.tokenizer, self.network, texts))
+        plain = ChatOptions(chat="off")
+        return encode_prompts(self.tokenizer, self.network, texts, options=plain).to(self.device)
 
     def response_room(self, prompts: Prompts) -> Tensor | None:
         """[N] int64: tokens that a response to each prompt may have before the context is full; None = no limit."""
@@ -187,21 +215,11 @@ class Policy:
         """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing).
 
         Responses are texts, which `ended` by themselves unless it says otherwise, or token ids as they were sampled,
-        which did if they close with a token that ends a response.
+        which did if they close with what ends a response. A text is encoded as the model would write it after its
+        prompt, and closed (see `encode_responses`).
         """
-        texts: list[str] = []
-        rows: list[list[int]] = []
-        for place, given in enumerate(responses):
-            if isinstance(given, str):
-                texts.append(given)
-                rows.append(encode_response(self.tokenizer, given, ended is None or ended[place]))
-            else:
-                rows.append([int(token) for token in given])
-                texts.append(str(self.tokenizer.decode(rows[-1], skip_special_tokens=True)))
-        ids, mask = (part.to(self.device) for part in padded_responses(self.tokenizer, rows))
-        ends = self._end_tokens()
-        closed = torch.tensor([bool(row) and row[-1] in ends for row in rows], device=self.device)
-        return Rollout(prompts, prompt_index.to(self.device), ids, mask, closed, tuple(texts))
+        whole = [True] * len(responses) if ended is None else ended
+        return given_rollout(self.endings, prompts, responses, prompt_index, whole, alone=self.is_encoder_decoder)
 
     def fits(self, rollout: Rollout) -> Tensor:
         """[B] bool: whether prompt and response fit the model's context."""
@@ -287,7 +305,8 @@ class Policy:
 
     def paired(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
         """The rollout of given pairs; neighbours with the same prompt form a group."""
-        starts = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+        keys = [prompt_key(prompt) for prompt in prompts]
+        starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
         index = torch.zeros(len(prompts), dtype=torch.long)
         index[starts[1:]] = 1
         return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
@@ -342,14 +361,15 @@ class Policy:
     def _draw(
         self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: AttentionObserver | None = None
     ) -> Rollout:
-        ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
+        endings = self.endings
         with self._active():
             ids, mask, ended, logprobs = draw(
-                self.network, prompts, count, sampling, ends, int(self.tokenizer.pad_token_id), seed, watch
+                self.network, prompts, count, sampling, endings, int(self.tokenizer.pad_token_id), seed, watch
             )
-        texts = self.tokenizer.batch_decode(
+        said = self.tokenizer.batch_decode(
             [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
         )
+        texts = [endings.cut(text) for text in said]
         index = torch.arange(len(prompts), device=self.device).repeat_interleave(count)
         return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
 
@@ -425,14 +445,3 @@ class Policy:
         off = self.model.disable_adapter() if isinstance(self.model, PeftModel) and not self._adapter else nullcontext()
         with off, precision.computing(self.device, self.compute):
             yield
-
-    def _end_tokens(self) -> set[int]:
-        ends = {int(self.tokenizer.eos_token_id)}
-        configured = getattr(self.network.generation_config, "eos_token_id", None)
-        return ends.union(
-            configured if isinstance(configured, list) else [configured] if configured is not None else []
-        )
-
-    def _moved(self, prompts: Prompts) -> Prompts:
-        ids, mask, template = (part.to(self.device) for part in (prompts.ids, prompts.mask, prompts.template))
-        return replace(prompts, ids=ids, mask=mask, template=template)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adhere.errors import RunFailed
+from adhere.model.endings import Endings
 from adhere.model.families import shareable
 from adhere.model.observe import AttentionObserver
 from adhere.model.prefix import Window, extend, prefill
@@ -22,14 +23,14 @@ def draw(
     prompts: Prompts,
     num_samples: int,
     sampling: Sampling,
-    ends: Tensor,
+    endings: Endings,
     pad: int,
     seed: int,
     watch: AttentionObserver | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`num_samples` responses to each prompt.
 
-    `ends` ([e] int64) are the tokens that end a response, `pad` fills what follows; `watch` reads along. Returns ids
+    `endings` say what ends a response, `pad` fills what follows; `watch` reads along. Returns ids
     [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
     before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
     `seed` and the batch alone.
@@ -39,6 +40,7 @@ def draw(
     index = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
     share = shareable(model)
     size, places = len(index), prompts.ids.shape[1]
+    ends = torch.tensor(sorted(endings.tokens), device=device)
     asked = prompts if share else prompts.select(index)
     last = 0 if model.config.is_encoder_decoder else places - 1
     with _watched(watch, slice(last, last + 1), places, len(asked), 0):
@@ -58,7 +60,7 @@ def draw(
         tokens = torch.where(live, tokens, pad)
         ids[rows, step], mask[rows, step] = tokens, live
         logprobs[rows, step] = scores * live
-        ended[rows] |= torch.isin(tokens, ends) & live
+        ended[rows] |= (torch.isin(tokens, ends) | endings.reached(ids[rows, : step + 1])) & live
         going = ~ended[rows]
         if step + 1 == sampling.max_new_tokens or not going.any():
             break

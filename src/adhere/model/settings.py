@@ -1,10 +1,10 @@
-"""Options of a model at work: how responses are drawn, which adapters are trained. Imports no torch, so that the
-command line can explain and check them at once."""
+"""Options of a model at work: how prompts reach it, how responses are drawn, what is trained. Imports no torch,
+so that the command line can explain and check them at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from adhere.errors import UserError
 from adhere.options import Above, AtLeast, AtMost, Below, check
@@ -22,6 +22,9 @@ def check_training_dtype(dtype: str) -> None:
         )
     if dtype not in TRAINING_DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(TRAINING_DTYPES)}")
+
+
+ChatMode = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +73,31 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How prompts are put to the model, and what ends a response beside its own end tokens."""
+
+    chat: ChatMode = "auto"
+    """auto: a plain prompt becomes a user turn where the tokenizer has a chat template; on: the same, and it must have
+    one; off: plain prompts are read as they stand."""
+    system: str | None = None
+    """System text for prompts that bring none of their own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; they are no part of it."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.system is not None and self.chat == "off":
+            what = "a system text goes into the chat template, and chat is off"
+            faults.append(UserError(what, fix="leave one of them out"))
+        if self.system is not None and not self.system.strip():
+            faults.append(UserError("system is empty", fix="write some text, or leave it out"))
+        if "" in self.stop:
+            faults.append(UserError("a stop text is empty", fix="write the text that ends a response"))
+        check(self, *faults)
+
+
+CHAT = ChatOptions()
+"""A plain prompt is a user turn where there is a chat template."""

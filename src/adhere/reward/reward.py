@@ -5,7 +5,6 @@ reward = Σ_k weight_k · z(signal_k), z within the responses of one prompt, the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from adhere.errors import RunFailed, UserError, unknown_name
 from adhere.inspection.inspection import Inspection
+from adhere.prompt import prompt_key
 from adhere.reward import controls, signals
 from adhere.reward.custom import checked, user_function
 from adhere.reward.evidence import gather, maps_read
@@ -139,8 +139,8 @@ class Reward:
             counts += "" if answers is None else f" and {len(answers)} lists of answers"
             raise UserError(f"cannot score {counts}", fix="give one prompt, and one list of answers, per response")
         known = [tuple(row) for row in answers] if answers is not None else [()] * len(prompts)
-        keys = [json.dumps([prompt, row], default=dict) for prompt, row in zip(prompts, known, strict=True)]
-        first: dict[str, int] = {}
+        keys = [(prompt_key(prompt), row) for prompt, row in zip(prompts, known, strict=True)]
+        first: dict[tuple[str, tuple[str, ...]], int] = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
         place = {key: n for n, key in enumerate(first)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adhere.errors import unknown_name
-from adhere.types import Prompts, Reading, Rollout
+from adhere.types import Prompts, Reading, Role, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,18 +90,59 @@ def response_content(rollout: Rollout, classes: Tensor) -> Tensor:
 
 
 def user_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
-    """[N, P] bool: the user's own words: no padding, no template, no special token."""
-    return prompts.mask & ~prompts.template & (classes_of(prompts.ids, classes) != TokenClass.SPECIAL)
+    """[N, P] bool: the words that a response is about: no template, system text, earlier turn or special token."""
+    return prompts.current & (classes_of(prompts.ids, classes) != TokenClass.SPECIAL)
+
+
+def question_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
+    """[N, P] bool: the question of each prompt.
+
+    Fields say which it is: the question, or else the instruction; beside documents, the user's words. Where they say
+    nothing (`Prompts.guessed`) it is the last sentence: see `last_sentence`.
+    """
+    words = user_tokens(prompts, classes)
+    asked = prompts.has(Role.QUESTION)
+    asked = torch.where(asked.any(-1, keepdim=True), asked, prompts.has(Role.INSTRUCTION))
+    asked = torch.where(asked.any(-1, keepdim=True), asked, prompts.has(Role.USER))
+    start, end = last_sentence(prompts, classes)
+    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
+    guess = (position > start) & (position < end)
+    return words & asked & (guess | ~prompts.guessed.unsqueeze(-1))
+
+
+def context_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
+    """[N, P] bool: the evidence of each prompt.
+
+    Documents where there are any; beside a question or an instruction alone, the user's other words; where fields say
+    nothing (`Prompts.guessed`), the user's words before the last sentence.
+    """
+    evidence = prompts.has(Role.DOCUMENT)
+    evidence = torch.where(evidence.any(-1, keepdim=True), evidence, prompts.has(Role.USER))
+    start, _ = last_sentence(prompts, classes)
+    before = torch.arange(prompts.ids.shape[1], device=prompts.ids.device) <= start
+    return user_tokens(prompts, classes) & evidence & (before | ~prompts.guessed.unsqueeze(-1))
 
 
 def question_span(prompts: Prompts, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the question of each prompt stands: the positions just before and just after it, [N, 1] int64 each.
+    """The positions just before and just after the question of each prompt, [N, 1] int64 each; of a prompt without
+    one, both are its last."""
+    asked = question_tokens(prompts, classes)
+    width = asked.shape[1]
+    position = torch.arange(width, device=asked.device)
+    start = torch.where(asked, position, width).amin(-1, keepdim=True) - 1
+    end = torch.where(asked, position + 1, 0).amax(-1, keepdim=True)
+    return start, torch.where(end > 0, end, width - 1)
 
-    Rule: cut the user's tokens after every STOP; the last piece with a word in it is the question. If a colon follows
-    its last word, it is a cue ("Answer:") and the piece before it is the question, where there is one.
+
+def last_sentence(prompts: Prompts, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the last sentence of the user's words (USER) stands: the positions just before and just after it, [N, 1]
+    int64 each.
+
+    Rule: cut the words after every STOP; the last piece with a word in it is the question. If a colon follows its last
+    word, it is a cue ("Answer:") and the piece before it is the question, where there is one.
     """
-    user = user_tokens(prompts, classes)
     kind = classes_of(prompts.ids, classes)
+    user = prompts.has(Role.USER) & (kind != TokenClass.SPECIAL)
     position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device).expand_as(prompts.ids)
     word = user & ((kind == TokenClass.CONTENT) | (kind == TokenClass.FUNCTION))
     stop = user & (kind == TokenClass.STOP)
@@ -119,20 +160,12 @@ def question_span(prompts: Prompts, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def question_only(prompts: Prompts, classes: Tensor, *, left: bool) -> tuple[Prompts, Tensor]:
-    """The prompts without what stands before their question, and where that took anything away ([N] bool).
+    """The prompts without their context, and where that took anything away ([N] bool).
 
-    Template tokens stay, and so does everything after the question. `left`: the side of the padding. `texts` stay those
-    of the whole prompts.
+    Template tokens and earlier turns stay, and so does everything after the question. `left`: the side of the padding.
     """
     keep = prompts.mask & ~context_tokens(prompts, classes)
-    return only(prompts, keep, left=left), (keep != prompts.mask).any(-1)
-
-
-def context_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
-    """[N, P] bool: the user's tokens before the question (see `question_span`)."""
-    start, _ = question_span(prompts, classes)
-    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
-    return user_tokens(prompts, classes) & (position <= start)
+    return prompts.only(keep, left=left), (keep != prompts.mask).any(-1)
 
 
 def attended(reading: Reading, attention: Tensor, classes: Tensor, share: float) -> Tensor:
@@ -149,17 +182,8 @@ def attended(reading: Reading, attention: Tensor, classes: Tensor, share: float)
 
 
 def only(prompts: Prompts, keep: Tensor, *, left: bool) -> Prompts:
-    """The prompts cut down to their tokens `keep` [N, P] bool, padded anew on the left or the right."""
-    order = (keep if left else ~keep).int().argsort(dim=-1, stable=True)
-    mask = keep.gather(1, order)
-    used = mask.any(0)
-    return Prompts(
-        prompts.texts,
-        prompts.ids.gather(1, order).masked_fill(~mask, 0)[:, used],
-        mask[:, used],
-        (prompts.template.gather(1, order) | ~mask)[:, used],
-        prompts.answers,
-    )
+    """See `Prompts.only`."""
+    return prompts.only(keep, left=left)
 
 
 def salience(kind: str, reading: Reading, classes: Tensor) -> Tensor:
@@ -200,12 +224,10 @@ def _idf(reading: Reading, classes: Tensor) -> Tensor:
 
 
 def _question(reading: Reading, classes: Tensor) -> Tensor:
-    """Content tokens of the last sentence (see `question_span`), 1."""
+    """Content tokens of the question (see `question_tokens`), 1."""
     prompts = reading.rollout.prompts
-    start, end = question_span(prompts, classes)
-    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
-    inside = (position > start) & (position < end)
-    return (_content_tokens(prompts, classes) & inside).float()[reading.rollout.prompt_index]
+    asked = _content_tokens(prompts, classes) & question_tokens(prompts, classes)
+    return asked.float()[reading.rollout.prompt_index]
 
 
 def _self(reading: Reading, classes: Tensor) -> Tensor:
