@@ -16,6 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# The shapes that the pure core declares are checked at every call, here alone: a run pays nothing for them.
+SHAPED = ("adhere.learn.advantages", "adhere.learn.batch", "adhere.learn.losses", "adhere.reward.group")
+install_import_hook(SHAPED, "beartype.beartype")
 
 settings.register_profile("adhere", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("adhere")

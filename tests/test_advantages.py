@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from adhere.errors import UserError
 from adhere.learn.advantages import (
@@ -255,3 +256,15 @@ def test_one_token_is_its_own_outcome():
     advantages, returns = gae(torch.tensor([[2.0]]), torch.tensor([[0.5]]), one, 0.3, 0.7)
     assert (float(advantages), float(returns)) == (1.5, 2.0)
     assert float(whiten(advantages, one)) == 0.0
+
+
+def test_shapes_are_checked_wherever_the_tests_call():
+    """A mask of another width would broadcast in silence; so would one value for a whole group."""
+    wide = torch.ones(2, 3, dtype=torch.bool)
+    for wrong in (
+        lambda: whiten(torch.zeros(2, 1), wide),
+        lambda: whiten(torch.zeros(2, 3), wide.float()),
+        lambda: leave_one_out(torch.zeros(1), torch.tensor([0, 0])),
+    ):
+        with pytest.raises(TypeCheckError):
+            wrong()

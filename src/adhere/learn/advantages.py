@@ -4,9 +4,8 @@
 read: it may hold anything, NaN and −inf included.
 """
 
-from __future__ import annotations
-
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from adhere.errors import unknown_name
@@ -18,7 +17,7 @@ SOFTEN = 1e-4
 SCALES = ("group", "batch", "none")
 
 
-def group_mean(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def group_mean(values: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """Mean of each response's group and the size of that group: [B], [B] → two of [B]."""
     count = int(group.max()) + 1 if len(group) else 0
     sizes = values.new_zeros(count).index_add(0, group, torch.ones_like(values))
@@ -26,7 +25,7 @@ def group_mean(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return (sums / sizes.clamp(min=1))[group], sizes[group]
 
 
-def baseline(rewards: Tensor, value: float | None = None) -> Tensor:
+def baseline(rewards: Float[Tensor, "B"], value: float | None = None) -> Float[Tensor, "B"]:
     """REINFORCE with a baseline (Williams 1992): r − b. [B] → [B].
 
     b is `value`, such as a running mean of earlier rewards; without one, the mean of this batch.
@@ -34,7 +33,7 @@ def baseline(rewards: Tensor, value: float | None = None) -> Tensor:
     return rewards - (rewards.mean() if value is None else value)
 
 
-def group_relative(rewards: Tensor, group: Tensor, scale: str = "group") -> Tensor:
+def group_relative(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"], scale: str = "group") -> Float[Tensor, "B"]:
     """GRPO (Shao et al. 2024, sec. 4.1.2): (r − mean of the group) / deviation. [B] → [B].
 
     `scale`: `group` divides by the group's standard deviation (with Bessel's correction, as TRL does), `batch` by the
@@ -56,7 +55,7 @@ def group_relative(rewards: Tensor, group: Tensor, scale: str = "group") -> Tens
     return torch.where(deviation > TINY, centred / (deviation + SOFTEN), 0.0)
 
 
-def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+def leave_one_out(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
     """RLOO (Ahmadian et al. 2024, eq. 6): r − mean of the *other* responses of the group. [B] → [B].
 
     Equal to K/(K−1) · (r − mean of the group). A response alone in its group gets 0.
@@ -68,7 +67,9 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     return torch.where(sizes > 1, centred * sizes / (sizes - 1).clamp(min=1), 0.0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Float[Tensor, "B R"], values: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], gamma: float, lam: float
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over the tokens of each response.
 
     δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γλ A_{t+1}, with V = A = 0 after the last token.
@@ -87,7 +88,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, advantages + values
 
 
-def whiten(values: Tensor, mask: Tensor) -> Tensor:
+def whiten(values: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """Mean 0 and variance 1 over the counted places; 0 on padding. [B, R] → [B, R].
 
     Equal values give 0. Deviations well below `SOFTEN` are not blown up to 1.
@@ -99,8 +100,12 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float
-) -> Tensor:
+    scores: Float[Tensor, "B"],
+    logprobs: Float[Tensor, "B R"],
+    ref_logprobs: Float[Tensor, "B R"] | None,
+    mask: Bool[Tensor, "B R"],
+    kl_coef: float,
+) -> Float[Tensor, "B R"]:
     """KL in the reward (Ziegler et al. 2019, eq. 2): −β (log π − log π_ref) at each token, the score at the last one.
 
     scores [B], logprobs, ref_logprobs [B, R], mask [B, R] bool → [B, R], 0 on padding. Without a reference there is the
@@ -115,7 +120,7 @@ def token_rewards(
     return rewards
 
 
-def _centred(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def _centred(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """r − mean of the group, and the group's size: two of [B]."""
     mean, sizes = group_mean(rewards, group)
     count = int(group.max()) + 1 if len(group) else 0

@@ -1,12 +1,12 @@
 """The records of a step: the scored rollout that it learns from, and what the policy says of it while it learns.
 
-Tensors alone, so that advantages and losses stay pure functions. Padding may hold anything and is never read.
+Tensors alone, so that advantages and losses stay pure functions. Padding may hold anything and is never read. The
+shapes are annotations that the tests check (tests/conftest.py); a run pays nothing for them.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from adhere.types import Chunk
@@ -27,29 +27,28 @@ class Totals:
 class Batch:
     """A scored rollout, or some whole groups of one."""
 
-    rewards: Tensor
-    """[B] float32."""
-    group: Tensor
-    """[B] int64: the prompt each response answers; equal values form a group."""
-    mask: Tensor
-    """[B, R] bool: True = a response token."""
-    logprobs: Tensor
-    """[B, R] under the policy that sampled."""
+    rewards: Float[Tensor, "B"]
+    group: Int[Tensor, "B"]
+    """The prompt each response answers; equal values form a group."""
+    mask: Bool[Tensor, "B R"]
+    """True = a response token."""
+    logprobs: Float[Tensor, "B R"]
+    """Under the policy that sampled."""
     totals: Totals
-    ref_logprobs: Tensor | None = None
-    """[B, R] under the frozen reference; None where nothing needs one."""
-    values: Tensor | None = None
-    """[B, R], what the value head said before the update; None without a value head."""
+    ref_logprobs: Float[Tensor, "B R"] | None = None
+    """Under the frozen reference; None where nothing needs one."""
+    values: Float[Tensor, "B R"] | None = None
+    """What the value head said before the update; None without a value head."""
     kl_coef: float = 0.0
     """Weight of the KL divergence in force: a controller may adapt it from step to step."""
     baseline: float | None = None
     """Running mean reward; None for the mean of this batch."""
-    advantages: Tensor | None = None
-    """[B, R], 0 on padding; None until they are computed, and for an algorithm that has none."""
-    returns: Tensor | None = None
-    """[B, R], what the value head aims at; None without a value head."""
+    advantages: Float[Tensor, "B R"] | None = None
+    """0 on padding; None until they are computed, and for an algorithm that has none."""
+    returns: Float[Tensor, "B R"] | None = None
+    """What the value head aims at; None without a value head."""
 
-    def part(self, chunk: Chunk) -> Batch:
+    def part(self, chunk: Chunk) -> "Batch":
         """The groups of `chunk`. `totals` stay those of the whole batch."""
         rows, columns = chunk.rows, chunk.columns
 
@@ -71,11 +70,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the policy says now, at each response token. [B, R]."""
+    """What the policy says now, at each response token."""
 
-    logprobs: Tensor
+    logprobs: Float[Tensor, "B R"]
     """With gradient."""
-    entropy: Tensor
+    entropy: Float[Tensor, "B R"]
     """Without gradient, nats."""
-    values: Tensor | None = None
+    values: Float[Tensor, "B R"] | None = None
     """With gradient; None without a value head."""

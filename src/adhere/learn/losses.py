@@ -6,23 +6,23 @@ each function replaces it before any arithmetic, because 0 · inf in a backward 
 masked.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from adhere.learn.batch import Batch, Outputs
 
-Metrics = dict[str, Tensor]
+Scalar = Float[Tensor, ""]
+Metrics = dict[str, Scalar]
 Over = Literal["token", "sequence", "sum"]
 
 # exp of this is a ratio beyond any use; past it, inf · (an advantage of 0) would be NaN.
 LARGEST_LOG_RATIO = 20.0
 
 
-def aggregate(per_token: Tensor, batch: Batch, over: Over) -> Tensor:
+def aggregate(per_token: Float[Tensor, "B R"], batch: Batch, over: Over) -> Scalar:
     """A [B, R] term as this micro-batch's share of a scalar.
 
     `token`: mean over all tokens (DAPO, 2503.14476); `sequence`: mean over responses of their means (GRPO, 2402.03300,
@@ -36,7 +36,7 @@ def aggregate(per_token: Tensor, batch: Batch, over: Over) -> Tensor:
     return per_response.sum() / batch.totals.responses
 
 
-def policy_gradient_loss(batch: Batch, now: Outputs, over: Over = "token") -> tuple[Tensor, Metrics]:
+def policy_gradient_loss(batch: Batch, now: Outputs, over: Over = "token") -> tuple[Scalar, Metrics]:
     """−A log π (Williams 1992): the score-function form, without a ratio. Its gradient is the policy gradient only
     while the policy is the one that sampled, so it serves for one pass over each rollout."""
     per_token = -_advantages(batch) * _kept(now.logprobs, batch.mask)
@@ -45,7 +45,7 @@ def policy_gradient_loss(batch: Batch, now: Outputs, over: Over = "token") -> tu
 
 def clipped_loss(
     batch: Batch, now: Outputs, clip_low: float, clip_high: float, over: Over = "token"
-) -> tuple[Tensor, Metrics]:
+) -> tuple[Scalar, Metrics]:
     """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) per token (Schulman et al. 2017, eq. 7), ρ = π / π_old.
 
     The metrics are shares of all tokens where the clip binds, and so the gradient is 0: ρ too low where A < 0, too high
@@ -59,7 +59,7 @@ def clipped_loss(
     }
 
 
-def sequence_clipped_loss(batch: Batch, now: Outputs, clip_low: float, clip_high: float) -> tuple[Tensor, Metrics]:
+def sequence_clipped_loss(batch: Batch, now: Outputs, clip_low: float, clip_high: float) -> tuple[Scalar, Metrics]:
     """`clipped_loss` with the response as one action (RLOO, Ahmadian et al. 2024, sec. 3.1): ρ is the ratio of the
     whole response, Π_t π / π_old, and A its one advantage, read at its first token; mean over responses.
 
@@ -74,7 +74,12 @@ def sequence_clipped_loss(batch: Batch, now: Outputs, clip_low: float, clip_high
     }
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Literal["k1", "k3"] = "k3") -> Tensor:
+def kl_penalty(
+    logprobs: Float[Tensor, "B R"],
+    ref_logprobs: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    estimator: Literal["k1", "k3"] = "k3",
+) -> Float[Tensor, "B R"]:
     """KL(π ‖ π_ref) estimated at each sampled token, nats, [B, R], 0 on padding (Schulman 2020, "Approximating KL
     divergence").
 
@@ -86,7 +91,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: 
     return -gap if estimator == "k1" else gap.exp() - gap - 1
 
 
-def value_loss(batch: Batch, now: Outputs, clip: float) -> tuple[Tensor, Metrics]:
+def value_loss(batch: Batch, now: Outputs, clip: float) -> tuple[Scalar, Metrics]:
     """½ max((V − R)², (V_clipped − R)²), mean over tokens; V_clipped stays within `clip` of what V was at sampling (as
     in Ziegler et al. 2019)."""
     assert now.values is not None and batch.values is not None and batch.returns is not None
@@ -98,7 +103,7 @@ def value_loss(batch: Batch, now: Outputs, clip: float) -> tuple[Tensor, Metrics
     return loss, {"value_loss": loss.detach()}
 
 
-def dpo_loss(batch: Batch, now: Outputs, beta: float) -> tuple[Tensor, Metrics]:
+def dpo_loss(batch: Batch, now: Outputs, beta: float) -> tuple[Scalar, Metrics]:
     """−log σ(β [Δ chosen − Δ rejected]), Δ = log π − log π_ref summed over tokens (Rafailov et al. 2023, eq. 7), the
     best against the worst response of each group by reward; mean over groups.
 
@@ -121,7 +126,7 @@ def dpo_loss(batch: Batch, now: Outputs, beta: float) -> tuple[Tensor, Metrics]:
     return loss, metrics
 
 
-def pairs(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+def pairs(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[Int[Tensor, "pairs"], Int[Tensor, "pairs"]]:
     """Places of the best and of the worst response of each group with unequal rewards, two of [pairs] int64; among
     equals the first."""
     chosen, rejected = [], []
@@ -135,23 +140,25 @@ def pairs(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.stack(chosen), torch.stack(rejected)) if chosen else (none, none)
 
 
-def _kept(values: Tensor, mask: Tensor) -> Tensor:
+def _kept(values: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
     """`values` with 0 on padding, where neither value nor gradient passes. [B, R] → [B, R]."""
     return values.masked_fill(~mask, 0.0)
 
 
-def _advantages(batch: Batch) -> Tensor:
+def _advantages(batch: Batch) -> Float[Tensor, "B R"]:
     """The advantages, [B, R], 0 on padding."""
     assert batch.advantages is not None, "advantages come before losses"
     return _kept(batch.advantages, batch.mask)
 
 
-def _log_ratio(batch: Batch, now: Outputs) -> Tensor:
+def _log_ratio(batch: Batch, now: Outputs) -> Float[Tensor, "B R"]:
     """log π − log π_old, [B, R], 0 on padding."""
     return _kept(now.logprobs, batch.mask) - _kept(batch.logprobs, batch.mask)
 
 
-def _clipped(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor, Tensor]:
+def _clipped(
+    log_ratio: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"], clip_low: float, clip_high: float
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """The clipped surrogate, and where (0 or 1) the clip binds from below and from above: three of the shape given."""
     ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)

@@ -1,8 +1,7 @@
 """What happens within a group, the responses to one prompt: z-scores, and the price of failing a gate."""
 
-from __future__ import annotations
-
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 # Spread within a group below this is rounding between forwards, not an opinion.
@@ -11,7 +10,9 @@ STD_FLOOR = 1e-5
 GATE_MARGIN = 1.0
 
 
-def group_normalise(values: Tensor, group: Tensor, among: Tensor | None = None) -> Tensor:
+def group_normalise(
+    values: Float[Tensor, "B"], group: Int[Tensor, "B"], among: Bool[Tensor, "B"] | None = None
+) -> Float[Tensor, "B"]:
     """z-scores within groups: (x − mean) / deviation over the responses `among`. [B], [B] int64, [B] bool → [B].
 
     The deviation divides by the group's size. Where it is below `STD_FLOOR`, a group of one included, all get 0.
@@ -34,7 +35,7 @@ def group_normalise(values: Tensor, group: Tensor, among: Tensor | None = None) 
     return torch.where(deviation > STD_FLOOR, offset / deviation.clamp(min=STD_FLOOR), 0.0).float()
 
 
-def gate(reward: Tensor, group: Tensor, passed: Tensor) -> Tensor:
+def gate(reward: Float[Tensor, "B"], group: Int[Tensor, "B"], passed: Bool[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Rewards with every response that did not pass at its group's minimum. [B], [B] int64, [B] bool → [B].
 
     The minimum is that of the responses that passed, and at least `GATE_MARGIN` below their best: otherwise a gated
@@ -53,7 +54,7 @@ def gate(reward: Tensor, group: Tensor, passed: Tensor) -> Tensor:
     return torch.where(passed, reward, torch.minimum(low, high - GATE_MARGIN))
 
 
-def counted(group: Tensor, passed: Tensor) -> Tensor:
+def counted(group: Int[Tensor, "B"], passed: Bool[Tensor, "B"]) -> Bool[Tensor, "B"]:
     """[B] bool: who passed, and everyone of a group where none did."""
     if not len(group):
         return passed
