@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from adhere.errors import UserError
 from adhere.reward import controls, signals
+from adhere.reward.signals import NO_WORD
 from adhere.types import Role
 from tests.test_signals import evidence_of, padded, reads
 
@@ -21,11 +22,9 @@ def test_overlap_is_the_share_of_content_tokens_that_the_prompt_has():
     assert controls.overlap(evidence).tolist() == pytest.approx([2 / 3, 0])
 
 
-def test_overlap_does_not_count_words_of_the_template():
+def test_overlap_counts_the_words_that_count():
     evidence = evidence_of([[5, 6]], [[5, 6]])
-    prompts = replace(evidence.reading.rollout.prompts, roles=torch.tensor([[Role.TEMPLATE, Role.USER]]))
-    reading = replace(evidence.reading, rollout=replace(evidence.reading.rollout, prompts=prompts))
-    assert controls.overlap(replace(evidence, reading=reading)).item() == pytest.approx(1 / 2)
+    assert controls.overlap(replace(evidence, prompt_words=torch.tensor([[NO_WORD, 7]]))).item() == pytest.approx(1 / 2)
 
 
 def test_length_is_the_number_of_tokens_whatever_the_batch():

@@ -32,7 +32,7 @@ LAYERS = [
     },
     {"model"},
     {"reward"},
-    {"learn", "preferences"},
+    {"learn"},
     {"measure"},
     {"preferences"},
     {"ranking", "ranking_settings", "serve", "report", "integrations", "console"},
@@ -44,7 +44,7 @@ LAYERS = [
 """From the bottom up: a module imports from its own layer and from those before it."""
 
 PURE = [
-    {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.controls"},
+    {"adhere.reward.signals", "adhere.reward.salience", "adhere.reward.controls", "adhere.reward.pieces"},
     {"adhere.learn.advantages", "adhere.learn.batch", "adhere.learn.losses"},
 ]
 """Functions of tensors: beside each other, they import the records, the errors and the comparison of texts alone."""

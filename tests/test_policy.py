@@ -37,7 +37,7 @@ def test_the_replay_of_a_sample_gives_the_log_probs_it_was_drawn_with(policy):
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1.4])
 def test_reading_while_sampling_is_the_replay_of_the_same_sample(policy, temperature):
     prompts = policy.encode(["w1 w2 w3", "w4 w5 w6 w7 w8", "w9"])
-    weights = policy.copy_hits(policy.sample(prompts), policy.sample(prompts).response_mask)[0].float() + 1.0
+    weights = torch.rand(policy.attention_shape, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(max_new_tokens=9, temperature=temperature)
     maps = {"attention": None, "copy_attention": weights / weights.sum()}
     read = policy.sample_and_read(prompts, 5, sampling, 4, maps)
@@ -172,9 +172,10 @@ def test_lora_needs_no_second_copy_and_saves_a_plain_model(family, tmp_path):
 
 def test_copy_hits_of_a_policy_do_not_depend_on_chunks(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=6), seed=9)
-    whole, logprob = policy.copy_hits(rollout, rollout.response_mask)
+    copied = rollout.prompts.ids[rollout.prompt_index].unsqueeze(1) == rollout.response_ids.unsqueeze(-1)
+    whole, logprob = policy.copy_hits(rollout, rollout.response_mask, copied)
     monkeypatch.setattr("adhere.model.policy.FORWARD_TOKENS", 1)
-    again = policy.copy_hits(rollout, rollout.response_mask)
+    again = policy.copy_hits(rollout, rollout.response_mask, copied)
     assert torch.equal(again[0], whole) and again[1] == pytest.approx(logprob, abs=1e-5)
     assert whole.shape == (3, 4)
 

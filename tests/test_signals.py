@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adhere.reward import controls, signals
-from adhere.reward.signals import Evidence, renormalise
+from adhere.reward.signals import NO_WORD, Evidence, renormalise
 from adhere.types import Prompts, Reading, Role, Rollout
 
 READING = [
@@ -47,7 +47,9 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     weight = mask[index].float() if salience is None else torch.tensor(salience)
     counted = kept if content is None else torch.tensor(content)
     heads = torch.zeros(len(rollout), 2, 3)
-    return Evidence(Reading(rollout, zeros, zeros, zeros, a, a), weight, counted, zeros, zeros, zeros, heads)
+    words, said = (ids + 1).masked_fill(~mask, NO_WORD)[index], (out + 1).masked_fill(~kept, NO_WORD)
+    read = Reading(rollout, zeros, zeros, zeros, a, a)
+    return Evidence(read, weight, counted, words, said, said, zeros, zeros, zeros, heads)
 
 
 def by_hand(**changes):
@@ -119,14 +121,13 @@ def test_grounding_is_the_copy_attention_on_the_token_generated():
     assert signals.grounding_sum(by_hand()).item() == pytest.approx(0.2 + 0.9)
 
 
-def test_grounding_adds_all_places_of_a_token_but_those_of_the_template():
+def test_grounding_adds_all_places_of_a_word_but_those_that_do_not_count():
     attention = [[[0.1, 0.2, 0.4]]]
     evidence = evidence_of([[5, 5, 5]], [[5]], attention)
     assert signals.grounding(evidence).item() == pytest.approx(0.7)
-    prompts = replace(evidence.reading.rollout.prompts, roles=torch.tensor([[Role.TEMPLATE, Role.USER, Role.USER]]))
-    rollout = replace(evidence.reading.rollout, prompts=prompts)
-    evidence = replace(evidence, reading=replace(evidence.reading, rollout=rollout))
+    evidence = replace(evidence, prompt_words=torch.tensor([[NO_WORD, 6, 6]]))
     assert signals.grounding(evidence).item() == pytest.approx(0.6)
+    assert signals.grounding(replace(evidence, response_words=torch.tensor([[NO_WORD]]))).item() == 0
 
 
 def test_grounding_reads_the_copy_heads():
@@ -261,6 +262,9 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
         Reading(rollout, *floats, maps, maps),
         wide(evidence.salience, before, after),
         wide(evidence.content, 0, after, False),
+        wide(evidence.prompt_words, before, after, NO_WORD),
+        wide(evidence.response_words, 0, after, NO_WORD),
+        wide(evidence.response_keys, 0, after, junk),
         wide(evidence.contrast_logprobs, 0, after),
         wide(evidence.question_logprobs, 0, after),
         wide(evidence.ablated_logprobs, 0, after),
@@ -298,6 +302,7 @@ def test_the_order_of_prompt_positions_changes_nothing(evidence):
     reading = replace(
         evidence.reading, rollout=replace(evidence.reading.rollout, prompts=moved), attention=maps, copy_attention=maps
     )
-    other = replace(evidence, reading=reading, salience=evidence.salience[:, order])
+    words = evidence.prompt_words[:, order]
+    other = replace(evidence, reading=reading, salience=evidence.salience[:, order], prompt_words=words)
     for signal in READING:
         torch.testing.assert_close(signal(other), signal(evidence), msg=signal.__name__)

@@ -18,6 +18,7 @@ _UNSPACED += "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
 _MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
 _SIGN = rf"[{_UNSPACED}][{_MARKS}]*"
 _PART = rf"[^\W_{_UNSPACED}](?:[^\W_{_UNSPACED}]|[{_MARKS}])*"
+_ONE_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _WORD = re.compile(rf"{_SIGN}|{_PART}(?:'{_PART})*")
 _PIECE = re.compile(rf"{_SIGN}|[^\s{_UNSPACED}]+")
 
@@ -62,6 +63,15 @@ def normalise_answer(text: str) -> str:
     numbers = _POINT.sub("0.", _GROUPED.sub(lambda found: found[0].replace(",", ""), whole))
     bare = unicodedata.normalize("NFC", " ".join(" ".join(map(_bare, numbers.split())).split()))
     return " ".join(_ARTICLE.sub(" ", bare).split()) or bare or whole
+
+
+def is_unspaced(character: str) -> bool:
+    """Whether a character is of a script that puts no blanks between words.
+
+    >>> is_unspaced("花"), is_unspaced("f")
+    (True, False)
+    """
+    return _ONE_UNSPACED.match(character) is not None
 
 
 def is_answer(text: str, accepted: Iterable[str]) -> bool:

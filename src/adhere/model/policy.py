@@ -130,8 +130,7 @@ class Policy:
     def attention_shape(self) -> tuple[int, int]:
         """(L, H): layers and heads whose attention reaches the prompt."""
         config = self.network.config.get_text_config(decoder=True)
-        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
-        return attention_layers(self.network), int(heads)
+        return attention_layers(self.network), int(config.num_attention_heads)
 
     def fingerprint(self) -> str:
         """Which weights this policy has, the adapter included where it is on (`adhere.model.fingerprint`)."""
@@ -312,24 +311,15 @@ class Policy:
         return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
 
     @torch.no_grad()
-    def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor | None = None) -> tuple[Tensor, float]:
+    def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
         """In how many of the `counted` response places ([B, R] bool) the prompt position that head (l, h) attends to
-        most is the one copied there, [L, H] int64; and the mean log-prob of the tokens at those places, nats.
-
-        `copied` [B, R] int64: the prompt position that each token repeats, -1 for none. Without it every prompt token
-        equal to the one generated is a hit.
-        """
+        most is one `copied` there ([B, R, P] bool): [L, H] int64. And the mean log-prob of the tokens at those places,
+        nats."""
         total: Tensor | None = None
         logprobs: list[Tensor] = []
         for chunk in rollout.chunks(FORWARD_TOKENS):
             part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
-            if copied is None:
-                prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
-                wanted = prompt_ids[:, None, :] == part.response_ids[..., None]
-            else:
-                places = torch.arange(chunk.span.start, chunk.span.stop, device=self.device)
-                wanted = copied[chunk.rows, chunk.columns, None] == places
-            hits = CopyHits(wanted, here)
+            hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
             for piece in self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]):
                 found = token_logprobs(piece.logits, part.response_ids[:, piece.response])
                 logprobs.append(found[here[:, piece.response]])

@@ -20,14 +20,12 @@ from adhere.types import Reading, masked_mean
 
 
 def overlap(evidence: Evidence) -> Tensor:
-    """Share of a response's content tokens that occur in its prompt: (1/m_c) Σ_{t content} 1[y_t ∈ x]. [B] in [0, 1].
+    """Share of a response's content tokens whose word occurs in its prompt: (1/m_c) Σ_{t content} 1[y_t ∈ x].
+    [B] in [0, 1].
 
-    Lexical overlap by token id, template tokens left out; 0 where no response token is content.
+    Lexical overlap of words, template and earlier turns left out; 0 where no response token is content.
     """
-    reading = evidence.reading
-    own = reading.prompt_mask & ~reading.rollout.prompts.template[reading.rollout.prompt_index]
-    same = (reading.response_ids.unsqueeze(-1) == reading.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
-    return masked_mean(same.any(-1).float(), evidence.content)
+    return masked_mean(evidence.repeated.any(-1).float(), evidence.content)
 
 
 def length(evidence: Evidence) -> Tensor:

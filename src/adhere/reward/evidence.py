@@ -13,8 +13,18 @@ from adhere.errors import UserError
 from adhere.reward import controls
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import PREFERENCE, SIGNALS, Reads, RewardConfig
-from adhere.reward.salience import attended, only, question_only, response_content, salience, user_tokens
+from adhere.reward.salience import (
+    TokenClass,
+    attended,
+    classes_of,
+    only,
+    question_only,
+    response_content,
+    salience,
+    user_tokens,
+)
 from adhere.reward.signals import Evidence
+from adhere.reward.words import Spelling
 from adhere.types import Reading, Rollout
 
 if TYPE_CHECKING:
@@ -36,11 +46,12 @@ def gather(
     scorer: Policy,
     heads: CopyHeads | None,
     classes: Tensor,
+    spelling: Spelling,
     reading: Reading | None = None,
 ) -> Evidence:
     """What the signals of `config` read of a rollout, from one forward of `scorer` and one more for each prompt that is
     changed (`contrast`, `reliance`, `comprehensiveness`); none for text alone. `reading`: what `scorer` has read of the
-    rollout already. `classes` [V]: the token classes of its tokenizer."""
+    rollout already. `classes` [V] and `spelling` are those of its tokenizer."""
     reads = config.reads
     maps = maps_read(config, heads)
     seen = "attention" in maps
@@ -51,15 +62,20 @@ def gather(
         reading = controls.shuffled(reading) if config.shuffle else reading
     # Text alone has no attention for `self` to read, and reads no salience either.
     weighed = salience(config.salience if seen else "content", reading, classes)
+    own = user_tokens(rollout.prompts, classes)
+    said = rollout.response_mask & (classes_of(rollout.response_ids, classes) != TokenClass.SPECIAL)
     return Evidence(
         reading,
         weighed,
         response_content(rollout, classes),
+        spelling.words(rollout.prompts.ids, own)[rollout.prompt_index],
+        spelling.words(rollout.response_ids, said),
+        spelling.key(rollout.response_ids),
         _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
         _after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,
         _without_attended(reading, scorer, classes, config.ablate) if Reads.ABLATED in reads else None,
         scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
-        user_tokens(rollout.prompts, classes)[rollout.prompt_index] if config.renormalise else None,
+        own[rollout.prompt_index] if config.renormalise else None,
     )
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from adhere.errors import UnsupportedModel, UserError
 from adhere.files import atomic_write
 from adhere.reward.passages import PASSAGES, repeated
-from adhere.reward.salience import response_content, token_classes
+from adhere.reward.salience import response_content, token_classes, user_tokens
+from adhere.reward.signals import NO_WORD
+from adhere.reward.words import Spelling
 from adhere.types import Prompts, Rollout
 
 if TYPE_CHECKING:
@@ -116,17 +118,20 @@ def measure_by_copying(policy: Policy) -> CopyHeads:
 
 
 def measure_on_answers(policy: Policy, prompts: Prompts, num_samples: int = ANSWERS, seed: int = 0) -> CopyHeads:
-    """Copy heads from the model's own answers to `prompts`: a hit is any prompt token equal to the one generated.
+    """Copy heads from the model's own answers to `prompts`: a hit is any prompt token like the one generated.
 
     For models that do not repeat passages. The result depends on the prompts, and says so in its `method`.
     Raises `UserError` where no head ever hit: uniform weights would turn grounding into something else under its name.
     """
     rollout = policy.sample(prompts, num_samples, seed=seed)
-    content = response_content(rollout, token_classes(policy.tokenizer))
+    classes, spelling = token_classes(policy.tokenizer), Spelling.of(policy.tokenizer)
+    content = response_content(rollout, classes)
+    keys = spelling.key(prompts.ids).masked_fill(~user_tokens(prompts, classes), NO_WORD)[rollout.prompt_index]
+    copied = keys.unsqueeze(1) == spelling.key(rollout.response_ids).unsqueeze(-1)
     fix = "give more prompts, or choose a reward that reads no copy heads: without `grounding` and `comprehensiveness`"
     if not content.any():
         raise UserError("copy heads cannot be measured: the answers hold no content token", fix=fix)
-    heads = _measured(policy, rollout, content, None, "answers")
+    heads = _measured(policy, rollout, content, copied, "answers")
     if not heads.scores.any():
         raise UserError(
             f"copy heads cannot be measured: in {heads.tokens} content tokens no head's most-attended prompt token "
@@ -181,7 +186,7 @@ def check_shape(heads: CopyHeads, policy: Policy) -> None:
         )
 
 
-def _measured(policy: Policy, rollout: Rollout, counted: Tensor, copied: Tensor | None, method: Method) -> CopyHeads:
+def _measured(policy: Policy, rollout: Rollout, counted: Tensor, copied: Tensor, method: Method) -> CopyHeads:
     hits, logprob = policy.copy_hits(rollout, counted, copied)
     tokens = int(counted.sum())
     return CopyHeads((hits.double() / tokens).float().cpu(), method, tokens, logprob, policy.fingerprint())
@@ -189,7 +194,7 @@ def _measured(policy: Policy, rollout: Rollout, counted: Tensor, copied: Tensor 
 
 def _repeating(policy: Policy) -> tuple[Rollout, Tensor] | None:
     """Every readable passage with two of its sentences as responses, token by token as the prompt has them; and the
-    prompt position [B, R] that each token repeats (-1 on padding). None where no passage can be read."""
+    prompt position that each token repeats, [B, R, P] bool. None where no passage can be read."""
     tokenizer = policy.tokenizer
     if not tokenizer.is_fast:
         raise UnsupportedModel(
@@ -223,4 +228,5 @@ def _repeating(policy: Policy) -> tuple[Rollout, Tensor] | None:
             copied.append(torch.tensor(positions))
             index.append(number)
     rollout = policy.respond(prompts, responses, torch.tensor(index))
-    return rollout, torch.nn.utils.rnn.pad_sequence(copied, True, -1).to(policy.device)
+    repeats = torch.nn.utils.rnn.pad_sequence(copied, True, -1).to(policy.device)
+    return rollout, repeats.unsqueeze(-1) == torch.arange(prompts.ids.shape[1], device=policy.device)

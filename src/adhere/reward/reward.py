@@ -24,6 +24,7 @@ from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig,
 from adhere.reward.preference import PreferenceModel
 from adhere.reward.salience import token_classes
 from adhere.reward.signals import Evidence
+from adhere.reward.words import Spelling
 from adhere.types import Prompts, Reading, Rollout, Scores
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Reward:
         self.policy = policy
         self.reference = reference if config.scorer == "reference" else None
         self.classes = token_classes(policy.tokenizer)
+        self.spelling = Spelling.of(policy.tokenizer)
         self.functions = functions or {}
         self._functions = {name: self._function(name) for name in config.weights}
         if heads is not None:
@@ -215,7 +217,7 @@ class Reward:
 
     def evidence(self, rollout: Rollout, scorer: Policy | None = None, reading: Reading | None = None) -> Evidence:
         """What this reward's signals read of a rollout: see `adhere.reward.evidence.gather`."""
-        return gather(self.config, rollout, scorer or self.scorer, self.heads, self.classes, reading)
+        return gather(self.config, rollout, scorer or self.scorer, self.heads, self.classes, self.spelling, reading)
 
     @property
     def reads_attention(self) -> bool:

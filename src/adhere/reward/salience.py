@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adhere.errors import unknown_name
+from adhere.reward.pieces import read_pieces
 from adhere.types import Prompts, Reading, Role, Rollout
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ FUNCTION_WORDS = frozenset(_ENGLISH.split())
 
 _STOPS = frozenset(".!?…。！？؟।\n")
 _TAG = re.compile(r"<.*>|\[.*\]")
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _CACHE: WeakKeyDictionary[PreTrainedTokenizerBase, Tensor] = WeakKeyDictionary()
 
 
@@ -65,15 +65,15 @@ def token_classes(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     cached = _CACHE.get(tokenizer)
     if cached is not None and len(cached) == size:  # a tokenizer that grew since is read again
         return cached
-    added = tokenizer.added_tokens_decoder
     special = set(tokenizer.all_special_ids) | {
-        index for index, token in added.items() if token.special or _TAG.fullmatch(token.content)
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special or _TAG.fullmatch(token.content)
     }
-    marker = next((m for m in ("Ġ", "▁", "##") if any(piece.startswith(m) for piece in vocabulary)), "")
     classes = torch.full((size,), TokenClass.SPECIAL, dtype=torch.uint8)
-    for piece, index in vocabulary.items():
+    for index, piece in read_pieces(tokenizer).items():
         if index not in special:
-            classes[index] = _classify(*_read(piece, "" if index in added else marker))
+            classes[index] = _classify(piece.text.decode(errors="replace"), piece.starts_word)
     _CACHE[tokenizer] = classes
     return classes
 
@@ -259,26 +259,6 @@ def _or_else(weight: Tensor, fallback: Tensor) -> Tensor:
     return torch.where((weight > 0).any(-1, keepdim=True), weight, fallback)
 
 
-def _read(piece: str, marker: str) -> tuple[str, bool]:
-    """A vocabulary piece as plain text, and whether it starts a word."""
-    if marker == "Ġ":
-        try:
-            # A piece may hold half a character: what cannot be decoded is part of a letter as far as we know.
-            text = bytes(_BYTE_OF[character] for character in piece).decode(errors="replace")
-        except KeyError:
-            text = piece
-        return text, piece.startswith("Ġ")
-    if marker == "▁":
-        byte = _BYTE.fullmatch(piece)
-        if byte:
-            code = int(byte[1], 16)
-            return (chr(code) if code < 128 else "\ufffd"), False
-        return piece.replace("▁", " "), piece.startswith("▁")
-    if marker == "##":
-        return piece.removeprefix("##"), not piece.startswith("##")
-    return piece.removesuffix("</w>"), True
-
-
 def _classify(text: str, starts_word: bool) -> TokenClass:
     bare = text.strip()
     if not any(c.isalnum() or c == "\ufffd" or unicodedata.category(c)[0] == "M" for c in bare):
@@ -289,13 +269,3 @@ def _classify(text: str, starts_word: bool) -> TokenClass:
     if free and bare.lower().replace("’", "'") in FUNCTION_WORDS:
         return TokenClass.FUNCTION
     return TokenClass.CONTENT
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The letters in which byte-level BPE writes bytes: printable Latin-1 as itself, the rest from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()

@@ -21,6 +21,9 @@ from adhere.types import Reading, masked_mean
 # stays a number. e^-100 is beyond what float32 softmax over any vocabulary gives by itself.
 LOWEST_LOGPROB = -100.0
 
+NO_WORD = 0
+"""The word of a token that does not count: padding, template, earlier turns, special tokens."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -31,6 +34,12 @@ class Evidence:
     """[B, P] float32 in [0, 1]: how much each prompt token counts."""
     content: Tensor
     """[B, R] bool: the response tokens that are content."""
+    prompt_words: Tensor
+    """[B, P] int64: the word that each prompt token is part of, `NO_WORD` outside of the current turn."""
+    response_words: Tensor
+    """[B, R] int64: the word that each response token is part of."""
+    response_keys: Tensor
+    """[B, R] int64: each response token, regardless of case and blanks."""
     contrast_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses after another prompt of the batch; None when no signal asked for it."""
     question_logprobs: Tensor | None = None
@@ -48,12 +57,21 @@ class Evidence:
             self.reading.select(rows),
             self.salience[rows],
             self.content[rows],
+            self.prompt_words[rows],
+            self.response_words[rows],
+            self.response_keys[rows],
             None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
             None if self.question_logprobs is None else self.question_logprobs[rows],
             None if self.ablated_logprobs is None else self.ablated_logprobs[rows],
             None if self.head_mass is None else self.head_mass[rows],
             None if self.keep is None else self.keep[rows],
         )
+
+    @cached_property
+    def repeated(self) -> Tensor:
+        """[B, R, P] bool: where a response token and a prompt token are of the same word."""
+        counts = self.response_words.unsqueeze(-1) != NO_WORD
+        return (self.response_words.unsqueeze(-1) == self.prompt_words.unsqueeze(1)) & counts
 
     @cached_property
     def attention(self) -> Tensor:
@@ -119,9 +137,10 @@ def focus(evidence: Evidence, clamp: float = 0.0) -> Tensor:
 def repetition(evidence: Evidence, n: int = 2) -> Tensor:
     """Share of repeated n-grams: 1 − distinct / all, over the m − n + 1 n-grams; 0 if m < n. [B] in [0, 1).
 
-    The penalty of CAGSR (arXiv 2502.10482); a positive number, its weight is negative.
+    Tokens that differ in case or in the blank before them count as the same. The penalty of CAGSR (arXiv 2502.10482); a
+    positive number, its weight is negative.
     """
-    ids, mask = evidence.reading.response_ids, evidence.reading.response_mask
+    ids, mask = evidence.response_keys, evidence.reading.response_mask
     if ids.shape[1] < n:
         return torch.zeros(len(ids), device=ids.device)
     grams, whole = ids.unfold(1, n, 1), mask.unfold(1, n, 1).all(-1)
@@ -140,7 +159,9 @@ def coherence(evidence: Evidence) -> Tensor:
 
 
 def grounding(evidence: Evidence) -> Tensor:
-    """Copy-head attention on the very token generated: (1/m_c) Σ_{t content} Σ_i 1[x_i = y_t] a^copy[t, i].
+    """Copy-head attention on the very word generated: (1/m_c) Σ_{t content} Σ_i 1[x_i = y_t] a^copy[t, i].
+
+    x_i = y_t where both tokens are of the same word, outside of the template and of earlier turns.
 
     a^copy = Σ_{l,h} w^copy[l, h] a^(l,h), see `heads`. [B] in [0, 1]; 0 where no response token is content. Ours.
     """
@@ -231,11 +252,8 @@ def _salient_mass(evidence: Evidence) -> Tensor:
 
 
 def _copied_mass(evidence: Evidence) -> Tensor:
-    """Σ_i 1[x_i = y_t] a^copy[t, i] over the prompt without template tokens: [B, R]."""
-    reading = evidence.reading
-    own = reading.prompt_mask & ~reading.rollout.prompts.template[reading.rollout.prompt_index]
-    same = (reading.response_ids.unsqueeze(-1) == reading.prompt_ids.unsqueeze(1)) & own.unsqueeze(1)
-    return (evidence.copy_attention * same).sum(-1)
+    """Σ_i 1[x_i = y_t] a^copy[t, i]: [B, R]."""
+    return (evidence.copy_attention * evidence.repeated).sum(-1)
 
 
 def _floored(logprobs: Tensor) -> Tensor:
