@@ -27,8 +27,14 @@ from adhere.preferences.settings import PairConfig, PreferenceConfig
 
 
 def _arguments(parser: Parser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="make|fit")
-    make = actions.add_parser("make", help="pairs of a good response and its corruption, without people")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="make|fit", prog="adhere preferences", title="actions"
+    )
+    make = actions.add_parser(
+        "make",
+        usage="adhere preferences make --model MODEL --prompts FILE --output FILE [options]",
+        help="pairs of a good response and its corruption, without people",
+    )
     model_arguments(make)
     make.required.add_argument(
         "--prompts",
@@ -41,7 +47,11 @@ def _arguments(parser: Parser) -> None:
     )
     row_arguments(make)
     make.add_options(PairConfig, "pairs_per_prompt", "max_new_tokens", "seed")
-    fit = actions.add_parser("fit", help="a reward model of rows with prompt, chosen and rejected")
+    fit = actions.add_parser(
+        "fit",
+        usage="adhere preferences fit --model MODEL --pairs FILE --output FOLDER [options]",
+        help="a reward model of rows with prompt, chosen and rejected",
+    )
     fit.required.add_argument(
         "--pairs", required=True, metavar="FILE", help=f"rows with prompt, chosen and rejected ({ROWS})"
     )
