@@ -70,7 +70,8 @@ def test_train_reads_a_reward_and_an_algorithm_from_yaml(model, prompts, tmp_pat
     )
     assert train(model, prompts, tmp_path / "run", "--config", str(config)) == 0
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert kept["algorithm"] == {"name": "rloo", "epochs": 1, "clip_low": 0.2, "clip_high": 0.3, "kl_in": "reward"}
+    kl = {"kl_coef": 0.04, "kl_target": None, "kl_in": "reward"}
+    assert kept["algorithm"] == {"name": "rloo", **kl, "epochs": 1, "clip_low": 0.2, "clip_high": 0.3}
     assert kept["reward"]["weights"] == {"coherence": 1.0, "repetition": -0.5} and kept["learning_rate"] == 1e-4
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"signals/coherence", "signals/repetition"} <= row.keys()

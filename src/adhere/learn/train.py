@@ -150,13 +150,12 @@ class Trainer:
             prompts = self.prompts.select(places[self.accelerator.process_index :: self.accelerator.num_processes])
             rollout, reading = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
         with clock("score"):
-            scores = self.reward(rollout, self.policy, reading)
+            evidence = self.reward.evidence(rollout, self.reward.reference or self.policy, reading)
+            scores = self.reward.score_evidence(evidence)
             reference = self._reference_logprobs(rollout, scores)
         with clock("update"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = config.rate(step)
             batch = with_advantages(config.algorithm, self._batch(rollout, scores.reward, reference))
-            metrics = update(self.accelerator, self.learner, self.optimizer, config, rollout, batch)
+            metrics = update(self.accelerator, self.learner, self._optimizer_at(step), config, rollout, batch)
         metrics |= self._metrics(rollout, scores, reference, clock)
         self._advance(metrics, len(rollout))
         self.log.metrics(metrics)
@@ -214,6 +213,12 @@ class Trainer:
         if self.reward.reference is not None and scores.reading is not None:
             return scores.reading.logprobs
         return self.reference.read(rollout, attention=False).logprobs
+
+    def _optimizer_at(self, step: int) -> torch.optim.Optimizer:
+        """The optimiser at the learning rate of `step`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(step)
+        return self.optimizer
 
     def _batch(self, rollout: Rollout, rewards: Tensor, reference: Tensor | None) -> Batch:
         """What this step learns from, but for the advantages."""
