@@ -109,6 +109,29 @@ def test_rank_and_rerank_put_the_best_first(reward):
     assert [one["relevance_score"] for one in again] == [one["reward"] for one in ranked[:2]]
 
 
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_documents_may_be_objects_and_come_back_as_they_were_given(reward, path):
+    given = [
+        "the garden",
+        {"text": ANSWER},
+        {"title": "a story", "text": ANSWER, "id": 7, "source": {"pages": [1, None]}},
+        {"title": None, "text": "office"},
+    ]
+    texts = ["the garden", ANSWER, f"a story\n{ANSWER}", "office"]
+    with client(reward) as http:
+        asked = {"query": PROMPT, "documents": given, "return_documents": True, "max_tokens_per_doc": 4096}
+        found = http.post(path, json=asked).json()["results"]
+        bare = http.post(path, json={**asked, "return_documents": False}).json()["results"]
+        ranked = http.post("/v1/rank", json={"prompt": PROMPT, "candidates": texts}).json()["candidates"]
+    assert [(one["index"], one["relevance_score"]) for one in found] == [
+        (one["index"], one["reward"]) for one in ranked
+    ]
+    echoed = [{"text": one} if isinstance(one, str) else one for one in given]
+    assert [one["document"] for one in found] == [echoed[one["index"]] for one in found]
+    assert [one["index"] for one in bare] == [one["index"] for one in found]
+    assert all(one["document"] is None for one in bare)
+
+
 def test_openrlhf_gets_the_reward_of_what_follows_the_prompt(reward):
     end = reward.policy.tokenizer.eos_token
     body = {"query": [f"{PROMPT} {ANSWER} {end}", f"{PROMPT} {ANSWER}"], "prompts": [PROMPT] * 2, "labels": ["", ""]}
@@ -157,6 +180,27 @@ def test_openrlhf_gets_the_reward_of_what_follows_the_prompt(reward):
         ),
         ("/v1/rank", b'{"prompt": "where is mary ?", "candidates": []}', 422, "at least 1 item"),
         ("/v1/rerank", b'{"query": "mary ?", "documents": ["a"], "top_n": 0}', 422, "greater than or equal to 1"),
+        ("/v2/rerank", b'{"query": "mary ?", "documents": ["a", {"title": "b"}]}', 422, "documents[1].text: Field req"),
+        ("/v2/rerank", b'{"query": "mary ?", "documents": [{"text": 3}]}', 422, "documents[0].text: Input should be"),
+        ("/v2/rerank", b'{"query": "mary ?", "documents": [3]}', 422, "documents[0]: Input should be a valid string"),
+        (
+            "/rerank",
+            b'{"query": "mary ?", "documents": [{"text": "a", "x": "\\ud800"}], "return_documents": true}',
+            422,
+            "documents[0]: Value error, half a surrogate pair",
+        ),
+        (
+            "/rerank",
+            b'{"query": "mary ?", "documents": [{"text": "a", "x": NaN}], "return_documents": true}',
+            422,
+            "documents[0]: Value error, Out of range float",
+        ),
+        (
+            "/rerank",
+            b'{"query": "mary ?", "documents": [{"text": "a", "x": ' + b"[" * 300 + b"]" * 300 + b"}]}",
+            422,
+            "documents[0]: Value error, nested deeper than 64",
+        ),
         ("/v1/nothing", b"{}", 404, "Not Found"),
     ],
 )
@@ -432,7 +476,7 @@ def api():
     thread.join()
 
 
-PATHS = ["/v1/score", "/v1/rank", "/v1/rerank", "/openrlhf", "/health", "/metrics"]
+PATHS = ["/v1/score", "/v1/rank", "/rerank", "/v1/rerank", "/v2/rerank", "/openrlhf", "/health", "/metrics"]
 
 
 @pytest.mark.slow

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MAX_ITEMS = 1024
 """Rows of one request: more belong into several requests, or into `adhere score`."""
+MAX_NESTING = 64
+"""Of a document's own fields: a serializer that sends them back has an end, and must not meet it."""
+
+
+def _nesting(value: object) -> int:
+    """Levels of lists and objects, a few more than `MAX_NESTING` at most."""
+    level, depth = [value], -1
+    while level and depth <= MAX_NESTING:
+        holders = [one for one in level if isinstance(one, dict | list)]
+        level = [item for one in holders for item in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return depth
 
 
 def _text(value: str) -> str:
@@ -96,20 +109,35 @@ class RankResponse(BaseModel):
     candidates: list[Candidate]
 
 
+class Document(BaseModel):
+    """A document as rerank APIs know it: its text, perhaps a title before it, and fields that are the client's own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    title: Text | None = None
+    text: Text
+
+    @model_validator(mode="after")
+    def _can_be_sent_back(self) -> Document:
+        if _nesting(self.model_extra) > MAX_NESTING:
+            raise ValueError(f"nested deeper than {MAX_NESTING}")
+        _text(json.dumps(self.model_extra, ensure_ascii=False, allow_nan=False))
+        return self
+
+    @property
+    def content(self) -> str:
+        """What is scored: the text, after the title where there is one."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
 class RerankRequest(BaseModel):
     """The request of rerank APIs (Cohere, Jina, vLLM): the query is the prompt, the documents are the responses."""
 
     query: Words
-    documents: list[Text] = Field(min_length=1, max_length=MAX_ITEMS)
+    documents: list[Text | Document] = Field(min_length=1, max_length=MAX_ITEMS)
     top_n: int | None = Field(None, ge=1)
-    return_documents: bool = False
+    return_documents: bool = Field(False, description="Send each document back, text as an object too.")
     model: str | None = None
-
-
-class Document(BaseModel):
-    """A document as it was given."""
-
-    text: str
 
 
 class Reranked(BaseModel):
