@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from adhere.data import Row
 from adhere.errors import UserError
-from adhere.model.checkpoint_files import one_line, require_whole
+from adhere.model.checkpoint_files import CONFIG, one_line
 from adhere.model.load import load_network
 from adhere.model.policy import Policy
 from adhere.reward.named import RewardConfig
@@ -30,16 +30,15 @@ class Embedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise UserError("an embedder needs sentence-transformers", fix="pip install 'adhere[eval]'") from error
-        if Path(path).is_dir():
-            require_whole(Path(path))
+        if (Path(path) / CONFIG).exists():
+            _require_sound(path)
         with one_line("no embedder", path, "give a folder or hub id of a sentence-transformers model"):
             self._model: SentenceTransformer = SentenceTransformer(
                 path, device="cpu", trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )
             network = self._model.transformers_model
-        if network is not None:  # it draws missing weights at random; pooling by mean or first token reads no pooler
-            source = str(network.config._name_or_path)
-            load_network(source, lambda _: AutoModel, new=lambda _, name: name.startswith("pooler."))
+        if network is not None and (source := str(network.config._name_or_path)) != path:
+            _require_sound(source)
 
     def relevance(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """Cosine between the embeddings of each prompt and its response, in [−1, 1]."""
@@ -48,6 +47,11 @@ class Embedder:
             for texts in (prompts, responses)
         )
         return [float(a @ b) for a, b in zip(one, two, strict=True)]
+
+
+def _require_sound(path: str) -> None:
+    """Load the network at `path` for its errors alone: sentence-transformers would draw missing weights at random."""
+    load_network(path, lambda _: AutoModel, other_head=True)
 
 
 def follow_up(reader: Policy, rows: Sequence[Row], responses: Sequence[str]) -> list[float | None]:

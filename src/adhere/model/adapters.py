@@ -68,7 +68,7 @@ def add(network: PreTrainedModel, lora: Lora) -> PeftModel:
 
 def find(path: str) -> Path | None:
     """The folder (for a hub id, that of the cache) of the adapter at `path`; None where there is no adapter."""
-    with one_line("the adapter cannot be read", path, "give a folder or hub id that PEFT can load"):
+    with one_line("cannot be loaded", path, "give a folder or hub id that transformers can load"):
         found = find_adapter_config_file(path)
     return None if found is None else Path(found).parent
 

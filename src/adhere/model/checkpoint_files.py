@@ -31,6 +31,8 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 SHORT_JSON = 1 << 20
 """JSON files below this size are parsed in advance; a tokenizer of 30 MB is left to the library that needs it."""
 DOWNLOAD_AGAIN = "download the file again"
+LONGEST = 240
+"""Characters of an exception that are told."""
 
 
 @contextmanager
@@ -49,11 +51,13 @@ def one_line(what: str, where: str, fix: str) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says; its kind too where the text alone would mean little."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, OSError | ValueError | RuntimeError | ImportError) and said:
-        return said.rstrip(".:")
-    return f"{type(error).__name__} {said}".strip().rstrip(".:")
+    """The first line of what an exception says, and the next where it announces one; with the name of the exception
+    where the text alone would mean little (`KeyError 'llama'`)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).rstrip(".:")
+    if not said or not isinstance(error, OSError | ValueError | RuntimeError | ImportError | SafetensorError):
+        said = f"{type(error).__name__} {said}".strip()
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
 
 
 def require_model(folder: Path) -> None:
@@ -124,7 +128,7 @@ def require_whole_weights(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
-        what = f"is damaged or cut short: {first_line(error).removeprefix('SafetensorError ')}"
+        what = f"is damaged or cut short: {first_line(error)}"
         raise UnsupportedModel(what, where=str(file), fix=DOWNLOAD_AGAIN) from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def load_network(
     path: str,
     kind: Callable[[PreTrainedConfig], Any],
     *,
-    new: Callable[[PreTrainedModel, str], bool] = lambda network, name: False,
+    other_head: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
     attention: str = "auto",
@@ -96,33 +96,39 @@ def load_network(
 ) -> PreTrainedModel:
     """The network at `path`, in evaluation mode, of the auto class that `kind` picks from its configuration.
 
-    `new(network, name)` says which weights may be missing or left over, because a head is put on; `options` go to
-    transformers. Raises `UnsupportedModel` as `load` does.
+    `other_head`: the file may hold another head than the network, which gives way, and need not hold the network's;
+    `options` go to transformers. Raises `UnsupportedModel` as `load` does.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
     path = located(path)
     adapter = _adapter(path)
     if adapter is not None and (base := adapters.base_of(path, adapter)) != path:
-        network = load_network(
-            base,
-            kind,
-            new=new,
-            dtype=dtype,
-            device=device,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
-            **options,
-        )
+        try:
+            network = load_network(
+                base,
+                kind,
+                other_head=other_head,
+                dtype=dtype,
+                device=device,
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
+        except UnsupportedModel as error:
+            raise UnsupportedModel(
+                error.what, where=f"{path}, its base {error.where or base}", fix=error.fix
+            ) from error
         return adapters.merge(network, path, adapter)
     if Path(path).is_dir():
         require_model(Path(path))
     place = pick_device(device)
     try:
-        with one_line("cannot be loaded", path, _remedy(trust_remote_code)):
+        with one_line("cannot be loaded", _config_of(path), _remedy(trust_remote_code)):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        _choose_attention(config, attention, path)
-        with one_line(_failed(config), path, _package(config) or LOADABLE):
+            written, _ = PreTrainedConfig.get_config_dict(path)
+        _choose_attention(config, attention, written, path)
+        with one_line(*_refusal(config, path)):
             network, found = kind(config).from_pretrained(
                 path,
                 config=config,
@@ -139,7 +145,9 @@ def load_network(
         if (cached := _cached(path)) is not None:
             require_whole(cached)  # names the file
         raise
-    _require_every_weight(network, found, path, new)
+    if written.get("tie_word_embeddings") is False and _is_tied(network):  # T5 ties a head that is not in the file
+        found["missing_keys"].add("lm_head.weight")
+    _require_every_weight(network, found, path, other_head)
     if not _quantiser(config):
         torch.nn.Module.to(network, place)
     if adapter is not None:
@@ -186,7 +194,7 @@ def _cached(path: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _choose_attention(config: PreTrainedConfig, attention: str, where: str) -> None:
+def _choose_attention(config: PreTrainedConfig, attention: str, written: Mapping[str, Any], where: str) -> None:
     """Set the attention implementation: `auto` is what the configuration says, where this machine has that.
 
     Older versions of transformers left a private `_attn_implementation` in config.json, which is no wish of anybody's:
@@ -197,8 +205,6 @@ def _choose_attention(config: PreTrainedConfig, attention: str, where: str) -> N
     asked = config._attn_implementation
     if not isinstance(asked, str) or not asked.startswith("flash_attention") or importlib.util.find_spec("flash_attn"):
         return
-    with one_line("cannot be loaded", where, LOADABLE):
-        written, _ = PreTrainedConfig.get_config_dict(where)
     if "attn_implementation" in written:
         raise UnsupportedModel(
             f"config.json asks for {asked}, which is not installed",
@@ -215,23 +221,24 @@ def _quantiser(config: PreTrainedConfig) -> str | None:
     return None if said is None else str(getattr(method, "value", method))
 
 
-def _failed(config: PreTrainedConfig) -> str:
-    method = _quantiser(config)
-    return "cannot be loaded" if method is None else f"its weights are quantised ({method}) and cannot be loaded"
+def _refusal(config: PreTrainedConfig, path: str) -> tuple[str, str, str]:
+    """What is said where no network can be made: what, where, fix. The files of the weights are known to be whole."""
+    if (method := _quantiser(config)) is None:
+        return "no model can be made of it", _config_of(path), LOADABLE
+    what = f"its weights are quantised ({method}) and cannot be loaded"
+    return what, path, "install what they need, or give the model unquantised"
 
 
-def _package(config: PreTrainedConfig) -> str | None:
-    method = _quantiser(config)
-    return None if method is None else "install what the quantised weights need, or give the model unquantised"
+def _config_of(path: str) -> str:
+    """Where the configuration is, for an error."""
+    return str(Path(path) / CONFIG) if Path(path).is_dir() else path
 
 
 def _remedy(trust_remote_code: bool) -> str:
     return LOADABLE if trust_remote_code else f"{LOADABLE}; --trust-remote-code runs code that comes with a model"
 
 
-def _require_every_weight(
-    network: PreTrainedModel, found: dict[str, Any], where: str, new: Callable[[PreTrainedModel, str], bool]
-) -> None:
+def _require_every_weight(network: PreTrainedModel, found: dict[str, Any], where: str, other_head: bool) -> None:
     """Raise `UnsupportedModel` unless the file gave every weight its value, and each of its own had a place.
 
     Weights that are tied, and those that a family is known to store needlessly, transformers has left out already."""
@@ -243,8 +250,20 @@ def _require_every_weight(
         raise UnsupportedModel(f"{what}, and {more} more" if more else what, where=where, fix=fix)
     told = {"missing_keys": "lacks the weights", "unexpected_keys": "holds weights that config.json has no place for:"}
     for key, what in told.items():
-        if odd := [name for name in found[key] if not new(network, name)]:
+        if odd := [name for name in found[key] if not other_head or _in_body(network, name)]:
             raise UnsupportedModel(f"{what} {some(odd)}", where=where, fix=fix)
+
+
+def _is_tied(network: PreTrainedModel) -> bool:
+    """Whether the head reads the embedding's own weight."""
+    head = network.get_output_embeddings()
+    return head is not None and head.weight is network.get_input_embeddings().weight
+
+
+def _in_body(network: PreTrainedModel, name: str) -> bool:
+    """Whether a weight belongs to what lies below the head. A pooler is a head too: not every checkpoint has one."""
+    part = name.removeprefix(f"{network.base_model_prefix}.").split(".")[0]
+    return part != "pooler" and part in dict(network.base_model.named_children())
 
 
 def _fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

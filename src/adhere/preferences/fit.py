@@ -48,8 +48,8 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
     if (Path(config.output) / CARD).exists():
         raise UserError("already holds a reward model", where=config.output, fix="choose another --output")
     torch.manual_seed(config.seed)
-    network = load_network(config.model, lambda _: AutoModelForSequenceClassification, new=_head, device=config.device,
-                           dtype="float32", num_labels=1)  # fmt: skip
+    network = load_network(config.model, lambda _: AutoModelForSequenceClassification, other_head=True,
+                           device=config.device, dtype="float32", num_labels=1)  # fmt: skip
     tokenizer = load_tokenizer(config.model)
     network.config.pad_token_id = tokenizer.pad_token_id
     training, held_out = split(rows, config.held_out, config.seed)
@@ -71,11 +71,6 @@ def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
         card = {"config": asdict(config), "pairs": len(training), "held_out": len(held_out), "accuracy": accuracy}
         (folder / CARD).write_text(to_json(card, indent=2), encoding="utf-8")
     return fitted
-
-
-def _head(network: PreTrainedModel, name: str) -> bool:
-    """Whether a weight is part of a head: the classifier that is put on, or the one that gives way to it."""
-    return not name.startswith(f"{network.base_model_prefix}.")
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
