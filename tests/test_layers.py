@@ -13,7 +13,8 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "text", "files", "options", "row_files", "shards", "data", "config", "markup", "inspection"},
+    {"types", "errors", "text", "files", "options", "shards", "data", "config", "markup", "inspection"}
+    | {"row_files", "row_lists", "row_responses", "row_pairs"},
     {"model"},
     {"reward"},
     {"learn"},

@@ -74,7 +74,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     if options.output.exists():
         raise UserError("is there already", where=str(options.output), fix="choose another --output")
     with console.progress(len(rows), "reading pairs") as progress:
-        found = calibrate(load_policy(options), rows, config.seed, progress.update)
+        found = calibrate(load_policy(options), rows, config.seed, progress.update, console.warn)
     found.save(options.output)
     weights = found.reward()["weights"]
     console.table(

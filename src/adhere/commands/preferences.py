@@ -63,7 +63,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
 
     config = load_config(PreferenceConfig, None, flags_given(options, PreferenceConfig))
     rows = read_rows(options.pairs, columns_of(options), need=("chosen", "rejected"))
-    fitted = fit(config, rows)
+    fitted = fit(config, rows, console.warn)
     found: dict[str, object] = {"pairs": fitted.pairs, "output": config.output, "accuracy": None}
     words = f"{fitted.pairs} pairs learned"
     if fitted.accuracy:

@@ -8,6 +8,7 @@ moves away from it as the labels say so.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
 from adhere.reward.named import CALIBRATION_FORMAT, NAMED, RewardConfig
 from adhere.reward.reward import Reward
+from adhere.row_pairs import sound_pairs
 
 Floats = NDArray[np.float64]
 SIGNALS = (
@@ -139,15 +141,20 @@ class Calibration:
 
 
 def calibrate(
-    policy: Policy, rows: Sequence[Row], seed: int = 0, progress: Callable[[int], None] = lambda done: None
+    policy: Policy,
+    rows: Sequence[Row],
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Calibration:
-    """Fit the weights to `rows` (prompt, chosen, rejected); a row whose two responses are the same says nothing.
+    """Fit the weights to `rows` (prompt, chosen, rejected); pairs that teach nothing are left out, and `warn` is told
+    (see `adhere.row_pairs`).
 
     Raises `UserError`: no scikit-learn; fewer than four pairs, or fewer than two prompts, that say anything.
     """
     if find_spec("sklearn") is None:
         raise UserError("calibration needs scikit-learn", fix="pip install 'adhere[calibrate]'")
-    told = [row for row in rows if row.chosen != row.rejected]
+    told = sound_pairs(rows, warn)
     if len(told) < 4 or len({str(row.prompt) for row in told}) < 2:
         raise UserError(f"{len(told)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
     return fit(features_of(policy, told, progress), policy.kind, seed)

@@ -21,6 +21,7 @@ from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.reward.salience import token_classes
+from adhere.row_pairs import pair_fault
 
 CORRUPTIONS = (
     "truncated",
@@ -94,7 +95,8 @@ def make_pairs(
             for name in rng.sample(CORRUPTIONS, len(CORRUPTIONS)):
                 made = FAMILIES[name](case, words, rng)
                 rejected = _said(policy, rng.choice(made)) if made else ""
-                if chosen and rejected and rejected != chosen and found < config.pairs_per_prompt:
+                pair = Row(row.prompt, chosen=chosen, rejected=rejected)
+                if rejected and found < config.pairs_per_prompt and pair_fault(pair) is None:
                     pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected, "corruption": name})
                     found += 1
         progress(last)
