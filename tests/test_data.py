@@ -118,7 +118,7 @@ def test_each_form_of_answers(tmp_path: Path, field: dict[str, Any], expected: t
         ({"prompt": "Hi", "answers": {"start": 1}}, "`answers` holds null"),
         ({"prompt": "Hi", "answer": True}, "`answer` holds true or false"),
         ({"prompt": "Hi", "response": ["a"]}, "`response` is a list; write text"),
-        ({"prompt": "Hi", "chosen": [{"role": "assistant"}]}, "`chosen` is null; write text"),
+        ({"prompt": "Hi", "chosen": [{"role": "assistant"}]}, "`chosen` 1: `content` is null; write text"),
     ],
 )  # fmt: skip
 def test_each_bad_row_is_told_with_its_line_and_what_to_write(tmp_path: Path, row: Any, message: str) -> None:

@@ -13,23 +13,8 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {
-        "prompt",
-        "row_prompt",
-        "types",
-        "errors",
-        "text",
-        "files",
-        "resume",
-        "options",
-        "row_files",
-        "shards",
-        "data",
-        "yaml_files",
-        "config",
-        "markup",
-        "inspection",
-    },
+    {"types", "errors", "text", "files", "resume", "options", "yaml_files", "config", "markup", "inspection"}
+    | {"prompt", "data", "shards", "row_prompt", "row_files", "row_lists", "row_responses", "row_pairs"},
     {"model"},
     {"reward"},
     {"learn"},

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from adhere.learn.preference import PreferenceConfig, fit
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adhere.cli import main
 from adhere.errors import UnsupportedModel, UserError
-from adhere.learn.preference import PreferenceConfig, fit
 from adhere.measure.readers import Embedder
 from adhere.model.load import load
 from adhere.model.policy import Policy

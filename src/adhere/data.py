@@ -16,14 +16,15 @@ from typing import Any
 
 from adhere.errors import UserError, unknown_name
 from adhere.files import atomic_write, to_json
-from adhere.row_files import Fault, FilePosition, kind, records, short
+from adhere.row_files import Fault, FilePosition, encodable, kind, records, short
+from adhere.row_lists import unpacked
+from adhere.row_responses import ROLES, answers, candidates, pair
 
 SHOWN = 20
 """Bad rows that are told one by one; the rest are counted."""
 QUESTION = "{context}\n\nQuestion: {question}\nAnswer:"
 INSTRUCTION = "{instruction}\n\n{context}"
 LISTS = ("answers", "candidates")
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Messages = list[dict[str, str]]
 
@@ -199,20 +200,28 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     atomic_write(path, text.encode("utf-8", "backslashreplace"))
 
 
-def _row(raw: dict[str, Any], where: str, columns: Columns) -> Row:
+def _row(fields: dict[str, Any], where: str, columns: Columns) -> Row:
+    texts = {*LISTS, "answer", "documents", columns.answers_field or "answers"}
+    raw = unpacked(fields, texts, {"prompt", "messages", "chosen", "rejected", columns.prompt_field or "prompt"})
+    alone = columns.answers_field is None and raw.get("answers") is None
+    if alone and isinstance(raw.get("answer"), list) and isinstance(fields["answer"], str):
+        # The one answer may well be a list that is to be written out; which of the two is meant cannot be told.
+        raise Fault("`answer` is text that holds a list; call it `answers`, which may hold more than one")
     prompt, response = _prompt(raw, columns)
     given = _text(raw, "response")
     if response is not None and given is not None:
         raise Fault("a last assistant turn and a `response`; keep one of them")
+    if columns.answers_field is not None and columns.answers_field not in raw:
+        _there(raw, columns.answers_field, "answers_field")
+    written = raw.get(columns.prompt_field or "prompt") == prompt  # rather than laid out from other fields
     return Row(
         prompt,
-        _answers(raw, columns),
+        answers(raw, columns.answers_field),
         response if given is None else given,
         _text(raw, "reference"),
-        _text(raw, "chosen", chat=True),
-        _text(raw, "rejected", chat=True),
-        _candidates(raw),
-        raw,
+        *pair(raw, prompt if written or isinstance(prompt, list) else None),
+        candidates(raw),
+        fields,
         where,
     )
 
@@ -271,7 +280,7 @@ def _messages(turns: list[Any], name: str) -> tuple[Messages, str | None]:
         for key, value in said.items():
             if not isinstance(value, str):
                 raise Fault(f"{place}: `{short(key)}` is {kind(value)}; only text is read, remove it")
-        found.append({key: _encodable(value, f"{place}: `{short(key)}`") for key, value in said.items()})
+        found.append({key: encodable(value, f"{place}: `{short(key)}`") for key, value in said.items()})
     if found[-1]["role"] != "assistant":
         return found, None
     if len(found) == 1:
@@ -289,61 +298,16 @@ def _there(raw: dict[str, Any], name: str, by: str) -> None:
         raise Fault(f"`{name}`, which {by} names, is empty; write some text")
 
 
-def _answers(raw: dict[str, Any], columns: Columns) -> tuple[str, ...]:
-    name = columns.answers_field or ("answers" if raw.get("answers") is not None else "answer")
-    if columns.answers_field is not None and name not in raw:
-        _there(raw, name, "answers_field")
-    value = raw.get(name)
-    if value is None:
-        return ()
-    if isinstance(value, dict):  # the form of SQuAD: {"text": […], "answer_start": […]}
-        value = value.get("text")
-    found: list[Any] = value if isinstance(value, list) else [value]
-    for item in found:
-        if not isinstance(item, str):
-            raise Fault(f'`{name}` holds {kind(item)}; write text, e.g. "answers": ["…"]')
-        if not item.strip():
-            raise Fault(f"`{name}` holds an empty text; write the answer or leave `{name}` out")
-    return tuple(_encodable(item, f"`{name}`") for item in found)
-
-
-def _candidates(raw: dict[str, Any]) -> tuple[str, ...]:
-    given = raw.get("candidates")
-    if given is None:
-        return ()
-    if not isinstance(given, list) or not given:
-        what = "an empty list" if given == [] else kind(given)
-        raise Fault(f'`candidates` is {what}; write the responses to choose from, e.g. "candidates": ["…", "…"]')
-    # What `adhere rank --keep all` wrote can be ranked again.
-    texts = [item.get("response") if isinstance(item, dict) else item for item in given]
-    found = []
-    for text in texts:
-        if not isinstance(text, str):
-            raise Fault(f'`candidates` holds {kind(text)}; write text, e.g. "candidates": ["…", "…"]')
-        found.append(_encodable(text, "`candidates`"))
-    return tuple(found)
-
-
-def _text(raw: dict[str, Any], name: str, *, empty: bool = False, chat: bool = False) -> str | None:
-    """The text of a field, None where it is absent or null. `empty`: may be blank; `chat`: may be a conversation."""
+def _text(raw: dict[str, Any], name: str, *, empty: bool = False) -> str | None:
+    """The text of a field, None where it is absent or null. `empty`: may be blank."""
     value = raw.get(name)
     if value is None:
         return None
-    if chat and isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content")
     if not isinstance(value, str):
         raise Fault(f'`{name}` is {kind(value)}; write text, e.g. "{name}": "…"')
     if not empty and name in ("prompt", "question", "instruction") and not value.strip():
         raise Fault(f"`{name}` is empty; write some text")
-    return _encodable(value, f"`{name}`")
-
-
-def _encodable(text: str, what: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Fault(f"{what} holds half of a surrogate pair at character {error.start + 1}; remove it") from error
-    return text
+    return encodable(value, f"`{name}`")
 
 
 @cache

@@ -26,6 +26,8 @@ from adhere.errors import UserError, unknown_name
 
 MAX_LINE = 10_000_000
 """Bytes of one line: a file without line ends must not fill the memory."""
+MAX_DEPTH = 100
+"""Objects and lists inside each other: what is read must be written again."""
 DEFAULT_SPLIT = "train"
 STANDARD_INPUT = "-"
 _BOM = b"\xef\xbb\xbf"
@@ -57,6 +59,7 @@ def records(
             yield from _dataset(source, limit)
             return
         else:
+            _check_kind(path)
             reader = _READERS.get(path.suffix.lower()) or partial(_jsonl, begin=begin or FilePosition())
         for count, record in enumerate(reader(path), 1):
             yield record
@@ -79,6 +82,35 @@ def _copied(stream: TextIO) -> Path:
     with os.fdopen(handle, "wb") as file:
         shutil.copyfileobj(stream.buffer, file)
     return Path(path)
+
+
+_KINDS = {
+    b"\x1f\x8b": ("is compressed (gzip)", "unpack it: gunzip FILE"),
+    b"PK\x03\x04": ("is a ZIP archive (or a spreadsheet)", "unpack it, or save it as CSV"),
+    b"\x28\xb5\x2f\xfd": ("is compressed (zstd)", "unpack it: unzstd FILE"),
+    b"BZh": ("is compressed (bzip2)", "unpack it: bunzip2 FILE"),
+    b"\xfd7zXZ": ("is compressed (xz)", "unpack it: unxz FILE"),
+    b"ARROW1": ("is an Arrow file", "give the folder that save_to_disk wrote, or Parquet"),
+    b"\xff\xfe": ("is UTF-16", "save the file as UTF-8"),
+    b"\xfe\xff": ("is UTF-16", "save the file as UTF-8"),
+    b"version https://git-lfs": ("is a pointer of Git LFS, not the file itself", "fetch it: git lfs pull"),
+}
+"""How files begin that hold no rows as they are, and what to do about it."""
+
+
+def _check_kind(path: Path) -> None:
+    """Raise `UserError` for a file of another kind than its reader's, whatever its name says."""
+    if not path.is_file():
+        return  # a pipe can be read once
+    with path.open("rb") as file:
+        begin = file.read(64)
+    for mark, (what, fix) in _KINDS.items():
+        if begin.startswith(mark):
+            raise UserError(what, where=str(path), fix=fix)
+    if begin.startswith(b"PAR1") and path.suffix.lower() != ".parquet":
+        raise UserError("is a Parquet file", where=str(path), fix="let its name end in .parquet")
+    if b"\0" in begin and path.suffix.lower() != ".parquet":
+        raise UserError("holds bytes that are no text (UTF-16?)", where=str(path), fix="save the file as UTF-8")
 
 
 def is_jsonl(source: str) -> bool:
@@ -141,7 +173,18 @@ def _parsed(line: bytes) -> dict[str, Any] | Fault:
         return Fault("an array, not an object; write one object a line, without the enclosing [ ]")
     if not isinstance(value, dict):
         return Fault(f'{kind(value)}, not an object; write {{"prompt": "…"}}')
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        return Fault(f"objects and lists nested more than {MAX_DEPTH} deep; simplify it")
     return value
+
+
+def _depth(value: object) -> int:
+    """How deep objects and lists stand inside each other; 0 for neither."""
+    depth, level = 0, [value]
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return depth
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,15 +237,38 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | Fault]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
+    # They have no class in common: Arrow's own, a page that cannot be unpacked, no UTF-8, a date that Python has not.
+    broken = (arrow.ArrowException, OSError, ValueError, OverflowError)
+    fix = "the file is damaged: fetch or write it again"
     try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+    except PermissionError:
+        raise
+    except broken as error:
+        raise UserError("is not a Parquet file", where=str(path), fix="check the file, or give JSON Lines") from error
+    with file:
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise UserError("two columns have one name", where=str(path), fix="rename one")
+        number = 0
+        for group in range(file.num_row_groups):
+            batches = file.iter_batches(batch_size=1024, row_groups=[group])
+            while True:
+                try:
+                    batch = next(batches, None)
+                    rows = None if batch is None else batch.to_pylist()
+                except broken as error:
+                    where = f"{path}:row group {group + 1}"
+                    raise UserError(f"cannot be read ({_first_line(error)})", where=where, fix=fix) from error
+                if rows is None:
+                    break
+                for record in rows:
                     number += 1
                     yield f"{path}:row {number}", record
-    except arrow.ArrowInvalid as error:
-        raise UserError("is not a Parquet file", where=str(path), fix="check the file, or give JSON Lines") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any] | Fault]]]] = {
@@ -228,7 +294,7 @@ def _dataset(source: str, limit: int | None) -> Iterator[tuple[str, dict[str, An
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # each kind of trouble with a data set has a class of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = _first_line(error)
         raise UserError(
             f"{'a folder' if local else 'neither a file nor a data set'} that can{'not' * local} be loaded ({reason})",
             where=source,
@@ -280,6 +346,15 @@ def kind(value: object) -> str:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def encodable(text: str, what: str) -> str:
+    """`text`, which is to be written again; raises `Fault` where it has no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Fault(f"{what} holds half of a surrogate pair at character {error.start + 1}; remove it") from error
+    return text
 
 
 def short(text: str) -> str:

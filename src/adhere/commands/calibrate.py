@@ -74,7 +74,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     from adhere.preferences.calibrate import calibrate
 
     with console.progress(len(rows), "reading pairs") as progress:
-        found = calibrate(load_policy(options), rows, config.seed, progress.update, given_heads(options))
+        found = calibrate(load_policy(options), rows, config.seed, progress.update, given_heads(options), console.warn)
     found.save(options.output)
     weights = found.reward()["weights"]
     console.table(

@@ -91,7 +91,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     from adhere.measure.stats import bootstrap
     from adhere.preferences.fit import fit
 
-    fitted = fit(config, rows)
+    fitted = fit(config, rows, console.warn)
     found: dict[str, object] = {"pairs": fitted.pairs, "output": config.output, "accuracy": None}
     words = f"{fitted.pairs} pairs learned"
     if fitted.accuracy:

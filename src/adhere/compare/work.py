@@ -32,6 +32,7 @@ from adhere.preferences.settings import PairConfig
 from adhere.resume import fingerprint, finished
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
+from adhere.row_pairs import sound_pairs
 from adhere.text import is_answer
 from adhere.toy import Split, make_rows
 
@@ -78,6 +79,8 @@ def share_data(model: str, data: Toy | Files, folder: Path, policy: Policy) -> N
     else:
         files = {"prompts": data.prompts, "evaluation": data.evaluation, "pairs": data.pairs}
         rows = {name: read_rows(file, data.columns) for name, file in files.items() if file is not None}
+        if "pairs" in rows:
+            rows["pairs"] = sound_pairs(rows["pairs"])
         made = {name: [{**row.fields, **_plain(row)} for row in some] for name, some in rows.items()}
     for name, some in made.items():
         write_jsonl(folder / f"{name}.jsonl", some)

@@ -8,6 +8,7 @@ moves away from it as the labels say so.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from adhere.model.policy import Policy
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import CALIBRATION_FORMAT, NAMED, RewardConfig
 from adhere.reward.reward import Reward
+from adhere.row_pairs import sound_pairs
 
 Floats = NDArray[np.float64]
 SIGNALS = (
@@ -145,17 +147,19 @@ def calibrate(
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda done: None,
     heads: CopyHeads | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Calibration:
-    """Fit the weights to `rows` (prompt, chosen, rejected); a row whose two responses are the same says nothing.
+    """Fit the weights to `rows` (prompt, chosen, rejected); pairs that teach nothing are left out, and `warn` is told
+    (see `adhere.row_pairs`).
 
     Raises `UserError`: no scikit-learn; fewer than four pairs, or fewer than two prompts, that say anything.
     """
     if find_spec("sklearn") is None:
         raise UserError("calibration needs scikit-learn", fix="pip install 'adhere[calibrate]'")
-    unequal = [row for row in rows if row.chosen != row.rejected]
-    if len(unequal) < 4 or len({str(row.prompt) for row in unequal}) < 2:
-        raise UserError(f"{len(unequal)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
-    return fit_weights(features_of(policy, unequal, on_progress, heads), policy.kind, seed)
+    sound = sound_pairs(rows, warn)
+    if len(sound) < 4 or len({prompt_key(row.prompt) for row in sound}) < 2:
+        raise UserError(f"{len(sound)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
+    return fit_weights(features_of(policy, sound, on_progress, heads), policy.kind, seed)
 
 
 def features_of(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from adhere.learn.launch import refuse_environment
 from adhere.model.load import load_network, load_tokenizer
 from adhere.preferences.settings import PreferenceConfig
 from adhere.reward.preference import CARD, PreferenceModel, check_lengths, logits, pair_ids
+from adhere.row_pairs import sound_pairs
 
 Ids = list[int]
 WARMUP = 0.1
@@ -39,14 +41,17 @@ class Fitted:
     """Of each held-out pair, 1 where the chosen response gets more, ½ for a tie; in the order of the rows."""
 
 
-def fit(config: PreferenceConfig, rows: Sequence[Row]) -> Fitted:
+def fit(config: PreferenceConfig, rows: Sequence[Row], warn: Callable[[str], None] = warnings.warn) -> Fitted:
     """Fit a reward model to `rows` (prompt, chosen, rejected) and write it to `config.output`.
+
+    Pairs that teach nothing are left out, and `warn` is told (see `adhere.row_pairs`).
 
     Raises `UserError`: no pairs, a folder that holds a model, a backbone without a classifier, or one that needs TRL
     where it is not installed; `RunFailed` when the loss stops being a number.
     """
     if (Path(config.output) / CARD).exists():
         raise UserError("already holds a reward model", where=config.output, fix="choose another --output")
+    rows = sound_pairs(rows, warn)
     torch.manual_seed(config.seed)
     network = load_network(config.model, lambda _: AutoModelForSequenceClassification, other_head=True,
                            device=config.device, dtype="float32", num_labels=1)  # fmt: skip

@@ -22,6 +22,7 @@ from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.preferences.settings import PairConfig
 from adhere.reward.salience import token_classes
+from adhere.row_pairs import pair_fault
 
 CORRUPTIONS = (
     "truncated",
@@ -69,7 +70,8 @@ def make_pairs(
             for name in rng.sample(CORRUPTIONS, len(CORRUPTIONS)):
                 made = FAMILIES[name](case, words, rng)
                 rejected = _text(policy, rng.choice(made)) if made else ""
-                if chosen and rejected and rejected != chosen and count < config.pairs_per_prompt:
+                pair = Row(row.prompt, chosen=chosen, rejected=rejected)
+                if rejected and count < config.pairs_per_prompt and pair_fault(pair) is None:
                     pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected, "corruption": name})
                     count += 1
         on_progress(last)
