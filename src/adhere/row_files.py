@@ -257,6 +257,15 @@ def kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def encodable(text: str, what: str) -> str:
+    """`text`, which is to be written again; raises `Fault` where it has no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Fault(f"{what} holds half of a surrogate pair at character {error.start + 1}; remove it") from error
+    return text
+
+
 def short(text: str) -> str:
     """The beginning of `text`, for a message."""
     return text if len(text) <= 40 else f"{text[:39]}…"

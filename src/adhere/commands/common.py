@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from adhere.config import add_arguments, flags_given, load_config
 from adhere.console import Console
+from adhere.model.settings import ChatOptions
 
 if TYPE_CHECKING:
     from adhere.data import Columns
@@ -37,11 +39,11 @@ def model_arguments(parser: Parser, required: bool = True) -> None:
         "--attention", default="auto", choices=("auto", "eager"), help="eager serves families that auto refuses"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_arguments(parser, ChatOptions)
 
 
 def row_arguments(parser: Parser) -> None:
     """The options that say which fields of a row are its prompt and its answers."""
-    from adhere.config import add_arguments
     from adhere.data import Columns
 
     add_arguments(parser, Columns)
@@ -49,7 +51,6 @@ def row_arguments(parser: Parser) -> None:
 
 def columns_of(options: argparse.Namespace) -> Columns:
     """What `row_arguments` were given."""
-    from adhere.config import flags_given, load_config
     from adhere.data import Columns
 
     return load_config(Columns, None, flags_given(options, Columns))
@@ -65,6 +66,7 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
         device=options.device,
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
+        **asdict(load_config(ChatOptions, None, flags_given(options, ChatOptions))),
     )
 
 
