@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from enum import IntEnum
 
 
@@ -75,8 +75,29 @@ class AnnotatedText(str):
         return AnnotatedText, (self.parts, self.documents)
 
 
+def joined(texts: Iterable[str], gap: str = "") -> AnnotatedText:
+    """The texts that are not empty, one after the other, with `gap` (TEMPLATE) between them. Plain text is USER."""
+    parts: list[Part] = []
+    documents: list[Document] = []
+    for text in filter(None, texts):
+        if gap and parts:
+            parts.append(Part(gap, Role.TEMPLATE))
+        if isinstance(text, AnnotatedText):
+            shift = len(documents)
+            parts += [replace(one, document=one.document + shift) if one.document >= 0 else one for one in text.parts]
+            documents += text.documents
+        else:
+            parts.append(Part(text, Role.USER))
+    return AnnotatedText(parts, documents)
+
+
 class RenderedText(str):
     """A text that is exactly what the model reads: no chat template is put around it."""
+
+
+def rendered(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts of a trainer that puts texts to its model as they stand."""
+    return [RenderedText(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -88,7 +109,7 @@ def prompt_key(prompt: Prompt) -> str:
     keys form a group."""
     if isinstance(prompt, str):
         return json.dumps(_keyed(prompt))
-    return json.dumps([{name: _keyed(value) for name, value in turn.items()} for turn in prompt])
+    return json.dumps([{name: _keyed(value) for name, value in turn.items()} for turn in prompt], default=str)
 
 
 def _keyed(text: str) -> object:

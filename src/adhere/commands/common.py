@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from adhere.console import Console
 from adhere.data import Columns
 from adhere.errors import UserError
 from adhere.model.embedded import EMBEDDED, located
+from adhere.model.settings import ChatOptions
 
 if TYPE_CHECKING:
     from adhere.model.policy import Policy
@@ -46,6 +47,7 @@ def model_arguments(parser: Parser, required: bool = True) -> None:
         "--attention", default="auto", choices=("auto", "eager"), help="eager serves families that auto refuses"
     )
     parser.advanced.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_options(ChatOptions)
 
 
 def row_arguments(parser: Parser, limit: int | None = None) -> None:
@@ -113,6 +115,7 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
         device=options.device,
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
+        **asdict(load_config(ChatOptions, None, flags_given(options, ChatOptions))),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from adhere.errors import UserError
+from adhere.prompt import RenderedText
 from adhere.ranking import Group
 
 
@@ -32,7 +33,7 @@ def groups_of(
         response = _response(tokenizer, query, prompt, f"query[{place}]")
         label = labels[place] if labels else None
         answers = (label,) if label and label.strip() else ()
-        text = _without_start(tokenizer, prompt)
+        text = RenderedText(prompt)
         if groups and (groups[-1].prompt, groups[-1].answers) == (text, answers):
             last = groups.pop()
             groups.append(Group(text, (*last.responses, response), (*last.ended, True), answers, last.where))
@@ -61,11 +62,3 @@ def _response(tokenizer: PreTrainedTokenizerBase, query: str, prompt: str, where
     if not found:
         raise UserError("the response is empty", where=where, fix="leave it out")
     return found
-
-
-def _without_start(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt without a start token written out, which the tokenizer would set a second time."""
-    start = tokenizer.bos_token
-    if start and prompt.startswith(start) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        return prompt[len(start) :]
-    return prompt

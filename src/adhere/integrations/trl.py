@@ -24,6 +24,7 @@ from adhere.errors import TooLong, UnsupportedModel, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.prompt import rendered
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import Reads, config_of
 from adhere.reward.reward import Reward
@@ -88,6 +89,7 @@ class AttentionReward:
         """The reward of each completion; None where it is empty, or too long for the scorer. `answers` is read from
         the data set's column where the reward needs them. Each signal goes to `log_metric` as its mean, to `log_extra`
         row by row. Raises `UserError` where the ids are not of this policy's tokenizer."""
+        prompts = rendered(prompts)
         self._check_vocabulary(completions, completion_ids)
         places = self._scorable(prompts, completion_ids)
         rewards: list[float | None] = [None] * len(prompts)
@@ -134,7 +136,7 @@ class AttentionReward:
         runs = [len(list(run)) for _, run in groupby(map(json.dumps, prompts))]
         count = gcd(*runs)  # samples of a group stand side by side
         with self._still():
-            asking = policy.encode(prompts[::count])
+            asking = policy.encode(rendered(prompts[::count]))
             policy.check_room(asking, sampling.max_new_tokens, [""] * len(asking))
             # TRL seeds torch anew for each process, so its generator is the one to draw from.
             seed = int(torch.randint(2**62, ()))

@@ -69,18 +69,20 @@ def compose(
         elif isinstance(prompt, RenderedText) or is_rendered(tokenizer, prompt):
             found.append(_rendered(prompt, around, is_rendered(tokenizer, prompt)))
         elif chat:
-            found.append(_conversation(tokenizer, _turns(prompt), options, where))
+            found.append(_conversation(tokenizer, turns_of(prompt), options, where))
         else:
             stretches, documents = _annotated(prompt, Role.USER)
             found.append(Composed(str(prompt), tuple(stretches), documents))
     return found
 
 
-def _turns(prompt: str) -> list[dict[str, str]]:
+def turns_of(prompt: str) -> list[dict[str, str]]:
     """A plain prompt as chat turns: its system text, where it begins with one, and the user's."""
     if not isinstance(prompt, AnnotatedText) or prompt.parts[0].role != Role.SYSTEM:
         return [{"role": "user", "content": prompt}]
-    system, _layout, *rest = prompt.parts
+    system, *rest = prompt.parts
+    if rest and rest[0].role == Role.TEMPLATE and not rest[0].text.strip():
+        rest = rest[1:]  # the gap between the two, which a turn of its own does not need
     user = AnnotatedText(rest, prompt.documents)
     return [{"role": "system", "content": system.text}, {"role": "user", "content": user}]
 

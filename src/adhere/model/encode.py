@@ -19,6 +19,8 @@ from adhere.types import Prompts
 
 BATCH = 1024
 """Texts of one call of the tokenizer: offsets as Python objects take some 100 bytes a token."""
+_BLANK = np.array([chr(code).isspace() for code in range(0x3002)])
+"""Whether each character is a blank: there are none after U+3000."""
 
 
 def encode_prompts(
@@ -123,7 +125,8 @@ def _by_offsets(prompt: Composed, offsets: np.ndarray) -> tuple[np.ndarray, np.n
         role[inside], document[inside] = stretch.role, stretch.document
         if stretch.offset >= 0:
             shift[inside], end[inside] = stretch.start - stretch.offset, stretch.end
-    solid = np.fromiter((not character.isspace() for character in prompt.text), dtype=bool, count=size)
+    code = np.frombuffer(prompt.text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    solid = ~_BLANK[np.minimum(code, len(_BLANK) - 1)]
     solid_from = np.minimum.accumulate(np.append(np.where(solid, np.arange(size), size), size)[::-1])[::-1]
     starts, ends = offsets.reshape(-1, 2).T
     first = np.where(solid_from[starts] < ends, solid_from[starts], starts)

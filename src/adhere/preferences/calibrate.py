@@ -24,6 +24,7 @@ from adhere.errors import UserError
 from adhere.files import atomic_write
 from adhere.measure.stats import Estimate, bootstrap, paired_bootstrap
 from adhere.model.policy import Policy
+from adhere.prompt import prompt_key
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import CALIBRATION_FORMAT, NAMED, RewardConfig
 from adhere.reward.reward import Reward
