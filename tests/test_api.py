@@ -126,13 +126,51 @@ def test_the_run_says_what_it_was_told(model, tmp_path):
     config = load_config(TrainConfig, run / "config.yaml")
     assert done.steps == 1 and (run / "model").is_dir()
     assert config.algorithm == DPO(beta=0.3) and config.sampling == Sampling(max_new_tokens=4)
-    assert config.stopping.max_kl == 7.0 and config.lora == Lora(rank=2, alpha=4)
+    assert config.stopping.max_kl == 7.0 and (config.lora.rank, config.lora.alpha) == (2, 4)
+    assert {"q_proj", "v_proj"} < set(config.lora.target_modules) or {"q", "v"} < set(config.lora.target_modules)
     assert (config.model, config.prompts, config.device) == (str(model), "(given in Python)", "cpu")
     resumed = train(
         policy, TEXTS, output=run, reward="length", algorithm=DPO(beta=0.3), max_new_tokens=4,
         steps=2, prompts_per_step=2, num_samples=2, resume=True,
     )  # fmt: skip
     assert resumed.steps == 2
+
+
+def test_a_run_in_python_can_be_resumed_whatever_it_computes_in(model, tmp_path):
+    """The weights change their type when training begins; what the run is told must not."""
+    names = ("q",) if Policy.load(model, device="cpu").is_encoder_decoder else ("q_proj", "v_proj")
+    lora = Lora(rank=2, alpha=4, dropout=0.1, target_modules=names)
+    for name, adapter in (("all", None), ("lora", lora)):
+        policy = Policy.load(model, device="cpu", lora=adapter)
+        options = {"reward": "length", "output": tmp_path / name, "dtype": "bfloat16", "prompts_per_step": 2}
+        train(policy, TEXTS, steps=1, num_samples=2, max_new_tokens=4, **options)
+        train(policy, TEXTS, steps=2, num_samples=2, max_new_tokens=4, resume=True, **options)
+        config = load_config(TrainConfig, tmp_path / name / "config.yaml")
+        assert config.dtype == "bfloat16" and config.lora == adapter
+
+
+def test_a_reference_that_the_reward_brings_goes_on_reading(model, tmp_path):
+    """As in training by rounds: the reader and the start of KL stay those of the first."""
+    policy = Policy.load(model, device="cpu")
+    start = policy.reference()
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter.mul_(1.1)
+    reward = Reward(RewardConfig({"coherence": 1.0}, normalise="none"), policy, reference=start)
+    seen = []
+    options = {"steps": 1, "prompts_per_step": 2, "num_samples": 4, "max_new_tokens": 5}
+    train(policy, TEXTS, reward=reward, output=tmp_path / "run", on_step=seen.append, **options)
+    assert abs(seen[0]["kl"]) > 1e-3
+
+
+def test_a_limit_leaves_the_first_rows(model, tmp_path):
+    policy = Policy.load(model, device="cpu")
+    for number, prompts in enumerate(forms(tmp_path)):
+        run = tmp_path / f"run-{number}"
+        train(policy, prompts, reward="length", output=run, steps=1, limit=2, prompts_per_step=2, num_samples=2,
+              max_new_tokens=3, log_samples=9)  # fmt: skip
+        rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        assert {row["prompt"] for row in rows} == set(TEXTS[:2])
 
 
 @pytest.mark.parametrize(

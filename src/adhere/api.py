@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from adhere.model.policy import Policy
 from adhere.options import fields_of, name_of, options
 from adhere.ranking_settings import RankConfig
 from adhere.resume import new_run_dir
+from adhere.reward.heads import CopyHeads, load_heads
 from adhere.reward.named import NAMED, RewardConfig, config_of
 from adhere.reward.reward import Reward
 from adhere.reward.signals import Evidence
@@ -42,7 +44,7 @@ AnyReward = str | Mapping[str, Any] | RewardConfig | Reward | Callable[[Evidence
 GIVEN = "(given in Python)"
 """Prompts of a run that came from no file."""
 _ELSEWHERE = {
-    *("model", "lora", "dtype", "device", "attention", "trust_remote_code"),  # the policy has them
+    *("model", "lora", "device", "attention", "trust_remote_code"),  # the policy has them
     *("prompts", "output", "reward"),  # arguments of `train`
     *("push_to_hub", "hub_public"),  # what the command does afterwards
 }
@@ -63,8 +65,8 @@ def train(
 
     `resume` continues the run in `output` from its last checkpoint; `on_step` gets the metrics of each step
     (docs/metrics.md). Options are the fields of `TrainConfig`, but for those that `Policy.load` has taken (model,
-    adapter, dtype, device). A frozen copy of the policy as it is now reads the responses, unless the reward asks for
-    the policy itself.
+    adapter, device). A frozen copy of the policy as it is now reads the responses, unless the reward asks for the
+    policy itself; the `reference` of a given `Reward` stays, and KL is then measured from that.
 
     Raises `UserError` for bad input, and `RunFailed` where the loss stops being a number or the disk is full.
 
@@ -84,14 +86,16 @@ def train(
         "output": str(output),
         "reward": _named(reward),
         "lora": _lora(policy),
-        "dtype": str(policy.network.dtype).removeprefix("torch."),
         "device": policy.device.type,
         "attention": "eager" if policy.eager else "auto",
     }
     (config,) = _settings(given, {TrainConfig: known}, apart=_ELSEWHERE)
-    rows = _rows(prompts, config.columns, config_of(config.reward))
+    if isinstance(reward, Reward) and config.heads is not None:
+        raise UserError("the reward brings its copy heads", where="heads", fix="leave heads out")
+    rows = _rows(prompts, config.columns, config_of(config.reward), limit=config.limit)
     # What has a name is made by the run, with a frozen reader; what has none cannot be told in its settings.
-    made = None if isinstance(reward, str | Mapping | RewardConfig) else _bound(reward, policy)
+    named = isinstance(reward, str | Mapping | RewardConfig)
+    made = None if named else _bound(reward, policy, load_heads(config.heads) if config.heads else None)
     run = new_run_dir(output, resume)
     try:
         return training.train(config, policy, rows, run, reward=made, resume=resume, on_step=on_step)
@@ -223,13 +227,15 @@ def _plain(value: Any) -> Any:
     return ({"name": name_of(type(value))} if hasattr(value, "name") else {}) | to_dict(value)
 
 
-def _rows(prompts: Prompts, columns: Columns, reward: RewardConfig | None = None, *need: str) -> list[Row]:
-    """The rows, with all that `reward` reads of them and what else they need."""
+def _rows(
+    prompts: Prompts, columns: Columns, reward: RewardConfig | None = None, *need: str, limit: int | None = None
+) -> list[Row]:
+    """The first `limit` rows, with all that `reward` reads of them and what else they need."""
     if reward is not None and "exact" in reward.weights:
         need = (*need, "answers")
     if isinstance(prompts, str | Path):
-        return read_rows(prompts, columns, need=need)
-    return rows_of(prompts, columns, need=need)
+        return read_rows(prompts, columns, need=need, limit=limit)
+    return rows_of(prompts if isinstance(prompts, Mapping) else islice(prompts, limit), columns, need=need)
 
 
 def _named(reward: AnyReward) -> str | Mapping[str, Any]:
@@ -242,20 +248,27 @@ def _named(reward: AnyReward) -> str | Mapping[str, Any]:
     return next((name for name, known in NAMED.items() if known == config), dataclasses.asdict(config))
 
 
-def _bound(reward: AnyReward, policy: Policy) -> Reward:
-    """The reward, read by the policy itself."""
+def _bound(reward: AnyReward, policy: Policy, heads: CopyHeads | None = None) -> Reward:
+    """The reward, read by the policy itself unless it brings another reader."""
     if isinstance(reward, Reward):
         if reward.policy is not policy:
             raise UserError("the reward is bound to another policy", where="reward", fix="make it with this policy")
         return reward
     spec = _named(reward)
     own = {} if isinstance(reward, str | Mapping | RewardConfig) else {str(spec): reward}
-    return Reward(config_of(spec), policy, functions=own)
+    return Reward(config_of(spec), policy, heads, functions=own)
 
 
-def _lora(policy: Policy) -> Mapping[str, int] | None:
+def _lora(policy: Policy) -> Mapping[str, Any] | None:
     """The options of the policy's adapter, or None where all weights are trained."""
     if not isinstance(policy.model, PeftModel):
         return None
     adapter = policy.model.peft_config[policy.model.active_adapter]
-    return {"rank": adapter.r, "alpha": adapter.lora_alpha} if isinstance(adapter, LoraConfig) else None
+    assert isinstance(adapter, LoraConfig), "no other adapter is loaded"
+    return {
+        "rank": adapter.r,
+        "alpha": adapter.lora_alpha,
+        "dropout": adapter.lora_dropout,
+        "target_modules": sorted(adapter.target_modules or ()),  # as PEFT has found them
+        "use_rslora": adapter.use_rslora,
+    }

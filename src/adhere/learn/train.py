@@ -121,7 +121,9 @@ class Trainer:
         heads, own = (reward.heads, reward.functions) if reward is not None else (self._heads(resume), None)
         holds = config.algorithm.needs_reference or config.algorithm.kl_coef > 0
         scores = spec.scorer == "reference" and spec.reads != Reads.TEXT
-        frozen = policy.reference() if holds or scores else None  # taken now: what the policy is at the start
+        brought = reward.reference if reward is not None and reward.reference is not policy else None
+        # Taken now: what the policy is at the start.
+        frozen = brought or (policy.reference() if holds or scores else None)
         self.reward = Reward(spec, policy, heads, frozen, own)
         self.reference = frozen if holds else None
         self.learner = Learner(policy, config.algorithm.needs_value_head)

@@ -11,7 +11,11 @@ from adhere.options import Above, AtLeast, Below, check
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How responses are drawn for an evaluation."""
+    """How responses are drawn for an evaluation.
+
+    >>> EvalConfig(num_samples=8).temperature
+    1.0
+    """
 
     num_samples: Annotated[int, AtLeast(1)] = 4
     """Sampled responses to each prompt, for consistency, distinct-n and KL; 1 gives no consistency."""
