@@ -118,6 +118,7 @@ def test_the_page_escapes_what_it_shows(tmp_path: Path) -> None:
         "best_of_n": entry,
         "length_correlation": None,
         "flat_groups": entry,
+        "cut_off": entry,
     }
     found = {
         "model": "<script>",

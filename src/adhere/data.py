@@ -13,7 +13,7 @@ from typing import Any
 
 from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
-from adhere.row_files import Fault, FilePosition, kind, records, short
+from adhere.row_files import Fault, FilePosition, kind, records, short, told
 from adhere.row_lists import unpacked
 from adhere.row_prompt import Messages, check_field, prompt_of, template_fields, text_of
 from adhere.row_responses import answers, candidates, pair
@@ -120,7 +120,7 @@ def iter_rows(
         any_good = True
         yield row
     if not any_good:
-        raise UserError("holds no rows", where=str(source), fix='write one object a line, e.g. {"prompt": "…"}')
+        raise UserError("holds no rows", where=told(str(source)), fix='write one object a line, e.g. {"prompt": "…"}')
 
 
 def rows_of(

@@ -23,10 +23,11 @@ from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
 from adhere.prompt import prompt_key
 from adhere.ranking_settings import RankConfig
+from adhere.reward.group import STD_FLOOR
 from adhere.reward.reward import Reward
 from adhere.types import Prompts, Rollout, Scores
 
-NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0}
+NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0, "flat": 0.0, "cut_off": 0.0}
 """What `lines_of` adds to."""
 
 Draw = Callable[[Sequence[Row], Prompts, int], Rollout]
@@ -43,6 +44,14 @@ class Ranked:
 
     row: Row
     candidates: tuple[dict[str, Any], ...]
+    cut_off: int = 0
+    """Candidates that did not end by themselves."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether there are several candidates and all of them earn the same."""
+        best, worst = self.candidates[0]["reward"], self.candidates[-1]["reward"]
+        return len(self.candidates) > 1 and best - worst <= STD_FLOOR
 
     def best(self) -> dict[str, Any]:
         """The row with its best response, the reward and the signals of that."""
@@ -164,21 +173,24 @@ def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, fi
             rollout.prompt_index.tolist(), rollout.responses, _figures(reward(rollout)), strict=True
         ):
             candidates[place].append({"response": text, **figures})
+        cut_off = torch.bincount(rollout.prompt_index[~rollout.ended], minlength=len(batch)).tolist()
         yield [
-            Ranked(row, tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)))
-            for row, found in zip(batch, candidates, strict=True)
+            Ranked(row, tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)), cut)
+            for row, found, cut in zip(batch, candidates, cut_off, strict=True)
         ]
 
 
 def lines_of(
     batch: Sequence[Ranked], config: RankConfig, blank: Callable[[str, str], str], tally: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """What is written of a ranked batch. To `tally` go the sums of the best rewards and of the means of all candidates,
-    and how many prompts were left out."""
+    """What is written of a ranked batch. To `tally` go sums over prompts: the best reward, the mean of all candidates,
+    whether it was left out, whether its candidates all earn the same, the share of them that was cut off."""
     lines: list[dict[str, Any]] = []
     for ranked in batch:
         tally["best"] += ranked.candidates[0]["reward"]
         tally["all"] += sum(one["reward"] for one in ranked.candidates) / len(ranked.candidates)
+        tally["flat"] += ranked.flat
+        tally["cut_off"] += ranked.cut_off / len(ranked.candidates)
         if config.keep == "pairs":
             pair = ranked.pair(config.margin, blank)
             tally["left_out"] += pair is None

@@ -15,11 +15,11 @@ from adhere.data import Columns
 from adhere.errors import UserError
 from adhere.model.embedded import EMBEDDED, located
 from adhere.model.settings import ChatOptions
+from adhere.reward.named import CALIBRATED, NAMED, RewardConfig, config_of
 
 if TYPE_CHECKING:
     from adhere.model.policy import Policy
     from adhere.reward.heads import CopyHeads
-    from adhere.reward.named import RewardConfig
 
 ROWS = "JSON Lines, CSV, Parquet, a folder, a hub data set, or - for JSON Lines on standard input"
 REWARD = "a reward's name, module:function, or a YAML file"
@@ -68,8 +68,6 @@ def reward_argument(parser: Parser, default: str | None = "attention", help: str
 
 def list_rewards(parser: Parser) -> None:
     """The names of the rewards, below the options."""
-    from adhere.reward.named import NAMED
-
     parser.epilog = (
         f"rewards:\n  {', '.join(NAMED)}\n"
         "  preference:FOLDER (of adhere preferences fit), calibrated:FILE (of adhere calibrate),\n"
@@ -135,8 +133,6 @@ def given_heads(options: argparse.Namespace) -> CopyHeads | None:
 
 def reward_written(given: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     """What a YAML file holds (a reward alone, or under `reward:`) in place of its path; all else as it is."""
-    from adhere.reward.named import CALIBRATED
-
     file = isinstance(given, str) and given.endswith((".yaml", ".yml")) and not given.startswith(CALIBRATED)
     written: str | Mapping[str, Any] = read_mapping(str(given), "reward") if file else given
     return written
@@ -144,8 +140,6 @@ def reward_written(given: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
 
 def reward_config(given: str) -> RewardConfig:
     """A reward's name, a `module:function`, or a YAML file."""
-    from adhere.reward.named import config_of
-
     return config_of(reward_written(given))
 
 

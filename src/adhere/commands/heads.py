@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from adhere.commands.common import (
+    ROWS,
     Command,
     check_models,
     check_new,
@@ -24,14 +25,13 @@ SHOWN = 10
 
 def _arguments(parser: Parser) -> None:
     model_arguments(parser)
-    parser.add_argument(
+    parser.common.add_argument(
         "--prompts",
         metavar="FILE",
-        help="measure on the model's own answers to these rows (default: on built-in texts)",
+        help=f"measure on the model's own answers to these rows, not on built-in texts ({ROWS})",
     )
-    row_arguments(parser)
-    parser.add_argument("--limit", type=int, default=64, metavar="N", help="the first N prompts only (default: 64)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="save the heads here, for --heads")
+    row_arguments(parser, limit=64)
+    parser.common.add_argument("--output", type=Path, metavar="FILE", help="save the heads here, for --heads")
 
 
 def _heads(options: argparse.Namespace, console: Console) -> int:

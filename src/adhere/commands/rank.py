@@ -192,8 +192,6 @@ def ranker(
 
 def _survey(rows: Rows) -> tuple[int, bool, str]:
     """How many rows there are, whether they bring candidates, and a digest of them all; every bad row is told."""
-    from adhere.ranking import bring_candidates
-
     total = brought = 0
     without = ""
     digest = blake2b(digest_size=16)
@@ -202,6 +200,9 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
         brought += bool(row.candidates)
         without = without or ("" if row.candidates else row.where)
         digest.update(writable(row).encode("utf-8", "backslashreplace"))
+
+    from adhere.ranking import bring_candidates
+
     return total, bring_candidates(brought, total, without), digest.hexdigest()
 
 
@@ -229,15 +230,27 @@ def _draw(
 
 def _tell(console: Console, config: RankConfig, output: Path, total: int, tally: Mapping[str, float]) -> None:
     """What was written, and what was left out."""
+    from adhere.reward.group import flat_advice
+
     means = {"best": tally["best"] / total, "all candidates": tally["all"] / total}
     left_out = int(tally["left_out"])
     console.table(f"{total} prompts ranked", ["reward", "mean"], [[name, value] for name, value in means.items()])
     if config.keep == "pairs":
         say = console.warn if left_out == total else console.note
         say(f"{total - left_out} pairs; {left_out} prompts left out: best and worst tie, read alike, or are too close")
+    if flat := int(tally["flat"]):
+        console.warn(flat_advice(flat, total, tally["cut_off"] / total))
     console.note(f"written to {output}")
     console.result(
-        {"prompts": total, "lines": total - left_out, "left_out": left_out, "output": output, "means": means}
+        {
+            "prompts": total,
+            "lines": total - left_out,
+            "left_out": left_out,
+            "flat": int(tally["flat"]),
+            "cut_off": tally["cut_off"] / total,
+            "output": output,
+            "means": means,
+        }
     )
 
 

@@ -14,6 +14,7 @@ from adhere.commands.common import (
     check_models,
     check_new_folder,
     list_rewards,
+    mean,
     reward_name,
     reward_written,
     shown,
@@ -24,12 +25,14 @@ from adhere.console import Console
 from adhere.data import Row, read_rows
 from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
+from adhere.learn.settings import TrainConfig
+from adhere.learn.trackers import check_login
 from adhere.measure.settings import AuditConfig
 from adhere.model.embedded import EMBEDDED
 from adhere.resume import new_run_dir
+from adhere.reward.named import config_of
 
 if TYPE_CHECKING:
-    from adhere.learn.settings import TrainConfig
     from adhere.model.policy import Policy
 
 COMMON = (
@@ -50,13 +53,14 @@ COMMON = (
 INTERRUPTED = 130
 AUDITED = 16
 """Prompts of the audit before training."""
+FLAT_SHARE = 0.5
+"""Share of flat groups in the first steps from which a run is told at once."""
+FLAT_STEPS = 3
 TRAIN_HACK_RATE = 0.15
 """What that audit lets pass: 2 of 16 prompts may be an accident."""
 
 
 def _train_arguments(parser: Parser) -> None:
-    from adhere.learn.settings import TrainConfig
-
     parser.required.title = "required, here or in --config"
     parser.common.add_argument("--config", type=Path, metavar="FILE", help="YAML file of options; flags go before it")
     parser.common.add_argument(
@@ -70,10 +74,6 @@ def _train_arguments(parser: Parser) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
-    from adhere.learn.settings import TrainConfig
-    from adhere.learn.trackers import check_login
-    from adhere.reward.named import config_of
-
     flags = flags_given(options, TrainConfig)
     file = options.config
     if options.resume and file is None and "output" in flags:
@@ -124,9 +124,13 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         if main and not options.resume and not options.skip_audit:
             _audit_briefly(config, policy, rows, run, console)
         with console.progress(config.steps, f"training on {reward_name(config.reward)}") as progress:
+            seen: list[Mapping[str, float]] = []
 
             def on_step(metrics: Mapping[str, float]) -> None:
                 progress.update(int(metrics["step"]), **shown(metrics))
+                seen.append(metrics)
+                if len(seen) == FLAT_STEPS and mean([row["frac_reward_zero_std"] for row in seen]) >= FLAT_SHARE:
+                    console.warn(_flat(seen, config))
 
             trained = train(config, policy, rows, run, resume=options.resume, on_start=on_start, on_step=on_step)
     except UserError:
@@ -138,6 +142,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if not main:
         return INTERRUPTED if trained.interrupted else 0
     page = write_report(run)
+    if any(row["frac_reward_zero_std"] for row in seen):
+        console.note(_flat(seen, config))
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
     if trained.interrupted:
@@ -157,12 +163,20 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _flat(steps: Sequence[Mapping[str, float]], config: TrainConfig) -> str:
+    """How many groups of these steps were flat, and what to set."""
+    from adhere.reward.group import flat_advice
+
+    flat = round(sum(row["frac_reward_zero_std"] for row in steps) * config.prompts_per_step)
+    cut_off = mean([row["completions/clipped_ratio"] for row in steps])
+    return flat_advice(flat, len(steps) * config.prompts_per_step, cut_off)
+
+
 def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, console: Console) -> None:
     """Warn, before training, of a reward that degenerate responses beat; what was found stays in the run."""
     from adhere.measure.audit import audit, summary
     from adhere.report.card import AUDIT
     from adhere.reward.heads import load_heads
-    from adhere.reward.named import config_of
     from adhere.reward.reward import Reward
 
     limit = TRAIN_HACK_RATE

@@ -22,6 +22,7 @@ from adhere.measure.settings import AuditConfig
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.reward.group import flat_advice
 from adhere.reward.reward import Reward
 from adhere.reward.salience import TokenClass, question_only, question_span, user_tokens
 from adhere.reward.signals import Evidence
@@ -62,6 +63,8 @@ class Verdict:
     """Correlation of reward and length within groups; None where nothing varies."""
     flat: Estimate
     """Share of groups whose samples all get the same, so that RL learns nothing from them."""
+    cut_off: Estimate
+    """Share of own samples that did not end by themselves."""
 
     def worst(self) -> tuple[str, float]:
         """The family that beats the best own sample most often, and how often."""
@@ -86,8 +89,14 @@ class Verdict:
         overall = self.ranking.get("all")
         if overall is not None and overall.low <= 0.5:
             words += f" It does not tell right from wrong samples: {overall.mean:.2f} of the pairs, 0.5 is chance."
-        if self.flat.mean > 0.8:
-            words += f" In {self.flat.mean:.0%} of the groups all samples earn the same: there is little to learn from."
+        if self.cut_off.low == 1:
+            words += (
+                " No sample ends by itself: raise --max-new-tokens, or say with --stop what ends a response (a base "
+                "model without a chat template may never end)."
+            )
+        elif self.flat.mean > 0:
+            flat, groups = round(self.flat.mean * self.flat.n), self.flat.n
+            words += f" {flat_advice(flat, groups, self.cut_off.mean)}."
         return words
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +113,7 @@ class Verdict:
             "mean_sample": figure(self.mean_sample),
             "length_correlation": figure(self.length),
             "flat_groups": figure(self.flat),
+            "cut_off": figure(self.cut_off),
         }
 
 
@@ -286,6 +296,7 @@ class _Tally:
         self.share: list[float] = []
         self.length: list[float] = []
         self.flat: list[float] = []
+        self.cut_off: list[float] = []
 
     def verdict(self) -> Verdict:
         """The figures with their intervals; a family that never had anything to say is left out."""
@@ -300,6 +311,7 @@ class _Tally:
             figure(self.share),
             figure(self.length),
             bootstrap(self.flat),
+            bootstrap(self.cut_off),
         )
 
 
@@ -312,6 +324,7 @@ def _score_batch(tally: _Tally, reward: Reward, policy: Policy, batch: _AuditBat
     _rank(tally, alone, rollout.select(own), rows)
     for place in range(len(rollout.prompts)):
         mine = alone[groups == place]
+        tally.cut_off.append(float((~rollout.ended[own][groups == place]).float().mean()))
         tally.flat.append(float(float(mine.max() - mine.min()) < TIE))
     best: dict[str, dict[int, float]] = {name: {} for name in FAMILIES}
     right: dict[str, dict[int, float]] = {name: {} for name in FAMILIES}

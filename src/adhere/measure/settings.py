@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from adhere.options import Above, AtLeast, Below, check
+from adhere.reward.named import config_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,6 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.judge is not None:
-            from adhere.reward.named import config_of
-
             config_of(self.judge)
 
 

@@ -16,6 +16,7 @@ FIGURES = {
     "best_of_n": ("First choice is right", "Share of prompts where the reward's favourite own sample is right."),
     "length_correlation": ("Correlation with length", "Within the samples of a prompt."),
     "flat_groups": ("Flat groups", "Prompts whose samples all get the same: nothing to learn from."),
+    "cut_off": ("Cut off", "Own samples that did not end by themselves."),
 }
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 STD_FLOOR = 1e-5
 # How far below its group's best a gated response stays at least: one standard deviation of a normalised signal.
 GATE_MARGIN = 1.0
+# From this share on, the length limit is why a group is flat.
+MOSTLY_CUT_OFF = 0.5
 
 
 def group_normalise(
@@ -60,3 +62,30 @@ def counted(group: Int[Tensor, "B"], passed: Bool[Tensor, "B"]) -> Bool[Tensor, 
         return passed
     some = torch.bincount(group[passed], minlength=int(group.max()) + 1) > 0
     return passed | ~some[group]
+
+
+def flat_groups(reward: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[int, int]:
+    """How many groups of two or more responses give all of them the same reward, and how many such groups there are.
+
+    >>> flat_groups(torch.tensor([1.0, 1.0, 2.0, 3.0, 9.0]), torch.tensor([0, 0, 1, 1, 2]))
+    (1, 2)
+    """
+    values = [reward[group == value] for value in group.unique().tolist()]
+    several = [rewards for rewards in values if len(rewards) > 1]
+    return sum(float(rewards.max() - rewards.min()) <= STD_FLOOR for rewards in several), len(several)
+
+
+def flat_advice(flat: int, groups: int, cut_off: float) -> str:
+    """What flat groups mean and what to set, where `cut_off` is the share of responses cut off at the length limit.
+
+    >>> flat_advice(3, 4, 0.9)
+    '3 of 4 groups are flat: all responses to the prompt earn the same. 90% of all responses were cut off at the \
+length limit: raise --max-new-tokens, or say with --stop what ends a response'
+    """
+    told = f"{flat} of {groups} groups are flat: all responses to the prompt earn the same. "
+    if cut_off >= MOSTLY_CUT_OFF:
+        return (
+            f"{told}{cut_off:.0%} of all responses were cut off at the length limit: raise --max-new-tokens, or say "
+            "with --stop what ends a response"
+        )
+    return f"{told}Raise --temperature where they are alike, or choose a reward that tells them apart"

@@ -74,7 +74,7 @@ SIGNALS: dict[str, Signal] = {
 SALIENCES = ("all", "content", "idf", "question", "self")
 """Readings of a prompt: the functions of `salience`."""
 
-GATES = ("ended",)
+GATES = ("ended", "said")
 """What a response must pass: the names in `adhere.reward.reward.GATE_FUNCTIONS`."""
 
 
@@ -96,7 +96,7 @@ class RewardConfig:
     normalise: str = "group"
     """`group`: each signal to mean 0 and deviation 1 among the responses of its prompt; `none`: as it is."""
     gates: tuple[str, ...] = ()
-    """What a response must pass, or get its group's minimum: ended."""
+    """What a response must pass, or get its group's minimum: `ended` by itself, `said` something."""
     logprob_floor: float | None = None
     """A gate too: no response token below this log-prob (nats) for the scorer; None = no such gate."""
     renormalise: bool = False
@@ -196,7 +196,7 @@ _ATTENTION: dict[str, Any] = {
         "coverage": 0.0,
     },
     "normalise": "none",
-    "gates": ("ended",),
+    "gates": ("ended", "said"),
     "renormalise": True,
 }
 
@@ -204,14 +204,14 @@ NAMED: dict[str, RewardConfig] = {
     "attention": RewardConfig(**_ATTENTION),
     "paper": RewardConfig({"coverage": 1.0, "focus": 1.0, "repetition": -1.0}, scorer="policy", normalise="none"),
     # Both sources read the policy as it learns; Intuitor's reward breaks when a frozen copy gives it.
-    "certainty": RewardConfig({"certainty": 1.0}, scorer="policy", normalise="none"),
-    "entropy": RewardConfig({"entropy": 1.0}, scorer="policy", normalise="none"),
+    "certainty": RewardConfig({"certainty": 1.0}, scorer="policy", normalise="none", gates=("said",)),
+    "entropy": RewardConfig({"entropy": 1.0}, scorer="policy", normalise="none", gates=("said",)),
     "majority": RewardConfig({"majority": 1.0}, normalise="none"),
     "exact": RewardConfig({"exact": 1.0}, normalise="none"),
     # The four controls, in the frame of `attention`, so that only what is read differs.
-    "overlap": RewardConfig({"overlap": 1.0}, gates=("ended",)),
-    "length": RewardConfig({"length": 1.0}, gates=("ended",)),
-    "random": RewardConfig({"random": 1.0}, gates=("ended",)),
+    "overlap": RewardConfig({"overlap": 1.0}, gates=("ended", "said")),
+    "length": RewardConfig({"length": 1.0}, gates=("ended", "said")),
+    "random": RewardConfig({"random": 1.0}, gates=("ended", "said")),
     "shuffled": RewardConfig(**_ATTENTION, shuffle=True),
 }
 
@@ -223,7 +223,7 @@ def config_of(spec: str | Mapping[str, Any]) -> RewardConfig:
         if spec in NAMED:
             return NAMED[spec]
         if spec.startswith(PREFERENCE):
-            return RewardConfig({spec: 1.0}, normalise="none", gates=("ended",))
+            return RewardConfig({spec: 1.0}, normalise="none", gates=("ended", "said"))
         if spec.startswith(CALIBRATED):
             return config_of(read_calibration(spec.removeprefix(CALIBRATED)))
         if ":" in spec:

@@ -37,7 +37,10 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
 }
 """Name of a signal → its formula."""
 
-GATE_FUNCTIONS: dict[str, Callable[[Rollout], Tensor]] = {"ended": lambda rollout: rollout.ended}
+GATE_FUNCTIONS: dict[str, Callable[[Rollout], Tensor]] = {
+    "ended": lambda rollout: rollout.ended,
+    "said": lambda rollout: torch.tensor([bool(text.strip()) for text in rollout.responses]).to(rollout.ended),
+}
 """What a response must pass: [B] bool each."""
 
 
