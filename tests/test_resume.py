@@ -194,12 +194,14 @@ def test_rows_beyond_the_last_entry_are_cut_off_and_missing_ones_are_damage(tmp_
     again = GrowingRows(tmp_path / "out", {}, resume=True)
     assert (again.done, again.tally) == (1, {"sum": 1.0})
     again.add([{"a": 2}], 2, {"sum": 3.0})
-    (rows.folder / "rows.jsonl").write_bytes(b"")
+    whole = (rows.folder / "rows.jsonl").read_bytes()
+    assert whole == b'{"a": 1}\n{"a": 2}\n'
+    (rows.folder / "rows.jsonl").write_bytes(whole[:-1])
     with pytest.raises(UserError, match="is damaged"):
         GrowingRows(tmp_path / "out", {}, resume=True)
-    (rows.folder / "rows.jsonl").write_bytes(b'{"a": 1}\n{"a": 2}\n')
+    (rows.folder / "rows.jsonl").write_bytes(whole)
     GrowingRows(tmp_path / "out", {}, resume=True).finish()
-    assert (tmp_path / "out").read_text() == '{"a": 1}\n{"a": 2}\n' and not rows.folder.exists()
+    assert (tmp_path / "out").read_bytes() == whole and not rows.folder.exists()
 
 
 def test_a_result_counts_as_finished_only_with_the_settings_that_made_it(tmp_path: Path) -> None:
