@@ -92,12 +92,12 @@ def load_network(
     device: str = "cpu",
     attention: str = "auto",
     trust_remote_code: bool = False,
-    **options: Any,
+    **settings: Any,
 ) -> PreTrainedModel:
     """The network at `path`, in evaluation mode, of the auto class that `kind` picks from its configuration.
 
     `other_head`: the file may hold another head than the network, which gives way, and need not hold the network's;
-    `options` go to transformers. Raises `UnsupportedModel` as `load` does.
+    `settings` go before those of config.json. Raises `UnsupportedModel` as `load` does.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
@@ -113,7 +113,7 @@ def load_network(
                 device=device,
                 attention=attention,
                 trust_remote_code=trust_remote_code,
-                **options,
+                **settings,
             )
         except UnsupportedModel as error:
             raise UnsupportedModel(
@@ -125,7 +125,7 @@ def load_network(
     place = pick_device(device)
     try:
         with one_line("cannot be loaded", _config_of(path), _remedy(trust_remote_code)):
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
             written, _ = PreTrainedConfig.get_config_dict(path)
         _choose_attention(config, attention, written, path)
         with one_line(*_refusal(config, path)):
@@ -139,7 +139,6 @@ def load_network(
                 adapter_kwargs=NO_ADAPTER,
                 trust_remote_code=trust_remote_code,
                 **({"device_map": {"": place}} if _quantiser(config) else {}),
-                **options,
             )
     except UnsupportedModel:
         if (cached := _cached(path)) is not None:
