@@ -56,7 +56,9 @@ def test_they_are_left_out_counted_and_told_once() -> None:
         "1 whose `chosen` repeats the prompt (write what comes after it), the first: p.jsonl:9"
     ]
     assert sound_pairs(good, told.append) == good and sound_pairs([], told.append) == [] and len(told) == 1
-    with pytest.raises(UserError, match=r"none of 2 pairs teaches anything: 2 with two equal texts, the first: p\.jsonl:4"):
+    with pytest.raises(
+        UserError, match=r"none of 2 pairs teaches anything: 2 with two equal texts, the first: p\.jsonl:4"
+    ):
         sound_pairs(bad, told.append)
     with pytest.warns(UserWarning, match="2 of 5 pairs are left out"):
         sound_pairs([*good, *bad])
