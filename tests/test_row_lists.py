@@ -130,9 +130,9 @@ def test_a_list_that_cannot_be_read_is_told_with_its_line(field: str, said: str,
     assert str(caught.value).startswith(f"rows.csv:2: {message}")
 
 
-def test_the_row_stays_as_it_was_read() -> None:
-    row = cell(["a"], "answers")
-    assert row.answers == ("a",) and row.fields["answers"] == "['a']"
+def test_what_is_kept_of_the_row_holds_the_lists_too() -> None:
+    row = cell(["a"], "answers", paraphrases=["where is it ?"], note="['x']")
+    assert row.fields == {"prompt": "where ?", "paraphrases": ["where is it ?"], "note": "['x']", "answers": ["a"]}
 
 
 def test_fields_that_hold_no_lists_are_left_alone() -> None:

@@ -76,7 +76,7 @@ class Row:
     candidates: tuple[str, ...] = ()
     """Responses to choose from; empty where none are given."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """The row as it was read."""
+    """The row as it was read; lists that a CSV holds as text are lists."""
     where: str = ""
     """`file:line`, for messages."""
 
@@ -196,7 +196,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _row(fields: dict[str, Any], where: str, columns: Columns) -> Row:
-    texts = {*LISTS, "answer", "documents", columns.answers_field or "answers"}
+    texts = {*LISTS, "answer", "documents", "paraphrases", columns.answers_field or "answers"}
     raw = unpacked(fields, texts, {"prompt", "messages", "chosen", "rejected", columns.prompt_field or "prompt"})
     alone = columns.answers_field is None and raw.get("answers") is None
     if alone and isinstance(raw.get("answer"), list) and isinstance(fields["answer"], str):
@@ -216,6 +216,6 @@ def _row(fields: dict[str, Any], where: str, columns: Columns) -> Row:
         text_of(raw, "reference"),
         *pair(raw, prompt if written or isinstance(prompt, list) else None),
         candidates(raw),
-        fields,
+        raw,
         where,
     )
