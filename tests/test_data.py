@@ -12,6 +12,7 @@ import pytest
 from adhere import row_files
 from adhere.data import Columns, Row, iter_rows, read_rows, write_jsonl
 from adhere.errors import UserError
+from adhere.prompt import AnnotatedText
 
 
 def saved(folder: Path, *rows: Any, name: str = "prompts.jsonl") -> Path:
@@ -47,6 +48,16 @@ REPLY = {"role": "assistant", "content": "Hello"}
         ({"prompt": "Hi", "messages": [USER, REPLY]}, "Hi", None),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, [USER], ""),
         ({"prompt": None, "question": "B?"}, "Question: B?\nAnswer:", None),
+        ({"documents": ["A.", {"title": "T", "text": "C."}], "question": "B?"},
+         "A.\n\nT\nC.\n\nQuestion: B?\nAnswer:", None),
+        ({"documents": [], "question": "B?"}, "Question: B?\nAnswer:", None),
+        ({"system": "S", "instruction": "Sum up.", "context": "A.", "question": "B?"},
+         "S\n\nSum up.\n\nA.\n\nQuestion: B?\nAnswer:", None),
+        ({"prompt": "Hi", "system": "S"}, "S\n\nHi", None),
+        ({"messages": [USER], "system": "S"}, [{"role": "system", "content": "S"}, USER], None),
+        ({"prompt": "{context} {question} {x}", "context": "A.", "x": "?"}, "A. {question} {x}", None),
+        ({"messages": [USER, REPLY, {"role": "user", "content": "{documents}, or?"}], "documents": ["A", "B"]},
+         [USER, REPLY, {"role": "user", "content": "A\n\nB, or?"}], None),
     ],
 )  # fmt: skip
 def test_each_form_of_a_prompt(tmp_path: Path, row: dict[str, Any], prompt: Any, response: str | None) -> None:
@@ -99,6 +110,16 @@ def test_each_form_of_answers(tmp_path: Path, field: dict[str, Any], expected: t
         ({"prompt": 3}, '`prompt` is a number; write text, e.g. "prompt": "…"'),
         ({"prompt": {"text": "Hi"}}, "`prompt` is an object; write text"),
         ({"question": "B?", "context": ["A"]}, "`context` is a list; write text"),
+        ({"question": "B?", "documents": "A"}, "`documents` is text; write a list"),
+        ({"question": "B?", "documents": [3]}, '`documents` 1 is a number; write text or {"title": "…", "text": "…"}'),
+        ({"question": "B?", "documents": ["A", {"title": 3}]}, "`documents` 2: `title` is a number; write text"),
+        ({"question": "B?", "documents": ["A", {"title": "T"}]}, "`documents` 2: `text` is null; write text"),
+        ({"question": "B?", "documents": [" "]}, "`documents` 1: `text` is empty; write some text"),
+        ({"question": "B?", "documents": ["A"], "context": "A"}, "`context` and `documents` both hold the evidence"),
+        ({"documents": ["A"]}, "`documents` without a `question` or an `instruction`; add one"),
+        ({"prompt": "Hi", "system": 3}, "`system` is a number; write text"),
+        ({"messages": [{**USER, "role": "system"}, USER], "system": "S"}, "a system turn and a `system`; keep one"),
+        ({"messages": [USER], "history_is_context": "yes"}, "`history_is_context` is text; write true or false"),
         ('{"prompt": "a\\ud800"}', "`prompt` holds half of a surrogate pair at character 2; remove it"),
         ({"messages": "Hi"}, '`messages` is text; write [{"role": "user", "content": "…"}]'),
         ({"messages": []}, '`messages` is empty; write [{"role": "user", "content": "…"}]'),
@@ -197,6 +218,29 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
 def test_a_template_lays_out_fields_and_goes_before_a_prompt(tmp_path: Path) -> None:
     row = {"prompt": "unused", "title": "T", "body": ""}
     assert only(tmp_path, row, columns=Columns(template="{{x}} {title}: {body}{title}")).prompt == "{x} T: T"
+
+
+def parts(text: str) -> list[tuple[str, str]]:
+    assert isinstance(text, AnnotatedText)
+    return [(part.role.name, part.text) for part in text.parts]
+
+
+def test_the_parts_of_a_prompt_know_what_they_are_for(tmp_path: Path) -> None:
+    row = {"context": " A. ", "question": "B?"}
+    asked = only(tmp_path, row).prompt
+    assert parts(asked) == [("DOCUMENT", "A. "), ("TEMPLATE", "\n\n"), ("TEMPLATE", "Question: "), ("QUESTION", "B?"),
+                            ("TEMPLATE", "\nAnswer:")]  # fmt: skip
+    assert asked.documents[0].text == " A. " and asked.parts[0].offset == 1
+    # Beside evidence alone, the words around a field are the user's; beside a question they are a layout.
+    words = {"messages": [{"role": "user", "content": "{context} Who?"}], **row}
+    assert parts(only(tmp_path, words).prompt[0]["content"]) == [("DOCUMENT", " A. "), ("USER", " Who?")]
+    layout = Columns(template="{context}|{question}|{other}")
+    assert parts(only(tmp_path, {**row, "other": "C"}, columns=layout).prompt) == [
+        ("DOCUMENT", " A. "), ("TEMPLATE", "|"), ("QUESTION", "B?"), ("TEMPLATE", "|"), ("USER", "C")]  # fmt: skip
+    turns = [USER, REPLY, USER]
+    history = only(tmp_path, {"messages": turns, "history_is_context": True}).prompt
+    assert [isinstance(turn["content"], AnnotatedText) for turn in history] == [True, True, False]
+    assert history == turns
 
 
 def test_a_template_field_that_a_row_lacks_is_named(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from adhere.reward.salience import (
     TokenClass,
     attended,
     classes_of,
+    context_tokens,
     question_only,
+    question_span,
+    question_tokens,
     response_content,
     salience,
     token_classes,
@@ -218,6 +221,43 @@ def test_the_question_alone_keeps_the_template():
     marked = replace(prompts, roles=roles)
     kept, _ = question_only(marked, CLASSES, left=True)
     assert TOKENIZER.decode(kept.ids[0]) == "mary where is mary ?" and kept.template[0].tolist() == [True] + [False] * 4
+
+
+D, Q, N, U, E, T = Role.DOCUMENT, Role.QUESTION, Role.INSTRUCTION, Role.USER, Role.EARLIER, Role.TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("roles", "context", "question"),
+    [
+        # mary . john ? tell garden hall
+        ([D, D, T, T, Q, Q, Q], "mary .", "tell garden hall"),
+        ([D, D, T, T, U, U, U], "mary .", "tell garden hall"),  # what is no evidence is the question
+        ([U, U, T, T, Q, Q, Q], "mary .", "tell garden hall"),  # what is no question is the evidence
+        ([N, N, T, D, D, Q, Q], "? tell", "garden hall"),  # an instruction beside a question is neither
+        ([N, N, T, D, D, D, D], "? tell garden hall", "mary ."),
+        ([Q, Q, Q, Q, Q, Q, Q], "", "mary . john ? tell garden hall"),
+        ([U, U, U, U, U, U, U], "mary . john ?", "tell garden hall"),  # the last sentence
+        ([E, E, E, E, U, U, U], "", "tell garden hall"),  # what was said before is no evidence
+        ([D, D, E, E, U, U, U], "mary .", "tell garden hall"),
+    ],
+)
+def test_context_and_question_are_what_the_roles_say(roles, context, question):
+    text = "mary . john ? tell garden hall"
+    prompts = replace(reading_of(text).rollout.prompts, roles=torch.tensor([roles], dtype=torch.uint8))
+    found = [TOKENIZER.decode(prompts.ids[of(prompts, CLASSES)]) for of in (context_tokens, question_tokens)]
+    assert found == [context, question]
+    start, end = question_span(prompts, CLASSES)
+    assert TOKENIZER.decode(prompts.ids[0, int(start) + 1 : int(end)]) == question
+    kept, shortened = question_only(prompts, CLASSES, left=True)
+    assert bool(shortened) == bool(context)
+    assert int(kept.mask.sum()) == len(roles) - int(context_tokens(prompts, CLASSES).sum())
+
+
+def test_evidence_alone_has_no_question():
+    prompts = replace(reading_of("mary .").rollout.prompts, roles=torch.tensor([[D, D]], dtype=torch.uint8))
+    assert not question_tokens(prompts, CLASSES).any()
+    start, end = question_span(prompts, CLASSES)
+    assert (int(start), int(end)) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", [k for k in SALIENCE if k != "self"])

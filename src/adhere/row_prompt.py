@@ -140,7 +140,9 @@ def _laid_out(raw: Mapping[str, Any]) -> AnnotatedText:
 
 def _piece(raw: Mapping[str, Any], name: str) -> AnnotatedText:
     """The text of a field with the role that its name tells, or else the user's; empty where the row has none."""
-    if name == "documents" and isinstance(raw.get(name), list):
+    if name == "documents" and raw.get(name) is not None:
+        if not isinstance(raw[name], list):
+            raise Fault(f'`documents` is {kind(raw[name])}; write a list of texts or of {{"title": "…", "text": "…"}}')
         return joined([_document(item, place) for place, item in enumerate(raw[name], 1)], GAP)
     text = text_of(raw, name, empty=name not in ("question", "instruction")) or ""
     role = FIELDS.get(name, Role.USER)
