@@ -33,7 +33,7 @@ METRICS = ("exact_match", "f1", "consistency", "repetition", "length", "kl")
 
 def adhere(*arguments: str | Path | int | float) -> dict[str, Any]:
     """Run an adhere command; its JSON document."""
-    command = [sys.executable, "-m", "adhere.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "adhere", *map(str, arguments), "--json"]
     print("$ adhere", *map(str, arguments), file=sys.stderr, flush=True)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)

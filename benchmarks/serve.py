@@ -72,7 +72,7 @@ def offline(model: Path, heads: Path, pairs: Pairs, line: Any) -> None:
 def server(model: Path, heads: Path) -> Iterator[str]:
     given = ["--model", str(model), "--heads", str(heads), "--port", "0", "--device", "cpu", "--json"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "adhere.cli", "serve", *given],
+        [sys.executable, "-m", "adhere", "serve", *given],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -209,7 +209,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     options = ["--keep", "pairs", "--margin", "0.5", "--batch-size", "4"]
     assert run(prompts, whole, *options, "--quiet") == 0
     given = ["--model", str(model_path("causal")), "--prompts", str(prompts), "--output", str(killed)]
-    command = [sys.executable, "-m", "adhere.cli", "rank", *given, "--device", "cpu", "--max-new-tokens", "6", *options]
+    command = [sys.executable, "-m", "adhere", "rank", *given, "--device", "cpu", "--max-new-tokens", "6", *options]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     journal = tmp_path / "killed.jsonl.partial" / JOURNAL
 

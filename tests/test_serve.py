@@ -367,7 +367,7 @@ def served(tmp_path, reward):
 def process(*more):
     given = ["--model", str(model_path("causal")), "--port", "0", "--device", "cpu", "--json"]
     running = subprocess.Popen(
-        [sys.executable, "-m", "adhere.cli", "serve", *given, *more],
+        [sys.executable, "-m", "adhere", "serve", *given, *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
