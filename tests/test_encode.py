@@ -11,7 +11,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 from adhere.errors import UserError
-from adhere.model.chat import frame
+from adhere.model.chat import end_tokens, frame
 from adhere.model.policy import Policy
 from adhere.model.responses import needs_blank
 from adhere.model.settings import ChatOptions, Sampling
@@ -19,6 +19,7 @@ from adhere.prompt import AnnotatedText, Document, Part, RenderedText, prompt_ke
 from adhere.row_prompt import prompt_of
 from adhere.types import Prompts, Role
 from tests.chat_templates import END, TAKES_SYSTEM, TEMPLATES, bpe, policy_of
+from tests.families import save, tokenizer
 
 CONTEXT, QUESTION = "Mary went to the garden. Where is John?", "Where is John?"
 USER = f"{CONTEXT}\n\nQuestion: {QUESTION}\nAnswer:"
@@ -96,6 +97,17 @@ def test_tokens_know_their_document_and_the_characters_they_stand_for(family):
         assert len(spans) - len(known) == (0 if number == 0 else len(policy.tokenizer("Paris")["input_ids"]))
 
 
+def test_characters_of_a_document_hold_where_a_template_trims_and_where_a_token_reaches_beyond_it():
+    policy = policy_of(bpe("llama3"))
+    row = {"messages": user("{context} Where?\n"), "context": " \n  Mary went"}
+    prompts = policy.encode([prompt_of(row)[0]])
+    known = prompts.sources[0][prompts.roles[0] == Role.DOCUMENT][:, 1:]
+    assert (int(known.min()), int(known.max())) == (4, 13)
+    whole = policy_of(tokenizer())  # a token is what stands between blanks
+    prompts = whole.encode([prompt_of({"prompt": "{context}, where?", "context": "mary garden"})[0]])
+    assert prompts.sources[0].tolist() == [[0, 0, 4], [0, 5, 11], [-1, -1, -1]]
+
+
 def test_cutting_and_choosing_prompts_keeps_what_is_known_of_their_tokens():
     policy = policy_of(bpe())
     prompts = policy.encode([prompt_of({"documents": ["Mary", "John is"], "question": q})[0] for q in ("Where?", "a")])
@@ -132,7 +144,7 @@ def test_a_turn_ends_with_what_the_template_writes_after_it(family):
     words = bpe(family)
     policy = policy_of(words)
     end = words.convert_tokens_to_ids(END[family])
-    assert {end, 2} <= policy.endings.tokens
+    assert policy.endings.tokens == end_tokens(words) == {end, 2}
     rollout = policy.paired([user("Where is Mary?")] * 3, ["the garden", f"the garden{END[family]}", ""])
     said = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     assert said[0] == said[1] and [ids[-1] for ids in said] == [end] * 3 and said[2] == [end]
@@ -321,8 +333,6 @@ def test_a_sample_is_the_same_tokens_when_it_comes_back_as_text(encoder):
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_stop_text_over_several_tokens_ends_a_response_and_is_no_part_of_it(family, tmp_path):
-    from tests.families import save
-
     folder = save(family, tmp_path)
     free = Policy.load(folder, device="cpu")
     greedy = Sampling(temperature=0, max_new_tokens=12)
