@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer
 
 from adhere.errors import UserError
 from adhere.model.chat import end_tokens, frame
+from adhere.model.compose import turns_of
 from adhere.model.policy import Policy
 from adhere.model.responses import needs_blank
 from adhere.model.settings import ChatOptions, Sampling
@@ -130,6 +131,8 @@ def test_history_is_evidence_only_where_the_row_says_so():
     assert said(policy, prompts, Role.EARLIER) == "Mary went to the garden.Paris"
     assert said(policy, prompts, Role.DOCUMENT, 1) == "Mary went to the garden.Paris"
     assert prompts.guessed.tolist() == [True, False]
+    assert [document.text for document in prompts.documents[1]] == ["Mary went to the garden.", "Paris"]
+    assert prompts.sources[1][prompts.roles[1] == Role.DOCUMENT][-1, [0, 2]].tolist() == [1, 5]
 
 
 def test_what_a_tool_returned_is_evidence():
@@ -190,6 +193,16 @@ def test_a_prompt_that_was_rendered_before_is_read_as_it_stands(family):
     once = policy.encode([user("Where is Mary?")])
     again = policy.encode([once.texts[0]])
     assert torch.equal(once.ids, again.ids) and torch.equal(once.roles, again.roles) and again.chat == (True,)
+
+
+def test_fields_keep_their_roles_in_a_prompt_that_was_rendered_before():
+    policy = policy_of(bpe("llama3"))
+    text = policy.encode(["{context} Where?"]).texts[0]
+    row = {"prompt": text, "context": "Mary went"}
+    prompts = policy.encode([prompt_of(row)[0], prompt_of({"context": "<s> Mary", "question": "Where?"})[0]])
+    assert prompts.texts[0] == text.replace("{context}", "Mary went")
+    assert said(policy, prompts, Role.DOCUMENT) == "Mary went" and said(policy, prompts, Role.USER) == " Where?"
+    assert prompts.texts[1].count("<|start_header_id|>") == 2  # evidence that begins with a token is still evidence
 
 
 def test_thinking_is_left_out_and_a_thought_that_the_template_opens_is_closed():
@@ -260,6 +273,8 @@ def test_chat_and_system_as_the_user_asks():
     assert said(off, plain, Role.SYSTEM, 1) == "the office"
     assert off.encode([user("Where is Mary?")]).chat == (True,)
     assert not policy_of(bpe()).takes_chat and policy_of(words).takes_chat
+    assert turns_of(words, "a", ChatOptions(system="b")) == [{"role": "system", "content": "b"}, *user("a")]
+    assert turns_of(words, "a", ChatOptions("off")) is None is turns_of(words, "<s>a", ChatOptions())
 
 
 @pytest.mark.parametrize(
