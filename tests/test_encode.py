@@ -11,7 +11,8 @@ import torch
 from transformers import ByT5Tokenizer
 
 from adhere.errors import UserError
-from adhere.model.chat import frame
+from adhere.model.chat import end_tokens, frame
+from adhere.model.compose import turns_of
 from adhere.model.policy import Policy
 from adhere.model.responses import needs_blank
 from adhere.model.settings import ChatOptions, Sampling
@@ -19,6 +20,7 @@ from adhere.prompt import AnnotatedText, Document, Part, RenderedText, prompt_ke
 from adhere.row_prompt import prompt_of
 from adhere.types import Prompts, Role
 from tests.chat_templates import END, TAKES_SYSTEM, TEMPLATES, bpe, policy_of
+from tests.families import save, tokenizer
 
 CONTEXT, QUESTION = "Mary went to the garden. Where is John?", "Where is John?"
 USER = f"{CONTEXT}\n\nQuestion: {QUESTION}\nAnswer:"
@@ -96,6 +98,17 @@ def test_tokens_know_their_document_and_the_characters_they_stand_for(family):
         assert len(spans) - len(known) == (0 if number == 0 else len(policy.tokenizer("Paris")["input_ids"]))
 
 
+def test_characters_of_a_document_hold_where_a_template_trims_and_where_a_token_reaches_beyond_it():
+    policy = policy_of(bpe("llama3"))
+    row = {"messages": user("{context} Where?\n"), "context": " \n  Mary went"}
+    prompts = policy.encode([prompt_of(row)[0]])
+    known = prompts.sources[0][prompts.roles[0] == Role.DOCUMENT][:, 1:]
+    assert (int(known.min()), int(known.max())) == (4, 13)
+    whole = policy_of(tokenizer())  # a token is what stands between blanks
+    prompts = whole.encode([prompt_of({"prompt": "{context}, where?", "context": "mary garden"})[0]])
+    assert prompts.sources[0].tolist() == [[0, 0, 4], [0, 5, 11], [-1, -1, -1]]
+
+
 def test_cutting_and_choosing_prompts_keeps_what_is_known_of_their_tokens():
     policy = policy_of(bpe())
     prompts = policy.encode([prompt_of({"documents": ["Mary", "John is"], "question": q})[0] for q in ("Where?", "a")])
@@ -118,6 +131,8 @@ def test_history_is_evidence_only_where_the_row_says_so():
     assert said(policy, prompts, Role.EARLIER) == "Mary went to the garden.Paris"
     assert said(policy, prompts, Role.DOCUMENT, 1) == "Mary went to the garden.Paris"
     assert prompts.guessed.tolist() == [True, False]
+    assert [document.text for document in prompts.documents[1]] == ["Mary went to the garden.", "Paris"]
+    assert prompts.sources[1][prompts.roles[1] == Role.DOCUMENT][-1, [0, 2]].tolist() == [1, 5]
 
 
 def test_what_a_tool_returned_is_evidence():
@@ -132,7 +147,7 @@ def test_a_turn_ends_with_what_the_template_writes_after_it(family):
     words = bpe(family)
     policy = policy_of(words)
     end = words.convert_tokens_to_ids(END[family])
-    assert {end, 2} <= policy.endings.tokens
+    assert policy.endings.tokens == end_tokens(words) == {end, 2}
     rollout = policy.paired([user("Where is Mary?")] * 3, ["the garden", f"the garden{END[family]}", ""])
     said = [row[mask].tolist() for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     assert said[0] == said[1] and [ids[-1] for ids in said] == [end] * 3 and said[2] == [end]
@@ -178,6 +193,16 @@ def test_a_prompt_that_was_rendered_before_is_read_as_it_stands(family):
     once = policy.encode([user("Where is Mary?")])
     again = policy.encode([once.texts[0]])
     assert torch.equal(once.ids, again.ids) and torch.equal(once.roles, again.roles) and again.chat == (True,)
+
+
+def test_fields_keep_their_roles_in_a_prompt_that_was_rendered_before():
+    policy = policy_of(bpe("llama3"))
+    text = policy.encode(["{context} Where?"]).texts[0]
+    row = {"prompt": text, "context": "Mary went"}
+    prompts = policy.encode([prompt_of(row)[0], prompt_of({"context": "<s> Mary", "question": "Where?"})[0]])
+    assert prompts.texts[0] == text.replace("{context}", "Mary went")
+    assert said(policy, prompts, Role.DOCUMENT) == "Mary went" and said(policy, prompts, Role.USER) == " Where?"
+    assert prompts.texts[1].count("<|start_header_id|>") == 2  # evidence that begins with a token is still evidence
 
 
 def test_thinking_is_left_out_and_a_thought_that_the_template_opens_is_closed():
@@ -248,6 +273,8 @@ def test_chat_and_system_as_the_user_asks():
     assert said(off, plain, Role.SYSTEM, 1) == "the office"
     assert off.encode([user("Where is Mary?")]).chat == (True,)
     assert not policy_of(bpe()).takes_chat and policy_of(words).takes_chat
+    assert turns_of(words, "a", ChatOptions(system="b")) == [{"role": "system", "content": "b"}, *user("a")]
+    assert turns_of(words, "a", ChatOptions("off")) is None is turns_of(words, "<s>a", ChatOptions())
 
 
 @pytest.mark.parametrize(
@@ -321,8 +348,6 @@ def test_a_sample_is_the_same_tokens_when_it_comes_back_as_text(encoder):
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_stop_text_over_several_tokens_ends_a_response_and_is_no_part_of_it(family, tmp_path):
-    from tests.families import save
-
     folder = save(family, tmp_path)
     free = Policy.load(folder, device="cpu")
     greedy = Sampling(temperature=0, max_new_tokens=12)

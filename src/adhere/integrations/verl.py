@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from adhere.errors import UserError
 from adhere.integrations.http import JsonClient, TransientError
-from adhere.model.chat import frame
+from adhere.model.chat import end_tokens
 
 if TYPE_CHECKING:
 
@@ -82,8 +82,7 @@ class AttentionRewardManager(RewardManagerBase):
                 where="verl",
                 fix="write +reward.custom_reward_function.reward_kwargs.url=http://HOST:PORT",
             )
-        ends = tokenizer.eos_token_id
-        self.ends = {*(ends if isinstance(ends, list) else [ends]), frame(tokenizer).end}
+        self.ends = end_tokens(tokenizer)
 
     async def run_single(self, data: Any) -> dict[str, Any]:
         """Reward and signals of the last sequence of `data`, as verl's other managers."""

@@ -109,9 +109,15 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
     return Frame(before, after, lead if lead.isspace() else "", _first_special(tokenizer, tail) if answered else None)
 
 
-def is_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a template has been applied to this text already: it begins with a special token."""
-    return tokenizer.chat_template is not None and text.lstrip().startswith(tuple(special_texts(tokenizer)))
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a response, as a tokenizer tells: its own, and what its template writes after a turn."""
+    turn, own = frame(tokenizer).end, tokenizer.eos_token_id
+    return {*(own if isinstance(own, list) else [int(own)]), *([] if turn is None else [turn])}
+
+
+def is_rendered(text: str, special: tuple[str, ...]) -> bool:
+    """Whether a text was rendered before: it begins with one of the `special` tokens (see `special_texts`)."""
+    return text.lstrip().startswith(special)
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:

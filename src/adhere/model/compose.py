@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from adhere.errors import UserError
-from adhere.model.chat import Frame, Turns, frame, is_rendered, places, render
+from adhere.model.chat import Frame, Turns, frame, is_rendered, places, render, special_texts
 from adhere.model.settings import ChatOptions
 from adhere.prompt import AnnotatedText, Document, Part, Prompt, RenderedText, Role
 
@@ -58,48 +58,63 @@ def compose(
 
     Raises `UserError`: an empty prompt, messages without a chat template, or turns that the template refuses.
     """
-    chat = takes_chat(tokenizer, options)
-    around = frame(tokenizer)
+    chat, around, special = takes_chat(tokenizer, options), frame(tokenizer), tuple(special_texts(tokenizer))
     found = []
     for prompt, where in zip(prompts, names, strict=True):
-        if not isinstance(prompt, str):
-            found.append(_conversation(tokenizer, prompt, options, where))
-        elif not prompt.strip():
+        if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty", where=where, fix="write some text")
-        elif isinstance(prompt, RenderedText) or is_rendered(tokenizer, prompt):
-            found.append(_rendered(prompt, around, is_rendered(tokenizer, prompt)))
-        elif chat:
-            found.append(_conversation(tokenizer, turns_of(prompt), options, where))
-        else:
-            stretches, documents = _annotated(prompt, Role.USER)
-            found.append(Composed(str(prompt), tuple(stretches), documents))
+        turns = _turns(prompt, options, chat, special)
+        if turns is not None:
+            found.append(_conversation(tokenizer, turns, where))
+            continue
+        assert isinstance(prompt, str)
+        found.append(_plain(prompt, around, tokenizer.chat_template is not None and _is_rendered(prompt, special)))
     return found
 
 
-def turns_of(prompt: str) -> list[dict[str, str]]:
-    """A plain prompt as chat turns: its system text, where it begins with one, and the user's."""
-    if not isinstance(prompt, AnnotatedText) or prompt.parts[0].role != Role.SYSTEM:
-        return [{"role": "user", "content": prompt}]
-    system, *rest = prompt.parts
-    if rest and rest[0].role == Role.TEMPLATE and not rest[0].text.strip():
-        rest = rest[1:]  # the gap between the two, which a turn of its own does not need
-    user = AnnotatedText(rest, prompt.documents)
-    return [{"role": "system", "content": system.text}, {"role": "user", "content": user}]
+def turns_of(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: ChatOptions) -> list[dict[str, str]] | None:
+    """The chat that a prompt is put to the model as; None where it is plain text."""
+    return _turns(prompt, options, takes_chat(tokenizer, options), tuple(special_texts(tokenizer)))
 
 
-def _rendered(prompt: str, around: Frame, chat: bool) -> Composed:
-    """A text that is read as it stands. Where it is a single user turn in the template, the turn is the user's."""
-    start = len(around.before) if chat and prompt.startswith(around.before) else 0
-    end = len(prompt) - len(around.after) if chat and prompt.endswith(around.after) else len(prompt)
-    return Composed(str(prompt), (Stretch(start, max(start, end), Role.USER),), chat=chat)
-
-
-def _conversation(tokenizer: PreTrainedTokenizerBase, prompt: Turns, options: ChatOptions, where: str) -> Composed:
-    if tokenizer.chat_template is None:
-        raise UserError("messages, but the tokenizer has no chat template", where=where, fix="write a plain `prompt`")
-    turns = list(prompt)
+def _turns(prompt: Prompt, options: ChatOptions, chat: bool, special: tuple[str, ...]) -> list[dict[str, str]] | None:
+    """See `turns_of`. `chat`: whether plain prompts become user turns; `special`: what a rendered text begins with."""
+    if not isinstance(prompt, str):
+        turns = [dict(turn) for turn in prompt]
+    elif not chat or isinstance(prompt, RenderedText) or _is_rendered(prompt, special):
+        return None
+    elif isinstance(prompt, AnnotatedText) and prompt.parts[0].role == Role.SYSTEM:
+        system, *rest = prompt.parts
+        if rest and rest[0].role == Role.TEMPLATE and not rest[0].text.strip():
+            rest = rest[1:]  # the gap between the two, which a turn of its own does not need
+        user = AnnotatedText(rest, prompt.documents)
+        turns = [{"role": "system", "content": system.text}, {"role": "user", "content": user}]
+    else:
+        turns = [{"role": "user", "content": prompt}]
     if options.system is not None and not any(turn["role"] in _SYSTEM for turn in turns):
         turns = [{"role": "system", "content": options.system}, *turns]
+    return turns
+
+
+def _is_rendered(prompt: str, special: tuple[str, ...]) -> bool:
+    """Whether a plain prompt was rendered before; what a field begins with says nothing."""
+    layout = not isinstance(prompt, AnnotatedText) or prompt.parts[0].role in (Role.TEMPLATE, Role.USER)
+    return layout and is_rendered(prompt, special)
+
+
+def _plain(prompt: str, around: Frame, chat: bool) -> Composed:
+    """A text that is read as it stands. Where it is a `chat` of one user turn, what the template wrote is not the user's."""
+    stretches, documents = _annotated(prompt, Role.USER)
+    if chat:
+        start = len(around.before) if prompt.startswith(around.before) else 0
+        end = len(prompt) - len(around.after) if prompt.endswith(around.after) else len(prompt)
+        stretches = list(_moved(stretches, 0, start, end))
+    return Composed(str(prompt), tuple(stretches), documents, chat)
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, turns: Turns, where: str) -> Composed:
+    if tokenizer.chat_template is None:
+        raise UserError("messages, but the tokenizer has no chat template", where=where, fix="write a plain `prompt`")
     text = render(tokenizer, turns, where=where)
     last = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=len(turns) - 1)
     stretches: list[Stretch] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adhere.model.chat import frame, special_texts
+from adhere.model.chat import end_tokens, frame, special_texts
 from adhere.model.settings import ChatOptions
 
 _TOKENS_OF_A_CHARACTER = 4
@@ -39,10 +39,10 @@ class Endings:
         configured = known if isinstance(known, list) else [] if known is None else [known]
         special, vocabulary = special_texts(tokenizer), tokenizer.get_vocab() if options.stop else {}
         stops = [vocabulary[stop] if stop in special else stop for stop in options.stop]
-        tokens = {end, *configured, *(stop for stop in stops if isinstance(stop, int))}
+        tokens = {*end_tokens(tokenizer), *configured, *(stop for stop in stops if isinstance(stop, int))}
         return cls(
             tokenizer,
-            frozenset(tokens if turn is None else {*tokens, turn}),
+            frozenset(tokens),
             end if turn is None else turn,
             tuple(stop for stop in stops if isinstance(stop, str)),
             stops[0] if stops else end,
