@@ -184,7 +184,7 @@ def test_bad_input_is_told(tmp_path, backbone):
         make_pairs(policy, EASY[:1])
     with pytest.raises(UserError, match="row 3: no `answers` and no `reference`"):
         make_pairs(policy, EASY, PairConfig(chosen="answer"))
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match="holds no config"):
         fit(PreferenceConfig(str(tmp_path), str(tmp_path / "x")), EASY)
     with pytest.raises(UserError, match="no pairs to learn from"):
         fit(PreferenceConfig(backbone, str(tmp_path / "x")), [])
