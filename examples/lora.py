@@ -24,8 +24,7 @@ train(
     on_step=lambda row: print(f"step {row['step']:.0f}: reward {row['reward']:.3f}"),
 )  # fmt: skip
 
-# `run / "model"` holds the merged weights, for any tool. The adapter alone is small, and goes onto the base again:
-policy.model.save_pretrained(run / "adapter")
+# `run / "model"` holds the merged weights, for any tool. `run / "adapter"` is small, and goes onto the base again:
 base = Policy.load(options.model)
 again = Policy(PeftModel.from_pretrained(base.model, run / "adapter").eval(), base.tokenizer)
 

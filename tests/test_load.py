@@ -5,7 +5,10 @@ wherever a network is loaded: policies, reward models and embedders."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -434,3 +437,39 @@ def test_the_command_line_scores_nothing_with_a_model_that_is_not_whole(whole, t
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and said[0].startswith("error: ") and str(folder) in said[0], message
         assert not out.exists()
+
+
+HUB = """
+import sys
+from adhere.errors import UserError
+from adhere.model.load import load
+for name in sys.argv[1:]:
+    try:
+        model, tokenizer = load(name, device="cpu")
+        print("loaded", type(model).__name__)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_the_cache_of_the_hub_holds_is_loaded_with_the_same_care(whole, tmp_path: Path) -> None:
+    """Without a network: a repository that is whole, one cut short, an adapter and its base."""
+
+    def cached(name: str) -> Path:
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("a" * 40)
+        return place / "snapshots" / ("a" * 40)
+
+    for name in ("me/whole", "me/cut"):
+        shutil.copytree(whole["llama"], cached(name))
+    cut(WEIGHTS)(tmp_path / "hub" / "models--me--cut" / "snapshots" / ("a" * 40))
+    adapted(whole["llama"], "llama", adapter := cached("me/adapter"))
+    rewritten("adapter_config.json", base_model_name_or_path="me/whole")(adapter)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    names = ["me/whole", "me/cut", "me/adapter", "me/nothing"]
+    done = subprocess.run([sys.executable, "-c", HUB, *names], env=environment, capture_output=True, text=True)
+    sound, broken, adapter_said, nothing = done.stdout.splitlines()
+    assert sound == adapter_said == "loaded LlamaForCausalLM"
+    assert "model.safetensors: is damaged or cut short" in broken
+    assert nothing.startswith("me/nothing: cannot be loaded: ")
