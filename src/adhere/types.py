@@ -12,7 +12,7 @@ A mask is `True` where a position counts, everywhere; its name says of what. Res
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Prompts:
             self.template[index],
             tuple(self.answers[i] for i in picked),
         )
+
+    def trimmed(self) -> tuple[Prompts, slice]:
+        """These prompts without the columns that are padding in all of them, and which columns are left."""
+        used = self.mask.any(0).nonzero().squeeze(-1)
+        span = slice(int(used[0]), int(used[-1]) + 1)
+        ids, mask, template = self.ids[:, span], self.mask[:, span], self.template[:, span]
+        return replace(self, ids=ids, mask=mask, template=template), span
 
 
 @dataclass(frozen=True)
@@ -99,16 +106,7 @@ class Rollout:
         ).tolist()
         rows = slice(start, stop)
         width = slice(0, max(1, int(self.lengths[rows].max())) if stop > start else 1)
-        chosen = slice(first, last)
-        used = self.prompts.mask[chosen].any(0).nonzero().squeeze(-1)
-        span = slice(int(used[0]), int(used[-1]) + 1)
-        prompts = Prompts(
-            self.prompts.texts[chosen],
-            self.prompts.ids[chosen, span],
-            self.prompts.mask[chosen, span],
-            self.prompts.template[chosen, span],
-            self.prompts.answers[chosen],
-        )
+        prompts, span = self.prompts.select(torch.arange(first, last, device=self.ended.device)).trimmed()
         part = Rollout(
             prompts,
             self.prompt_index[rows] - first,
@@ -120,6 +118,14 @@ class Rollout:
             self.temperature,
         )
         return part, rows, width, span
+
+    def compact(self, rows: Tensor) -> tuple[Rollout, slice, slice]:
+        """The responses `rows` ([n] int64, ascending) with their prompts alone, trimmed of padding, and the response
+        and prompt columns that are left."""
+        used, index = self.prompt_index[rows].unique(return_inverse=True)
+        chosen = replace(self.select(rows), prompts=self.prompts.select(used), prompt_index=index)
+        part, _, width, span = chosen.groups(0, len(used))
+        return part, width, span
 
     def chunks(self, max_tokens: int) -> Iterator[tuple[Rollout, slice, slice, slice]]:
         """Whole groups, as many at a time as keep prompt and response tokens (padding included) within `max_tokens`;

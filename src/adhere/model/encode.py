@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
+from adhere.model.rope import extended_context
 from adhere.types import Prompts
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -66,9 +67,9 @@ def padded_responses(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence
 
 
 def context_length(network: PreTrainedModel) -> int | None:
-    """Tokens that the model's positions can hold; None where they are relative (T5)."""
+    """Tokens that the model's positions can hold; None where they are relative (T5). Dynamic NTK stretches them."""
     config = network.config if network.config.is_encoder_decoder else network.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = extended_context(config) or getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
-from adhere.model import capture, prefix
+from adhere.model import capture, prefix, rope
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
 from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
 from adhere.model.families import shareable
@@ -178,7 +178,7 @@ class Policy:
     ) -> Reading:
         """The rollout that `sample` draws and its `reading` in one: read from the very forwards that draw it, where the
         family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
-        if not self.shares_prefixes:
+        if not self.shares_prefixes or not rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
             rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
             return self.read(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
         if maps:
@@ -210,7 +210,7 @@ class Policy:
         if copy_weights is not None:
             shapes["copy_attention"] = (size, width, places)
         whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for part, rows, columns, span in rollout.chunks(FORWARD_TOKENS):
+        for part, rows, columns, span in rope.chunks(self.network, rollout, FORWARD_TOKENS):
             padding = ~part.response_mask
             for name, values in self._read(part, attention, copy_weights).items():
                 if values.dim() == 3:
@@ -256,7 +256,7 @@ class Policy:
         """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
         attends to most *is* the token generated there."""
         total: Tensor | None = None
-        for part, rows, columns, _ in rollout.chunks(FORWARD_TOKENS):
+        for part, rows, columns, _ in rope.chunks(self.network, rollout, FORWARD_TOKENS):
             prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
             hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
             list(self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]))
@@ -268,12 +268,15 @@ class Policy:
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
-        found = []
-        for part, rows, _, span in rollout.chunks(FORWARD_TOKENS):
+        found: Tensor | None = None
+        for part, rows, _, span in rope.chunks(self.network, rollout, FORWARD_TOKENS):
             mass = HeadMass(salience[rows, span], part.response_mask)
             list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
-            found.append(mass.result())
-        return torch.cat(found)
+            part_mass = mass.result()
+            found = part_mass.new_zeros(len(rollout), *part_mass.shape[1:]) if found is None else found
+            found[rows] = part_mass
+        assert found is not None
+        return found
 
     def save(self, folder: Path) -> None:
         """Write weights (adapters merged) and tokenizer so that AutoModel loads them without adhere."""
@@ -295,7 +298,11 @@ class Policy:
             [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
         )
         index = torch.arange(len(prompts), device=self.device).repeat_interleave(count)
-        return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+        rollout = Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+        if rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
+            return rollout
+        # Each token was drawn with the frequencies of the length so far; what counts are those of the finished row.
+        return replace(rollout, logprobs=self.read(rollout, attention=False).logprobs)
 
     def _verify(self) -> None:
         """See `capture.verify`; once a policy."""
@@ -334,7 +341,7 @@ class Policy:
         """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
         with self._active():
             if watchers is None:
-                yield from (prefix.shared_forwards if share else prefix.plain_forwards)(self.network, part)
+                yield from prefix.forwards(self.network, part, share)
                 return
             if self.eager:
                 yield from self._eager_forwards(part, watchers)
@@ -344,7 +351,7 @@ class Policy:
             def around(window: prefix.Window) -> AbstractContextManager[None]:
                 return capture.capture(self.network, window.rows, window.columns, watchers(window))
 
-            yield from (prefix.shared_forwards if share else prefix.plain_forwards)(self.network, part, around)
+            yield from prefix.forwards(self.network, part, share, around)
 
     def _eager_forwards(self, part: Rollout, watchers: Any) -> Iterator[prefix.Predictions]:
         windows: list[prefix.Window] = []
