@@ -104,15 +104,54 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "t5gemma": {},
 }
 
+SWITCH = 16
+"""Tokens at which the RoPE of the models below changes."""
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": SWITCH,
+    "factor": 8.0,
+}
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+LENGTH_ROPE: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3 longrope": ("phi3", {"original_max_position_embeddings": SWITCH, "rope_parameters": _LONGROPE}),
+    "phimoe longrope": (
+        "phimoe",
+        {**_EXPERTS, "rope_parameters": {**_LONGROPE, "short_mscale": 1.0, "long_mscale": 1.3}},
+    ),
+    "qwen2 longrope": ("qwen2", {"rope_parameters": _LONGROPE}),
+    "llama dynamic": ("llama", {"max_position_embeddings": SWITCH, "rope_parameters": _DYNAMIC}),
+    "gemma3_text dynamic": (
+        "gemma3_text",
+        {
+            **_WINDOW,
+            "max_position_embeddings": SWITCH,
+            "rope_parameters": {"sliding_attention": _PLAIN_ROPE, "full_attention": _DYNAMIC},
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "t5gemma longrope": ("t5gemma", {"rope_parameters": _LONGROPE}),
+    "t5gemma dynamic": ("t5gemma", {"max_position_embeddings": SWITCH, "rope_parameters": _DYNAMIC}),
+}
+"""RoPE that depends on length: name → family and what its configuration adds."""
 
-def build(family: str) -> PreTrainedModel:
-    """A tiny model of `family` with random weights, large enough that attention is far from uniform."""
+
+def build(name: str) -> PreTrainedModel:
+    """A tiny model of a family (or of `LENGTH_ROPE`) with random weights, large enough that attention is far from
+    uniform."""
     torch.manual_seed(0)
-    if family in CAUSAL:
-        config = AutoConfig.for_model(family, **CAUSAL[family])
+    family, added = LENGTH_ROPE.get(name, (name, {}))
+    if family == "t5gemma":
+        config = _t5gemma(added)
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    elif family not in SEQ2SEQ:
+        config = AutoConfig.for_model(family, **{**CAUSAL.get(family, _SMALL), **added})
         model = AutoModelForCausalLM.from_config(config)
     else:
-        config = _t5gemma() if family == "t5gemma" else AutoConfig.for_model(family, **SEQ2SEQ[family])
+        config = AutoConfig.for_model(family, **SEQ2SEQ[family])
         model = AutoModelForSeq2SeqLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,8 +160,15 @@ def build(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _t5gemma() -> Any:
-    part = {**_SMALL, **_WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "vocab_size": VOCAB}
+def _t5gemma(added: dict[str, Any]) -> Any:
+    part = {
+        **_SMALL,
+        **_WINDOW,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "vocab_size": VOCAB,
+        **added,
+    }
     config = AutoConfig.for_model(
         "t5gemma", encoder=part, decoder={**part, "cross_attention_hidden_size": 32}, vocab_size=VOCAB
     )

@@ -110,6 +110,13 @@ class Prompts:
             None if self.sources is None else self.sources[rows, columns],
         )
 
+    def trimmed(self) -> tuple[Prompts, slice]:
+        """These prompts without the columns that are padding in all of them, and which columns are left."""
+        used = self.mask.any(0).nonzero().squeeze(-1)
+        span = slice(int(used[0]), int(used[-1]) + 1)
+        sources = None if self.sources is None else self.sources[:, span]
+        return replace(self, ids=self.ids[:, span], roles=self.roles[:, span], sources=sources), span
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -161,11 +168,9 @@ class Rollout:
         ).tolist()
         rows = slice(start, stop)
         columns = slice(0, max(1, int(self.lengths[rows].max())) if stop > start else 1)
-        chosen = slice(first, last)
-        used = self.prompts.mask[chosen].any(0).nonzero().squeeze(-1)
-        span = slice(int(used[0]), int(used[-1]) + 1)
+        prompts, span = self.prompts.select(torch.arange(first, last, device=self.ended.device)).trimmed()
         part = Rollout(
-            self.prompts._of(range(first, last), chosen, span),
+            prompts,
             self.prompt_index[rows] - first,
             self.response_ids[rows, columns],
             self.response_mask[rows, columns],
@@ -175,6 +180,12 @@ class Rollout:
             self.temperature,
         )
         return Chunk(part, rows, columns, span)
+
+    def compact(self, rows: Tensor) -> Chunk:
+        """The responses `rows` ([n] int64, ascending) with their prompts alone, trimmed of padding."""
+        used, index = self.prompt_index[rows].unique(return_inverse=True)
+        chosen = replace(self.select(rows), prompts=self.prompts.select(used), prompt_index=index)
+        return replace(chosen.groups(0, len(used)), rows=rows)
 
     def chunks(self, max_tokens: int) -> Iterator[Chunk]:
         """Whole groups, as many at a time as keep prompt and response tokens (padding included) within `max_tokens`;
@@ -196,8 +207,8 @@ class Chunk:
     """Some whole groups of a rollout, trimmed of padding, and where they stand in it."""
 
     rollout: Rollout
-    rows: slice
-    """Their responses."""
+    rows: slice | Tensor
+    """Their responses: a slice, or indices [n] int64."""
     columns: slice
     """The response columns that they use."""
     span: slice

@@ -5,17 +5,19 @@ Its forward is the differentiable reading of a rollout, with the prompt of a gro
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adhere.learn.batch import Outputs
 from adhere.model import adapters
 from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.policy import Policy
 from adhere.model.precision import computing
-from adhere.model.prefix import plain_forwards, shared_forwards
+from adhere.model.prefix import forwards
+from adhere.model.rope import chunks
 from adhere.types import Rollout
 
 
@@ -35,23 +37,31 @@ class Learner(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     def forward(self, rollout: Rollout) -> Outputs:
-        parts = shared_forwards if self.share else plain_forwards
-        logprobs, entropy, values = [], [], []
+        shape, device = rollout.response_ids.shape, rollout.response_ids.device
+        names = ["logprobs", "entropy"] + (["values"] if self.value_head is not None else [])
+        whole = {name: torch.zeros(shape, device=device) for name in names}
         # Dropout of adapters belongs to the update, not to the values that are read before it.
         dropping = adapters.dropout(self.network) if torch.is_grad_enabled() else nullcontext()
         with dropping, computing(self.device, self.compute):
-            for part in parts(self.network, rollout, hidden=self.value_head is not None):
-                given = rollout.response_ids[:, part.response]
-                logprobs.append(token_logprobs(part.logits, given, rollout.temperature))
-                entropy.append(token_spread(part.logits.detach(), rollout.temperature)[0])
-                if self.value_head is not None and part.hidden is not None:
-                    values.append(self.value_head(part.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float())
-        padding = ~rollout.response_mask
-        return Outputs(
-            torch.cat(logprobs, dim=1).masked_fill(padding, 0.0),
-            torch.cat(entropy, dim=1).masked_fill(padding, 0.0),
-            torch.cat(values, dim=1).masked_fill(padding, 0.0) if values else None,
-        )
+            for chunk in chunks(self.network, rollout, sys.maxsize):
+                for name, found in self._read(chunk.rollout).items():
+                    whole[name][chunk.rows, chunk.columns] = found.masked_fill(~chunk.rollout.response_mask, 0.0)
+        return Outputs(whole["logprobs"], whole["entropy"], whole.get("values"))
+
+    def _read(self, part: Rollout) -> dict[str, Tensor]:
+        """The fields of `Outputs`, [b, r] each, of responses that may share a forward."""
+        found: dict[str, list[Tensor]] = {}
+        for piece in forwards(self.network, part, self.share, hidden=self.value_head is not None):
+            targets = part.response_ids[:, piece.response]
+            row = {
+                "logprobs": token_logprobs(piece.logits, targets, part.temperature),
+                "entropy": token_spread(piece.logits.detach(), part.temperature)[0],
+            }
+            if self.value_head is not None and piece.hidden is not None:
+                row["values"] = self.value_head(piece.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
+            for name, values in row.items():
+                found.setdefault(name, []).append(values)
+        return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name, each once (tied weights too)."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.model.compose import Composed, compose
+from adhere.model.rope import extended_context
 from adhere.model.settings import CHAT, ChatOptions
 from adhere.prompt import Prompt as Prompt
 from adhere.prompt import Role
@@ -73,9 +74,9 @@ def encode_prompts(
 
 
 def context_length(network: PreTrainedModel) -> int | None:
-    """Tokens that the model's positions can hold; None where they are relative (T5)."""
+    """Tokens that the model's positions can hold; None where they are relative (T5). Dynamic NTK stretches them."""
     config = network.config if network.config.is_encoder_decoder else network.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = extended_context(config) or getattr(config, "max_position_embeddings", None)
     return int(limit) if limit else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
-from adhere.model import adapters, capture, precision, prefix
+from adhere.model import adapters, capture, precision, prefix, rope
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
 from adhere.model.compose import takes_chat
 from adhere.model.embedded import located
@@ -236,7 +237,7 @@ class Policy:
     ) -> Reading:
         """The rollout that `sample` draws and its `reading` in one: read from the very forwards that draw it, where the
         family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
-        if not self.shares_prefixes:
+        if not self.shares_prefixes or not rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
             rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
             return self.read(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
         if maps:
@@ -268,7 +269,7 @@ class Policy:
         if copy_weights is not None:
             shapes["copy_attention"] = (size, width, places)
         whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for chunk in rollout.chunks(FORWARD_TOKENS):
+        for chunk in rope.chunks(self.network, rollout, FORWARD_TOKENS):
             padding = ~chunk.rollout.response_mask
             for name, values in self._read(chunk.rollout, attention, copy_weights).items():
                 if values.dim() == 3:
@@ -317,7 +318,7 @@ class Policy:
         nats."""
         total: Tensor | None = None
         logprobs: list[Tensor] = []
-        for chunk in rollout.chunks(FORWARD_TOKENS):
+        for chunk in rope.chunks(self.network, rollout, FORWARD_TOKENS):
             part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
             hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
             for piece in self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]):
@@ -331,13 +332,16 @@ class Policy:
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
-        found = []
-        for chunk in rollout.chunks(FORWARD_TOKENS):
-            part = chunk.rollout
+        found: Tensor | None = None
+        for chunk in rope.chunks(self.network, rollout, FORWARD_TOKENS):
+            part, rows = chunk.rollout, chunk.rows
             mass = HeadMass(salience[chunk.rows, chunk.span], part.response_mask)
             list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
-            found.append(mass.result())
-        return torch.cat(found)
+            part_mass = mass.result()
+            found = part_mass.new_zeros(len(rollout), *part_mass.shape[1:]) if found is None else found
+            found[rows] = part_mass
+        assert found is not None
+        return found
 
     def save(self, folder: Path) -> None:
         """Write weights (adapters merged, in float32) and tokenizer so that AutoModel loads them without adhere.
@@ -361,7 +365,11 @@ class Policy:
         )
         texts = [endings.cut(text) for text in said]
         index = torch.arange(len(prompts), device=self.device).repeat_interleave(count)
-        return Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+        rollout = Rollout(prompts, index, ids, mask, ended, tuple(texts), logprobs, sampling.temperature or 1.0)
+        if rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
+            return rollout
+        # Each token was drawn with the frequencies of the length so far; what counts are those of the finished row.
+        return replace(rollout, logprobs=self.read(rollout, attention=False).logprobs)
 
     def _verify(self) -> None:
         """See `capture.verify`; once a policy."""
@@ -401,7 +409,7 @@ class Policy:
         """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
         with self._active():
             if watchers is None:
-                yield from (prefix.shared_forwards if share else prefix.plain_forwards)(self.network, part)
+                yield from prefix.forwards(self.network, part, share)
                 return
             if self.eager:
                 yield from self._eager_forwards(part, watchers)
@@ -411,7 +419,7 @@ class Policy:
             def around(window: prefix.Window) -> AbstractContextManager[None]:
                 return capture.capture(self.network, window.rows, window.columns, watchers(window))
 
-            yield from (prefix.shared_forwards if share else prefix.plain_forwards)(self.network, part, around)
+            yield from prefix.forwards(self.network, part, share, around)
 
     def _eager_forwards(self, part: Rollout, watchers: Any) -> Iterator[prefix.Predictions]:
         windows: list[prefix.Window] = []

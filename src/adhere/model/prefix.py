@@ -5,7 +5,8 @@ families whose cache cannot be expanded. Both yield the same `Predictions`: the 
 token of a response) and the *tail* (the rows that predict the others). Gradients flow through the cache.
 
 A `DynamicCache` made without a configuration keeps every key, so families with a sliding window share prefixes too:
-their window is in the mask. Only recurrent and hybrid state cannot be expanded.
+their window is in the mask. Only recurrent and hybrid state cannot be expanded. Where RoPE depends on length
+(`adhere.model.rope`), the prompt's own keys serve only as long as its responses leave the frequencies as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from adhere.errors import UnsupportedModel
-from adhere.types import Prompts, Rollout
+from adhere.model.rope import depends_on_length, original_frequencies, prefixes_keep
+from adhere.types import Prompts, Role, Rollout
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,29 @@ def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -
     return Prefix(out.past_key_values, out.logits[:, -1:], prompts.mask)
 
 
-def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
+def restart(model: PreTrainedModel, prompts: Prompts, ids: Tensor, expandable: bool = True) -> tuple[Prefix, Tensor]:
+    """A prefix of `prompts` and the response tokens `ids` [n, t] after them, computed anew in one forward; and the
+    logits [n, V] of the next token."""
+    if model.config.is_encoder_decoder:
+        prefix = prefill(model, prompts, expandable)
+        return prefix, extend(model, prefix, ids)[:, -1]
+    roles = torch.full_like(ids, Role.USER, dtype=prompts.roles.dtype)
+    joined = replace(
+        prompts,
+        ids=torch.cat([prompts.ids, ids], dim=1),
+        roles=torch.cat([prompts.roles, roles], dim=1),
+        documents=(),
+        sources=None,
+    )
+    prefix = prefill(model, joined, expandable)
+    return prefix, prefix.logits[:, -1]
+
+
+def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logits [n, t, V] after the response tokens `ids` [n, t], which join the cache.
 
-    Right padding needs no mask: no counted position comes after it."""
+    Right padding (False in `mask`) need not be masked: no counted position comes after it. It only must not count as
+    length."""
     count = ids.shape[1]
     if prefix.encoded is not None:
         out = model(
@@ -119,7 +140,8 @@ def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
         )
     else:
         seen = prefix.mask.new_ones(len(ids), prefix.extended + count)
-        places = prefix.mask.sum(-1, keepdim=True) + prefix.extended + torch.arange(count, device=ids.device)
+        within = positions(torch.ones_like(ids) if mask is None else mask)
+        places = prefix.mask.sum(-1, keepdim=True) + prefix.extended + within
         out = model(
             input_ids=ids,
             attention_mask=torch.cat([prefix.mask, seen], dim=1).long(),
@@ -132,6 +154,23 @@ def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor) -> Tensor:
     return logits
 
 
+def forwards(
+    model: PreTrainedModel,
+    rollout: Rollout,
+    share: bool,
+    around: Around = _unwatched,
+    hidden: bool = False,
+    **extra: Any,
+) -> Iterator[Predictions]:
+    """Head and tail of a rollout: with each prompt run once where `share` says so and the frequencies of its RoPE
+    stay, else by the plain batch. Where RoPE depends on length, `rollout` is an item of `adhere.model.rope.chunks`."""
+    prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
+    if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
+        yield from shared_forwards(model, rollout, around, hidden)
+    else:
+        yield from plain_forwards(model, rollout, around, hidden, **extra)
+
+
 def shared_forwards(
     model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False
 ) -> Iterator[Predictions]:
@@ -140,7 +179,7 @@ def shared_forwards(
     places = prompts.ids.shape[1]
     columns = slice(0, places)
     last = 0 if model.config.is_encoder_decoder else places - 1
-    with _head_input(model, hidden) as kept:
+    with original_frequencies(model), _head_input(model, hidden) as kept:
         with around(Window(slice(last, last + 1), columns, len(prompts), slice(0, 1))):
             prefix = prefill(model, prompts)
         states = kept[-1][:, -1:][rollout.prompt_index] if hidden else None
@@ -148,7 +187,7 @@ def shared_forwards(
         yield Predictions(prefix.logits, states, slice(0, 1))
         if size > 1:
             with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
-                logits = extend(model, prefix, rollout.response_ids[:, :-1])
+                logits = extend(model, prefix, rollout.response_ids[:, :-1], rollout.response_mask[:, :-1])
             yield Predictions(logits, kept[-1] if hidden else None, slice(1, size))
 
 
@@ -158,29 +197,32 @@ def plain_forwards(
     """The same from one forward over each prompt joined to each response: (P + R)·B tokens. The reference."""
     prompts = rollout.prompts.select(rollout.prompt_index)
     size, places = rollout.response_ids.shape[1], prompts.ids.shape[1]
-    given = rollout.response_ids[:, :-1]
     encoder_decoder = model.config.is_encoder_decoder
+    # Nothing is predicted after the last token, but it counts where the length decides the frequencies.
+    given = slice(0, size if depends_on_length(model) and not encoder_decoder else size - 1)
+    ids, mask = rollout.response_ids[:, given], rollout.response_mask[:, given]
     first = 0 if encoder_decoder else places - 1
     window = Window(slice(first, first + size), slice(0, places), len(rollout), slice(0, size))
-    with _head_input(model, hidden) as kept, around(window):
+    with original_frequencies(model), _head_input(model, hidden) as kept, around(window):
         if encoder_decoder:
             out = model(
                 input_ids=prompts.ids,
                 attention_mask=prompts.mask.long(),
-                decoder_input_ids=torch.cat([_start(model, len(rollout), given.device), given], dim=1),
+                decoder_input_ids=torch.cat([_start(model, len(rollout), ids.device), ids], dim=1),
                 use_cache=False,
                 **extra,
             )
         else:
-            mask = torch.cat([prompts.mask, rollout.response_mask[:, :-1]], dim=1)
+            mask = torch.cat([prompts.mask, mask], dim=1)
             out = model(
-                input_ids=torch.cat([prompts.ids, given], dim=1),
+                input_ids=torch.cat([prompts.ids, ids], dim=1),
                 attention_mask=mask.long(),
                 use_cache=False,
-                **_accepted(model, position_ids=positions(mask), logits_to_keep=size),
+                **_accepted(model, position_ids=positions(mask), logits_to_keep=ids.shape[1] + 1),
                 **extra,
             )
-    yield Predictions(out.logits[:, -size:], kept[-1][:, -size:] if hidden else None, slice(0, size))
+    rows = slice(-ids.shape[1] - 1, None)
+    yield Predictions(out.logits[:, rows][:, :size], kept[-1][:, rows][:, :size] if hidden else None, slice(0, size))
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from adhere.errors import RunFailed
 from adhere.model.endings import Endings
 from adhere.model.families import shareable
 from adhere.model.observe import AttentionObserver
-from adhere.model.prefix import Window, extend, prefill
+from adhere.model.prefix import Window, extend, prefill, restart
+from adhere.model.rope import draws, original_frequencies, outdated
 from adhere.model.settings import Sampling
 from adhere.types import Prompts
 
@@ -34,44 +36,91 @@ def draw(
     [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
     before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
     `seed` and the batch alone.
+
+    Where RoPE depends on length, each token is drawn with the frequencies of the length so far, as by transformers'
+    `generate`. Its log-prob is then that of the finished response only if the frequencies stayed
+    (`rope.fixed_while_drawing`).
     """
     device = prompts.ids.device
     generator = torch.Generator(device).manual_seed(seed)
-    index = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+    size = len(prompts) * num_samples
+    drawn = _Drawn.blank(size, sampling.max_new_tokens, pad, endings, device)
+    for places in draws(model, prompts, sampling.max_new_tokens):
+        rows = (places[:, None] * num_samples + torch.arange(num_samples, device=device)).flatten()
+        whole = len(places) == len(prompts)
+        asked = prompts if whole else prompts.select(places).trimmed()[0]
+        _decode(model, asked, num_samples, sampling, drawn, rows, generator, watch)
+    width = int(drawn.mask.sum(-1).max())
+    return drawn.ids[:, :width], drawn.mask[:, :width], drawn.ended, drawn.logprobs[:, :width]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What has been drawn so far, of all rows of the batch."""
+
+    ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    ended: Tensor
+    endings: Endings
+    ends: Tensor
+    pad: int
+
+    @classmethod
+    def blank(cls, size: int, width: int, pad: int, endings: Endings, device: torch.device) -> _Drawn:
+        ids = torch.full((size, width), pad, device=device)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        ends = torch.tensor(sorted(endings.tokens), device=device)
+        zeros = torch.zeros(ids.shape, device=device)
+        return cls(ids, mask, zeros, torch.zeros_like(mask[:, 0]), endings, ends, pad)
+
+    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
+        """Token `step` of the responses `rows`; those that ended before get padding. Gives the rows that go on."""
+        live = ~self.ended[rows]
+        tokens = torch.where(live, tokens, self.pad)
+        self.ids[rows, step], self.mask[rows, step] = tokens, live
+        self.logprobs[rows, step] = logprobs * live
+        self.ended[rows] |= (torch.isin(tokens, self.ends) | self.endings.reached(self.ids[rows, : step + 1])) & live
+        return ~self.ended[rows]
+
+
+def _decode(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    num_samples: int,
+    sampling: Sampling,
+    drawn: _Drawn,
+    rows: Tensor,
+    generator: torch.Generator,
+    watch: AttentionObserver | None,
+) -> None:
+    """Fill the responses `rows` ([n · num_samples] int64) of `drawn`, which answer `prompts`."""
+    index = torch.arange(len(prompts), device=rows.device).repeat_interleave(num_samples)
     share = shareable(model)
-    size, places = len(index), prompts.ids.shape[1]
-    ends = torch.tensor(sorted(endings.tokens), device=device)
+    places = prompts.ids.shape[1]
     asked = prompts if share else prompts.select(index)
     last = 0 if model.config.is_encoder_decoder else places - 1
-    with _watched(watch, slice(last, last + 1), places, len(asked), 0):
-        prefix = prefill(model, asked, expandable=share)
-    prefix = prefix.select(index) if share else prefix
-    ids = torch.full((size, sampling.max_new_tokens), pad, device=device)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    logprobs = torch.zeros(ids.shape, device=device)
-    ended = torch.zeros(size, dtype=torch.bool, device=device)
-    rows = torch.arange(size, device=device)  # the batch rows still in the cache
-    logits = prefix.logits[:, -1]
-    for step in range(sampling.max_new_tokens):
-        tokens, scores = _pick(logits.float(), sampling, generator)
-        if watch is not None:
-            watch.note(rows, logits)
-        live = ~ended[rows]
-        tokens = torch.where(live, tokens, pad)
-        ids[rows, step], mask[rows, step] = tokens, live
-        logprobs[rows, step] = scores * live
-        ended[rows] |= (torch.isin(tokens, ends) | endings.reached(ids[rows, : step + 1])) & live
-        going = ~ended[rows]
-        if step + 1 == sampling.max_new_tokens or not going.any():
-            break
-        # Copying the cache to drop rows costs about one step, so wait until it halves the batch.
-        if share and 2 * int(going.sum()) <= len(rows):
-            keep = going.nonzero().squeeze(-1)
-            rows, tokens, prefix = rows[keep], tokens[keep], prefix.select(keep)
-        with _watched(watch, slice(0, 1), places, len(rows), step + 1):
-            logits = extend(model, prefix, tokens[:, None])[:, -1]
-    width = int(mask.sum(-1).max())
-    return ids[:, :width], mask[:, :width], ended, logprobs[:, :width]
+    with original_frequencies(model):
+        with _watched(watch, slice(last, last + 1), places, len(asked), 0):
+            prefix = prefill(model, asked, expandable=share)
+        prefix = prefix.select(index) if share else prefix
+        logits = prefix.logits[:, -1]
+        for step in range(sampling.max_new_tokens):
+            tokens, logprobs = _pick(logits.float(), sampling, generator)
+            if watch is not None:
+                watch.note(rows, logits)
+            going = drawn.add(step, rows, tokens, logprobs)
+            if step + 1 == sampling.max_new_tokens or not going.any():
+                break
+            # Copying the cache to drop rows costs about one step, so wait until it halves the batch.
+            if share and 2 * int(going.sum()) <= len(rows):
+                keep = going.nonzero().squeeze(-1)
+                rows, index, prefix = rows[keep], index[keep], prefix.select(keep)
+            if outdated(model, prompts, step + 1):
+                prefix, logits = restart(model, prompts.select(index), drawn.ids[rows, : step + 1], share)
+                continue
+            with _watched(watch, slice(0, 1), places, len(rows), step + 1):
+                logits = extend(model, prefix, drawn.ids[rows, step : step + 1])[:, -1]
 
 
 def _watched(

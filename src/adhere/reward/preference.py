@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from adhere.errors import UserError
 from adhere.model.encode import context_length
 from adhere.model.load import load_network, load_tokenizer
+from adhere.model.rope import alike, original_frequencies
 from adhere.reward.signals import Evidence
 
 CARD = "preference.json"
@@ -75,12 +76,18 @@ def pair_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> 
 
 
 def logits(network: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """The head's number for each row of ids, [B]; gradients flow."""
-    pad, width = int(network.config.get_text_config().pad_token_id), max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=network.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=network.device)
-    found: Tensor = network(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return found.squeeze(-1)
+    """The head's number for each row of ids, [B]; gradients flow. Where RoPE depends on length, no row is read with the
+    frequencies of a longer one."""
+    pad, device = int(network.config.get_text_config().pad_token_id), network.device
+    found = torch.zeros(len(rows), device=device, dtype=network.dtype)
+    for places in alike(network, torch.tensor([len(row) for row in rows])):
+        some = [rows[place] for place in places.tolist()]
+        width = max(len(row) for row in some)
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in some], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=device)
+        with original_frequencies(network):
+            found[places] = network(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1)
+    return found
 
 
 def check_lengths(network: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
