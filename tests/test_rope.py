@@ -74,7 +74,7 @@ def test_attention_to_the_prompt_is_that_of_the_row_alone(name):
     rollout = every_pair(policy)
     together = policy.read(rollout)
     for row in range(len(rollout)):
-        alone = policy.read(rollout.compact(torch.tensor([row]))[0])
+        alone = policy.read(rollout.compact(torch.tensor([row])).rollout)
         kept, prompt = rollout.response_mask[row], together.prompt_mask[row]
         assert torch.allclose(together.attention[row][kept][:, prompt], alone.attention[0], atol=1e-5)
 
