@@ -103,7 +103,7 @@ def _is_rendered(prompt: str, special: tuple[str, ...]) -> bool:
 
 
 def _plain(prompt: str, around: Frame, chat: bool) -> Composed:
-    """A text that is read as it stands. In a `chat` of one user turn, what the template wrote is not the user's."""
+    """A text that is read as it stands. Of a `chat` of one user turn, what the template wrote is not the user's."""
     stretches, documents = _annotated(prompt, Role.USER)
     if chat:
         start = len(around.before) if prompt.startswith(around.before) else 0
