@@ -3,6 +3,7 @@ what cannot be merged is refused before training."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import warnings
@@ -14,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 
+from adhere.cli import main
 from adhere.errors import UserError
 from adhere.learn.train import Trainer, train
 from adhere.model import adapters
@@ -217,3 +219,15 @@ def test_a_run_with_adapters_causes_no_warning(family: str, tmp_path: Path, capl
         for name in ("transformers", "peft"):
             logging.getLogger(name).removeHandler(caplog.handler)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_the_command_line_says_what_a_run_left(tmp_path: Path, capsys) -> None:
+    model, prompts, run = save("llama", tmp_path / "model"), tmp_path / "p.jsonl", tmp_path / "run"
+    prompts.write_text("".join(json.dumps({"prompt": row.prompt}) + "\n" for row in rows()))
+    places = ["--model", str(model), "--prompts", str(prompts), "--output", str(run), "--device", "cpu", "--json"]
+    flags = ["--steps", "1", "--prompts-per-step", "2", "--num-samples", "2", "--max-new-tokens", "3", "--skip-audit"]
+    more = ["--lora", "--lora-target-modules", "q_proj", "v_proj", "--lora-dropout", "0.1", "--save", "adapter"]
+    assert main(["train", *places, *flags, "--reward", "length", *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapter"] == str(run / "adapter") and found["model"] is None
+    assert not (run / "model").exists() and (run / "report.html").exists()
