@@ -6,7 +6,7 @@ the reference, and the way for families whose attention is only had from a plain
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from adhere.model.accumulate import WeightedMap
 from adhere.model.capture import capture
-from adhere.model.logits import token_spread
+from adhere.model.logits import SPREAD, token_spread
 from adhere.model.prefix import Window
 from adhere.types import Reading, Rollout
 
@@ -22,11 +22,17 @@ from adhere.types import Reading, Rollout
 class AttentionObserver:
     """Takes notes of a draw, step by step: `around` wraps each forward, `note` hears which tokens came of it.
 
-    `wanted`: name of a map → its head weights [L, H], None for all alike.
+    `wanted`: name of a map → its head weights [L, H], None for all alike; `spread`: those of `SPREAD` that are wanted.
     """
 
-    def __init__(self, model: PreTrainedModel, wanted: Mapping[str, Tensor | None], temperature: float) -> None:
-        self._model, self._wanted, self._temperature = model, wanted, temperature
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        wanted: Mapping[str, Tensor | None],
+        temperature: float,
+        spread: Collection[str] = SPREAD,
+    ) -> None:
+        self._model, self._wanted, self._temperature, self._spread = model, wanted, temperature, spread
         self._maps: dict[str, WeightedMap] = {}
         self._notes: list[tuple[Tensor, dict[str, Tensor]]] = []
 
@@ -46,8 +52,7 @@ class AttentionObserver:
         found = {name: kept.result()[:, 0] for name, kept in self._maps.items()}
         # In the prompts' own forward one row may stand for a whole group.
         found = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in found.items()}
-        spread = token_spread(logits[:, None], self._temperature)
-        found |= {name: value[:, 0] for name, value in zip(("entropy", "certainty"), spread, strict=True)}
+        found |= token_spread(logits, self._temperature, self._spread)
         self._notes.append((rows, found))
 
     def read(self, rollout: Rollout) -> Reading:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,19 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
-from adhere.model import capture, prefix, rope
-from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
+from adhere.model import rope
+from adhere.model.constraints import Constraints
 from adhere.model.encode import Prompt, context_length, encode_prompts, encode_response, padded_responses
-from adhere.model.families import shareable
 from adhere.model.load import load
-from adhere.model.logits import token_logprobs, token_spread
+from adhere.model.logits import SPREAD
 from adhere.model.observe import AttentionObserver
+from adhere.model.read import Reader
 from adhere.model.sampling import draw
 from adhere.model.settings import Lora, Sampling
 from adhere.types import Prompts, Reading, Rollout
-
-# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
-FORWARD_TOKENS = 16_384
 
 
 class Policy:
@@ -55,7 +51,7 @@ class Policy:
         self.network = network
         self.eager = eager
         self._adapter = adapter
-        self._verified = False
+        self.reader = Reader(network, eager, self._active)
 
     @classmethod
     def load(
@@ -69,10 +65,12 @@ class Policy:
         trust_remote_code: bool = False,
     ) -> Policy:
         """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
-        bypass transformers' attention interface. Raises `UnsupportedModel` (see `adhere.model.load`)."""
+        bypass transformers' attention interface. Raises `UnsupportedModel` (see `adhere.model.load`), also for decoding
+        constraints that sampling does not obey."""
         model, tokenizer = load(
             str(path), dtype=dtype, device=device, attention=attention, trust_remote_code=trust_remote_code
         )
+        Constraints.of(model, ())  # one that is refused, at once
         if lora is None:
             return cls(model, tokenizer, eager=attention == "eager")
         task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -98,7 +96,14 @@ class Policy:
     @property
     def shares_prefixes(self) -> bool:
         """Whether the prompt of a group is computed once (else: the plain batch)."""
-        return shareable(self.network) and not self.eager
+        return self.reader.shares_prefixes
+
+    @property
+    def constraints(self) -> Constraints | None:
+        """The decoding constraints of the model's generation configuration; None where it has none.
+
+        Raises `UnsupportedModel` for one that sampling does not obey."""
+        return Constraints.of(self.network, sorted(self._end_tokens()))
 
     def reference(self) -> Policy:
         """A frozen policy that stays what this one is now: the adapter switched off, or a copy without gradients."""
@@ -146,14 +151,17 @@ class Policy:
         """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing).
 
         Responses are texts, which `ended` by themselves unless it says otherwise, or token ids as they were sampled,
-        which did if they close with a token that ends a response.
+        which did if they close with a token that ends a response. Texts get the token that the model forces at the
+        beginning, where there is one.
         """
+        opening = self.constraints.opening if self.constraints is not None else ()
         texts: list[str] = []
         rows: list[list[int]] = []
         for place, given in enumerate(responses):
             if isinstance(given, str):
                 texts.append(given)
-                rows.append(encode_response(self.tokenizer, given, ended is None or ended[place]))
+                said = encode_response(self.tokenizer, given, ended is None or ended[place])
+                rows.append([*opening, *said])
             else:
                 rows.append([int(token) for token in given])
                 texts.append(str(self.tokenizer.decode(rows[-1], skip_special_tokens=True)))
@@ -174,16 +182,25 @@ class Policy:
         return self._draw(prompts, num_samples, sampling or Sampling(), seed)
 
     def sample_and_read(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int, maps: Mapping[str, Tensor | None]
+        self,
+        prompts: Prompts,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int,
+        maps: Mapping[str, Tensor | None],
+        *,
+        spread: Collection[str] = SPREAD,
     ) -> Reading:
         """The rollout that `sample` draws and its `reading` in one: read from the very forwards that draw it, where the
-        family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
+        family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads;
+        `spread` as in `read`."""
         if not self.shares_prefixes or not rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
             rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
-            return self.read(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
+            copy_weights = maps.get("copy_attention")
+            return self.read(rollout, attention="attention" in maps, copy_weights=copy_weights, spread=spread)
         if maps:
-            self._verify()
-        watch = AttentionObserver(self.network, maps, sampling.temperature or 1.0)
+            self.reader.verify()
+        watch = AttentionObserver(self.network, maps, sampling.temperature or 1.0, spread)
         return watch.read(self._draw(prompts, num_samples, sampling, seed, watch))
 
     def read(
@@ -193,31 +210,21 @@ class Policy:
         *,
         attention: bool = True,
         copy_weights: Tensor | None = None,
+        spread: Collection[str] = SPREAD,
     ) -> Reading:
-        """One teacher-forced forward: log-probs, entropy, certainty and (where asked) attention together.
+        """One teacher-forced forward: log-probs, `spread` (entropy, certainty) and (where asked) attention together.
 
-        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too.
+        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too. Leave out
+        of `spread` what nobody reads: each costs a pass over the vocabulary.
         """
         if not isinstance(rollout, Rollout):
             if responses is None or len(responses) != len(rollout):
                 raise UserError("reading needs one response to each prompt", fix="pass read(prompts, responses)")
             rollout = self.paired(rollout, responses)
-        size, width = rollout.response_ids.shape
-        places = rollout.prompts.ids.shape[1]
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "entropy", "certainty"), (size, width))
-        if attention:
-            shapes["attention"] = (size, width, places)
+        maps: dict[str, Tensor | None] = {"attention": None} if attention else {}
         if copy_weights is not None:
-            shapes["copy_attention"] = (size, width, places)
-        whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for part, rows, columns, span in rope.chunks(self.network, rollout, FORWARD_TOKENS):
-            padding = ~part.response_mask
-            for name, values in self._read(part, attention, copy_weights).items():
-                if values.dim() == 3:
-                    whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
-                else:
-                    whole[name][rows, columns] = values.masked_fill(padding, 0.0)
-        return Reading(rollout, **whole)
+            maps["copy_attention"] = copy_weights
+        return self.reader.read(rollout, self.constraints, maps, spread)
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
@@ -251,32 +258,15 @@ class Policy:
         index[starts[1:]] = 1
         return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
 
-    @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor) -> Tensor:
         """[L, H] int64: in how many of the `counted` response places ([B, R] bool) the prompt token that head (l, h)
         attends to most *is* the token generated there."""
-        total: Tensor | None = None
-        for part, rows, columns, _ in rope.chunks(self.network, rollout, FORWARD_TOKENS):
-            prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
-            hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
-            list(self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]))
-            total = hits.result() if total is None else total + hits.result()
-        assert total is not None
-        return total
+        return self.reader.copy_hits(rollout, counted)
 
-    @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
-        found: Tensor | None = None
-        for part, rows, _, span in rope.chunks(self.network, rollout, FORWARD_TOKENS):
-            mass = HeadMass(salience[rows, span], part.response_mask)
-            list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
-            part_mass = mass.result()
-            found = part_mass.new_zeros(len(rollout), *part_mass.shape[1:]) if found is None else found
-            found[rows] = part_mass
-        assert found is not None
-        return found
+        return self.reader.head_mass(rollout, salience)
 
     def save(self, folder: Path) -> None:
         """Write weights (adapters merged) and tokenizer so that AutoModel loads them without adhere."""
@@ -292,7 +282,15 @@ class Policy:
         ends = torch.tensor(sorted(self._end_tokens()), device=self.device)
         with self._active():
             ids, mask, ended, logprobs = draw(
-                self.network, prompts, count, sampling, ends, int(self.tokenizer.pad_token_id), seed, watch
+                self.network,
+                prompts,
+                count,
+                sampling,
+                ends,
+                int(self.tokenizer.pad_token_id),
+                seed,
+                watch,
+                self.constraints,
             )
         texts = self.tokenizer.batch_decode(
             [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
@@ -302,72 +300,7 @@ class Policy:
         if rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
             return rollout
         # Each token was drawn with the frequencies of the length so far; what counts are those of the finished row.
-        return replace(rollout, logprobs=self.read(rollout, attention=False).logprobs)
-
-    def _verify(self) -> None:
-        """See `capture.verify`; once a policy."""
-        if not self._verified:
-            capture.verify(self.network)
-            self._verified = True
-
-    def _read(self, part: Rollout, attention: bool, copy_weights: Tensor | None) -> dict[str, Tensor]:
-        """Statistics [b, r] and maps [b, r, p] of one chunk."""
-        wanted: dict[str, Tensor | None] = {"attention": None} if attention else {}
-        if copy_weights is not None:
-            wanted["copy_attention"] = copy_weights.to(self.device)
-        windows: list[tuple[prefix.Window, dict[str, WeightedMap]]] = []
-
-        def watchers(window: prefix.Window) -> list[Accumulator]:
-            shape = (window.batch, window.rows.stop - window.rows.start, window.columns.stop)
-            maps = {name: WeightedMap(shape, self.device, weights) for name, weights in wanted.items()}
-            windows.append((window, maps))
-            return list(maps.values())
-
-        with torch.no_grad():
-            found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "certainty": []}
-            for piece in self._forwards(part, self.shares_prefixes, watchers if wanted else None):
-                targets = part.response_ids[:, piece.response]
-                found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
-                spread = token_spread(piece.logits, part.temperature)
-                for name, values in zip(("entropy", "certainty"), spread, strict=True):
-                    found[name].append(values)
-        for window, maps in windows:
-            expand = window.batch != len(part)
-            for name, kept in maps.items():
-                found.setdefault(name, []).append(kept.result()[part.prompt_index] if expand else kept.result())
-        return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
-
-    def _forwards(self, part: Rollout, share: bool, watchers: Any | None) -> Iterator[prefix.Predictions]:
-        """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
-        with self._active():
-            if watchers is None:
-                yield from prefix.forwards(self.network, part, share)
-                return
-            if self.eager:
-                yield from self._eager_forwards(part, watchers)
-                return
-            self._verify()
-
-            def around(window: prefix.Window) -> AbstractContextManager[None]:
-                return capture.capture(self.network, window.rows, window.columns, watchers(window))
-
-            yield from prefix.forwards(self.network, part, share, around)
-
-    def _eager_forwards(self, part: Rollout, watchers: Any) -> Iterator[prefix.Predictions]:
-        windows: list[prefix.Window] = []
-        outputs: list[Any] = []
-
-        def around(window: prefix.Window) -> AbstractContextManager[None]:
-            windows.append(window)
-            return nullcontext()
-
-        handle = self.network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        try:
-            yield from prefix.plain_forwards(self.network, part, around, output_attentions=True)
-        finally:
-            handle.remove()
-        window = windows[0]
-        capture.capture_eager(outputs[0], self.is_encoder_decoder, window.rows, window.columns, watchers(window))
+        return replace(rollout, logprobs=self.read(rollout, attention=False, spread=()).logprobs)
 
     @contextmanager
     def _active(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adhere.errors import RunFailed
+from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
 from adhere.model.observe import AttentionObserver
 from adhere.model.prefix import Window, extend, prefill, restart
@@ -28,13 +29,14 @@ def draw(
     pad: int,
     seed: int,
     watch: AttentionObserver | None = None,
+    constraints: Constraints | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`num_samples` responses to each prompt.
 
     `ends` ([e] int64) are the tokens that end a response, `pad` fills what follows; `watch` reads along. Returns ids
-    [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
-    before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
-    `seed` and the batch alone.
+    [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature)
+    and `constraints`, before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
+    `seed` and the batch alone. An end that was forced at the length limit did not end its response.
 
     Where RoPE depends on length, each token is drawn with the frequencies of the length so far, as by transformers'
     `generate`. Its log-prob is then that of the finished response only if the frequencies stayed
@@ -48,7 +50,7 @@ def draw(
         rows = (places[:, None] * num_samples + torch.arange(num_samples, device=device)).flatten()
         whole = len(places) == len(prompts)
         asked = prompts if whole else prompts.select(places).trimmed()[0]
-        _decode(model, asked, num_samples, sampling, drawn, rows, generator, watch)
+        _decode(model, asked, num_samples, sampling, constraints, drawn, rows, generator, watch)
     width = int(drawn.mask.sum(-1).max())
     return drawn.ids[:, :width], drawn.mask[:, :width], drawn.ended, drawn.logprobs[:, :width]
 
@@ -70,13 +72,15 @@ class _Drawn:
         mask = torch.zeros_like(ids, dtype=torch.bool)
         return cls(ids, mask, torch.zeros(ids.shape, device=ends.device), torch.zeros_like(mask[:, 0]), ends, pad)
 
-    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Token `step` of the responses `rows`; those that ended before get padding. Gives the rows that go on."""
+    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor, forced: bool) -> Tensor:
+        """Token `step` of the responses `rows`; those that ended before get padding. An end that is `forced` ends
+        none. Gives the rows that go on."""
         live = ~self.ended[rows]
         tokens = torch.where(live, tokens, self.pad)
         self.ids[rows, step], self.mask[rows, step] = tokens, live
         self.logprobs[rows, step] = logprobs * live
-        self.ended[rows] |= torch.isin(tokens, self.ends) & live
+        if not forced:
+            self.ended[rows] |= torch.isin(tokens, self.ends) & live
         return ~self.ended[rows]
 
 
@@ -85,6 +89,7 @@ def _decode(
     prompts: Prompts,
     num_samples: int,
     sampling: Sampling,
+    constraints: Constraints | None,
     drawn: _Drawn,
     rows: Tensor,
     generator: torch.Generator,
@@ -102,11 +107,19 @@ def _decode(
         prefix = prefix.select(index) if share else prefix
         logits = prefix.logits[:, -1]
         for step in range(sampling.max_new_tokens):
-            tokens, logprobs = _pick(logits.float(), sampling, generator)
+            final = step + 1 == sampling.max_new_tokens
+            logits = _sound(logits.float())
+            if constraints is not None:
+                at_limit = torch.full_like(rows, final, dtype=torch.bool)
+                ids, mask = prompts.ids[index], prompts.mask[index]
+                logits = constraints.apply(logits, ids, mask, drawn.ids[rows, :step], at_limit)
+            tokens, logprobs = _pick(logits, sampling, generator)
             if watch is not None:
                 watch.note(rows, logits)
-            going = drawn.add(step, rows, tokens, logprobs)
-            if step + 1 == sampling.max_new_tokens or not going.any():
+            going = drawn.add(
+                step, rows, tokens, logprobs, final and constraints is not None and constraints.forces_end
+            )
+            if final or not going.any():
                 break
             # Copying the cache to drop rows costs about one step, so wait until it halves the batch.
             if share and 2 * int(going.sum()) <= len(rows):
@@ -127,10 +140,15 @@ def _watched(
     )
 
 
-def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32."""
+def _sound(logits: Tensor) -> Tensor:
+    """`logits`, which are numbers. Raises `RunFailed` where they are not."""
     if logits.isnan().any() or logits.isposinf().any():
         raise RunFailed("the model's logits are not numbers", fix="look for NaN in its weights, or use --dtype float32")
+    return logits
+
+
+def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32."""
     if sampling.temperature == 0:
         scores, tokens = logits.log_softmax(-1).max(-1)
         return tokens, scores
