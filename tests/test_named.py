@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from adhere.errors import RunFailed, UserError
+from adhere.model.logits import SPREAD
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.reward import signals
@@ -253,9 +254,10 @@ def test_only_what_the_signals_read_is_captured(policy, monkeypatch, weights, op
     seen = []
     real = Policy.read
 
-    def spy(self, rollout, *, attention=True, copy_weights=None):
+    def spy(self, rollout, *, attention=True, copy_weights=None, spread=SPREAD):
         seen.append((attention, copy_weights is not None))
-        return real(self, rollout, attention=attention, copy_weights=copy_weights)
+        assert spread == ()  # nothing here reads entropy or certainty
+        return real(self, rollout, attention=attention, copy_weights=copy_weights, spread=spread)
 
     monkeypatch.setattr(Policy, "read", spy)
     reward = Reward(RewardConfig(weights, **options), policy, HEADS)

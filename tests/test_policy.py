@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from adhere.errors import UnsupportedModel, UserError
 from adhere.model.policy import Policy
@@ -54,6 +54,17 @@ def test_sampling_depends_on_the_seed_alone(policy):
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_sampling_takes_a_models_own_habits_and_what_is_given_goes_first():
+    generation = GenerationConfig(temperature=0.6, top_p=0.9, max_new_tokens=7)
+    assert Sampling.of(generation) == Sampling(temperature=0.6, top_p=0.9)
+    assert Sampling.of(generation, temperature=1.2, max_new_tokens=5) == Sampling(1.2, 0.9, 0, 5)
+    assert Sampling.of(GenerationConfig()) == Sampling()
+    assert Sampling.of(GenerationConfig(top_k=20, typical_p=1.0)) == Sampling(top_k=20)
+    with pytest.raises(UserError, match=r"samples with min_p \(0.1\).*set --temperature"):
+        Sampling.of(GenerationConfig(min_p=0.1))
+    assert Sampling.of(GenerationConfig(min_p=0.1, temperature=0.3), top_p=0.5) == Sampling(0.3, 0.5)
+
+
 def test_greedy_equals_generate(policy):
     prompts = policy.encode(PROMPTS)
     ours = policy.sample(prompts, 1, sampling=Sampling(temperature=0, max_new_tokens=8))
@@ -94,7 +105,7 @@ def test_replay_in_small_chunks_changes_nothing(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=7), seed=5)
     weights = torch.rand(3, 4)
     whole = policy.read(rollout, copy_weights=weights)
-    monkeypatch.setattr("adhere.model.policy.FORWARD_TOKENS", 1)
+    monkeypatch.setattr(policy.reader, "forward_tokens", 1)
     pieces = policy.read(rollout, copy_weights=weights)
     for name in ("logprobs", "entropy", "certainty", "attention", "copy_attention"):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-5), name
@@ -113,13 +124,28 @@ def test_eager_replay_is_the_same_numbers(policy, tmp_path):
 def test_entropy_and_certainty_by_their_definitions(policy):
     rollout = policy.paired(PROMPTS, ["garden .", "w3", "in the w9"])
     reading = policy.read(rollout)
-    part = next(iter(policy._forwards(rollout, False, None)))
+    part = next(iter(policy.reader.forwards(rollout, False, None)))
     logprobs = part.logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     certainty = -logprobs.mean(-1) - torch.log(torch.tensor(float(VOCAB)))
     kept = rollout.response_mask
     assert torch.allclose(reading.entropy[kept], entropy[kept], atol=1e-4)
     assert torch.allclose(reading.certainty[kept], certainty[kept], atol=1e-3)
+
+
+@pytest.mark.parametrize("spread", [(), ("entropy",), ("certainty",)])
+def test_only_the_statistics_that_are_asked_for_are_read(policy, spread):
+    rollout = policy.paired(PROMPTS, ["garden .", "w3", "in the w9"])
+    whole, reading = policy.read(rollout), policy.read(rollout, attention=False, spread=spread)
+    observed = policy.sample_and_read(rollout.prompts, 1, Sampling(max_new_tokens=2), 0, {}, spread=spread)
+    torch.testing.assert_close(reading.logprobs, whole.logprobs, atol=1e-5, rtol=1e-5)
+    for name in ("entropy", "certainty"):
+        assert (getattr(observed, name) is not None) == (name in spread)
+        if name in spread:
+            torch.testing.assert_close(getattr(reading, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
+        else:
+            assert getattr(reading, name) is None
+    assert len(reading.select(torch.tensor([0, 2])).rollout) == 2
 
 
 def test_given_pairs_keep_their_order_and_neighbours_group(policy):
@@ -174,7 +200,7 @@ def test_copy_hits_of_a_policy_do_not_depend_on_chunks(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=6), seed=9)
     copied = rollout.prompts.ids[rollout.prompt_index].unsqueeze(1) == rollout.response_ids.unsqueeze(-1)
     whole, logprob = policy.copy_hits(rollout, rollout.response_mask, copied)
-    monkeypatch.setattr("adhere.model.policy.FORWARD_TOKENS", 1)
+    monkeypatch.setattr(policy.reader, "forward_tokens", 1)
     again = policy.copy_hits(rollout, rollout.response_mask, copied)
     assert torch.equal(again[0], whole) and again[1] == pytest.approx(logprob, abs=1e-5)
     assert whole.shape == (3, 4)

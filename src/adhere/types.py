@@ -222,10 +222,10 @@ class Reading:
     rollout: Rollout
     logprobs: Tensor
     """[B, R] log-prob of each response token."""
-    entropy: Tensor
-    """[B, R] entropy of the next-token distribution, nats."""
-    certainty: Tensor
-    """[B, R] KL(uniform ‖ p_t), nats (Intuitor)."""
+    entropy: Tensor | None = None
+    """[B, R] entropy of the next-token distribution, nats; None when it was not asked for."""
+    certainty: Tensor | None = None
+    """[B, R] KL(uniform ‖ p_t), nats (Intuitor); None when it was not asked for."""
     attention: Tensor | None = None
     """[B, R, P] attention of each response token to the prompt, combined over layers and heads with weights that sum
     to 1; None when it was not asked for."""
@@ -234,13 +234,11 @@ class Reading:
 
     def select(self, rows: Tensor) -> Reading:
         """The responses `rows` ([n] int64, ascending)."""
+        rest = (self.entropy, self.certainty, self.attention, self.copy_attention)
         return Reading(
             self.rollout.select(rows),
             self.logprobs[rows],
-            self.entropy[rows],
-            self.certainty[rows],
-            None if self.attention is None else self.attention[rows],
-            None if self.copy_attention is None else self.copy_attention[rows],
+            *(None if values is None else values[rows] for values in rest),
         )
 
     @property

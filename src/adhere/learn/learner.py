@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from adhere.learn.batch import Outputs
 from adhere.model import adapters
-from adhere.model.logits import token_logprobs, token_spread
 from adhere.model.policy import Policy
 from adhere.model.precision import computing
 from adhere.model.prefix import forwards
 from adhere.model.rope import chunks
+from adhere.model.tokens import token_statistics
 from adhere.types import Rollout
 
 
@@ -29,6 +29,7 @@ class Learner(nn.Module):
         self.network = policy.network
         self.share = policy.shares_prefixes
         self.device, self.compute = policy.device, policy.compute
+        self.constraints = policy.constraints
         self.value_head: nn.Linear | None = None
         if value_head:
             width = policy.network.get_output_embeddings().weight.shape[1]
@@ -52,11 +53,7 @@ class Learner(nn.Module):
         """The fields of `Outputs`, [b, r] each, of responses that may share a forward."""
         found: dict[str, list[Tensor]] = {}
         for piece in forwards(self.network, part, self.share, hidden=self.value_head is not None):
-            targets = part.response_ids[:, piece.response]
-            row = {
-                "logprobs": token_logprobs(piece.logits, targets, part.temperature),
-                "entropy": token_spread(piece.logits.detach(), part.temperature)[0],
-            }
+            row = token_statistics(piece, part, self.constraints, ("entropy",))
             if self.value_head is not None and piece.hidden is not None:
                 row["values"] = self.value_head(piece.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
             for name, values in row.items():

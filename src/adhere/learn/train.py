@@ -214,7 +214,7 @@ class Trainer:
             return None
         if self.reward.reference is not None and scores.reading is not None:
             return scores.reading.logprobs
-        return self.reference.read(rollout, attention=False).logprobs
+        return self.reference.read(rollout, attention=False, spread=()).logprobs
 
     def _optimizer_at(self, step: int) -> torch.optim.Optimizer:
         """The optimiser at the learning rate of `step`."""

@@ -205,7 +205,7 @@ def _batch(
     }
     if compared is not None:
         # Both from a reading: in half precision a decoded log-prob differs from a replayed one, and would count.
-        ours, theirs = (p.read(many, attention=False).logprobs.tolist() for p in (policy, compared))
+        ours, theirs = (p.read(many, attention=False, spread=()).logprobs.tolist() for p in (policy, compared))
         divergence = _by_prompt(metrics.kl(ours, theirs), config.num_samples)
         found["kl"] = [sum(group) / len(group) for group in divergence]
     worded = [_paraphrases(row) for row in rows]

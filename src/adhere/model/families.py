@@ -42,6 +42,21 @@ def shareable(model: PreTrainedModel) -> bool:
     return not model._is_stateful and all(kind in ("full_attention", "sliding_attention") for kind in kinds)
 
 
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that every decoder sequence of an encoder–decoder begins with.
+
+    Raises `UnsupportedModel` where the configuration names none."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(model.generation_config, "decoder_start_token_id", None)
+    if start is None:
+        raise UnsupportedModel(
+            f"the {model.config.model_type!r} configuration names no decoder_start_token_id",
+            fix="set it in the model's config.json",
+        )
+    return int(start)
+
+
 def bypasses(model: PreTrainedModel) -> UnsupportedModel:
     """The error for a family whose attention does not pass through transformers' attention interface."""
     return UnsupportedModel(

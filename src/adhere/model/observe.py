@@ -1,56 +1,112 @@
-"""Reading while drawing: the attention and the token statistics of a draw, taken from the very forwards that draw it.
+"""Observing attention: what a forward attends to is fed to accumulators made for it, captured or from an eager forward.
 
-Where the policy itself is the scorer, this is the reading that needs no forward of its own. `Policy.read` beside it is
-the reference, and the way for families whose attention is only had from a plain eager batch.
+One observer serves teacher-forced reading, eager reading and sampling. `DrawReader` reads a draw from the very forwards
+that draw it; `Policy.read` is its reference, and the way for families whose attention comes from an eager batch alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adhere.model.accumulate import WeightedMap
-from adhere.model.capture import capture
-from adhere.model.logits import token_spread
+from adhere.model.accumulate import Accumulator, WeightedMap
+from adhere.model.capture import capture, capture_eager
+from adhere.model.logits import SPREAD, token_spread
 from adhere.model.prefix import Window
 from adhere.types import Reading, Rollout
 
+Maps = Mapping[str, Tensor | None]
+"""Name of an attention map → the weights of its heads [L, H]; None for all alike."""
+
 
 class AttentionObserver:
-    """Takes notes of a draw, step by step: `around` wraps each forward, `note` hears which tokens came of it.
+    """Feeds the attention of each forward it wraps to the accumulators that `make(window)` returns for it.
 
-    `wanted`: name of a map → its head weights [L, H], None for all alike.
+    `eager`: from `output_attentions`, which the forward must be asked for, rather than captured.
     """
 
-    def __init__(self, model: PreTrainedModel, wanted: Mapping[str, Tensor | None], temperature: float) -> None:
-        self._model, self._wanted, self._temperature = model, wanted, temperature
-        self._maps: dict[str, WeightedMap] = {}
-        self._notes: list[tuple[Tensor, dict[str, Tensor]]] = []
+    def __init__(
+        self, network: PreTrainedModel, make: Callable[[Window], Sequence[Accumulator]], eager: bool = False
+    ) -> None:
+        self._network, self._make, self._eager = network, make, eager
 
     @contextmanager
     def around(self, window: Window) -> Iterator[None]:
-        """Capture the one row of the forward in this context."""
-        shape = (window.batch, 1, window.columns.stop)
-        self._maps = {name: WeightedMap(shape, self._model.device, w) for name, w in self._wanted.items()}
-        if not self._maps:
+        """Observe the one forward that runs within this context."""
+        accumulators = self._make(window)
+        if not accumulators:
             yield
-            return
-        with capture(self._model, window.rows, window.columns, list(self._maps.values())):
+        elif self._eager:
+            yield from self._eagerly(window, accumulators)
+        else:
+            with capture(self._network, window.rows, window.columns, accumulators):
+                yield
+
+    def _eagerly(self, window: Window, accumulators: Sequence[Accumulator]) -> Iterator[None]:
+        outputs: list[Any] = []
+        handle = self._network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+        try:
             yield
+        finally:
+            handle.remove()
+        encoder_decoder = bool(self._network.config.is_encoder_decoder)
+        capture_eager(outputs[0], encoder_decoder, window.rows, window.columns, accumulators)
+
+
+class ObservedMaps:
+    """Attention maps of a few forwards: call it as the `make` of an `AttentionObserver`."""
+
+    def __init__(self, maps: Maps, device: torch.device) -> None:
+        self._maps = {name: None if weights is None else weights.to(device) for name, weights in maps.items()}
+        self._device = device
+        self.windows: list[tuple[Window, dict[str, WeightedMap]]] = []
+
+    def __call__(self, window: Window) -> list[WeightedMap]:
+        shape = (window.batch, window.rows.stop - window.rows.start, window.columns.stop)
+        made = {name: WeightedMap(shape, self._device, weights) for name, weights in self._maps.items()}
+        self.windows.append((window, made))
+        return list(made.values())
+
+    def collected(self, prompt_index: Tensor) -> dict[str, Tensor]:
+        """Name → [B, R, P]: the maps side by side. A prompt's own forward stands for all responses to it."""
+        found: dict[str, list[Tensor]] = {}
+        for window, made in self.windows:
+            alone = window.batch != len(prompt_index)
+            for name, kept in made.items():
+                found.setdefault(name, []).append(kept.result()[prompt_index] if alone else kept.result())
+        return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
+
+
+class DrawReader:
+    """Reads a draw step by step: `around` wraps each forward, `note` hears which tokens came of it.
+
+    `maps`: the attention maps that are wanted; `spread`: those of `SPREAD` that are.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, maps: Maps, temperature: float, spread: Collection[str] = SPREAD
+    ) -> None:
+        self._maps, self._temperature, self._spread = ObservedMaps(maps, network.device), temperature, spread
+        self.around = AttentionObserver(network, self._maps).around
+        self._notes: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def note(self, rows: Tensor, logits: Tensor) -> None:
         """The rows of the batch ([n] int64) that the last forward predicted, and its logits [n, V]."""
-        found = {name: kept.result()[:, 0] for name, kept in self._maps.items()}
-        # In the prompts' own forward one row may stand for a whole group.
-        found = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in found.items()}
-        spread = token_spread(logits[:, None], self._temperature)
-        found |= {name: value[:, 0] for name, value in zip(("entropy", "certainty"), spread, strict=True)}
+        found = {}
+        if self._maps.windows:
+            _, made = self._maps.windows.pop()
+            # In the prompts' own forward one row may stand for a whole group.
+            found = {name: kept.result()[:, 0] for name, kept in made.items()}
+            found = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in found.items()}
+        found |= token_spread(logits, self._temperature, self._spread)
         self._notes.append((rows, found))
 
-    def read(self, rollout: Rollout) -> Reading:
+    def reading(self, rollout: Rollout) -> Reading:
         """What was noted, as the reading of the rollout that came of it."""
         assert rollout.logprobs is not None
         size, width = rollout.response_mask.shape

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,25 +15,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
-from adhere.model import adapters, capture, precision, prefix, rope
-from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
+from adhere.model import adapters, precision, rope
 from adhere.model.compose import takes_chat
+from adhere.model.constraints import Constraints
 from adhere.model.embedded import located
 from adhere.model.encode import Prompt, context_length, encode_prompts
 from adhere.model.endings import Endings
-from adhere.model.families import attention_layers, shareable
+from adhere.model.families import attention_layers
 from adhere.model.fingerprint import fingerprint
 from adhere.model.load import load
-from adhere.model.logits import token_logprobs, token_spread
-from adhere.model.observe import AttentionObserver
+from adhere.model.logits import SPREAD
+from adhere.model.observe import DrawReader
+from adhere.model.read import Reader
 from adhere.model.responses import given_rollout
 from adhere.model.sampling import draw
 from adhere.model.settings import CHAT, ChatMode, ChatOptions, Lora, Sampling
 from adhere.prompt import prompt_key
 from adhere.types import Prompts, Reading, Rollout
-
-# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
-FORWARD_TOKENS = 16_384
 
 
 class Policy:
@@ -69,7 +66,7 @@ class Policy:
         self.compute = compute
         """What forwards are cast to; None where they compute in the dtype of the weights."""
         self._adapter = adapter
-        self._verified = False
+        self.reader = Reader(network, eager, self._active)
 
     @classmethod
     def load(
@@ -89,7 +86,7 @@ class Policy:
         """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
         bypass transformers' attention interface; `train`: its weights are to be trained, in float32 whatever `dtype`
         it computes in; `chat`, `system`, `stop`: see `ChatOptions`. Raises `UnsupportedModel` (see
-        `adhere.model.load`)."""
+        `adhere.model.load`), also for decoding constraints that sampling does not obey."""
         options = ChatOptions(chat, system, tuple(stop))
         model, tokenizer = load(
             str(path),
@@ -98,6 +95,7 @@ class Policy:
             attention=attention,
             trust_remote_code=trust_remote_code,
         )
+        Constraints.of(model, ())  # one that is refused, at once
         folder = Path(located(str(path)))
         policy = cls(
             adapters.add(model, lora) if lora else model,
@@ -154,7 +152,14 @@ class Policy:
     @property
     def shares_prefixes(self) -> bool:
         """Whether the prompt of a group is computed once (else: the plain batch)."""
-        return shareable(self.network) and not self.eager
+        return self.reader.shares_prefixes
+
+    @property
+    def constraints(self) -> Constraints | None:
+        """The decoding constraints of the model's generation configuration; None where it has none.
+
+        Raises `UnsupportedModel` for one that sampling does not obey."""
+        return Constraints.of(self.network, sorted(self.endings.tokens))
 
     def reference(self) -> Policy:
         """A frozen policy that stays what this one is now: the adapter switched off, or a copy without gradients."""
@@ -216,10 +221,13 @@ class Policy:
 
         Responses are texts, which `ended` by themselves unless it says otherwise, or token ids as they were sampled,
         which did if they close with what ends a response. A text is encoded as the model would write it after its
-        prompt, and closed (see `encode_responses`).
+        prompt, and closed (see `encode_responses`); it gets the token that the model forces at the beginning, where
+        there is one.
         """
         whole = [True] * len(responses) if ended is None else ended
-        return given_rollout(self.endings, prompts, responses, prompt_index, whole, alone=self.is_encoder_decoder)
+        opening = self.constraints.opening if self.constraints is not None else ()
+        alone = self.is_encoder_decoder
+        return given_rollout(self.endings, prompts, responses, prompt_index, whole, alone=alone, opening=opening)
 
     def fits(self, rollout: Rollout) -> Tensor:
         """[B] bool: whether prompt and response fit the model's context."""
@@ -233,17 +241,26 @@ class Policy:
         return self._draw(prompts, num_samples, sampling or Sampling(), seed)
 
     def sample_and_read(
-        self, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int, maps: Mapping[str, Tensor | None]
+        self,
+        prompts: Prompts,
+        num_samples: int,
+        sampling: Sampling,
+        seed: int,
+        maps: Mapping[str, Tensor | None],
+        *,
+        spread: Collection[str] = SPREAD,
     ) -> Reading:
         """The rollout that `sample` draws and its `reading` in one: read from the very forwards that draw it, where the
-        family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads."""
+        family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads;
+        `spread` as in `read`."""
         if not self.shares_prefixes or not rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
             rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
-            return self.read(rollout, attention="attention" in maps, copy_weights=maps.get("copy_attention"))
+            copy_weights = maps.get("copy_attention")
+            return self.read(rollout, attention="attention" in maps, copy_weights=copy_weights, spread=spread)
         if maps:
-            self._verify()
-        watch = AttentionObserver(self.network, maps, sampling.temperature or 1.0)
-        return watch.read(self._draw(prompts, num_samples, sampling, seed, watch))
+            self.reader.verify()
+        watch = DrawReader(self.network, maps, sampling.temperature or 1.0, spread)
+        return watch.reading(self._draw(prompts, num_samples, sampling, seed, watch))
 
     def read(
         self,
@@ -252,31 +269,21 @@ class Policy:
         *,
         attention: bool = True,
         copy_weights: Tensor | None = None,
+        spread: Collection[str] = SPREAD,
     ) -> Reading:
-        """One teacher-forced forward: log-probs, entropy, certainty and (where asked) attention together.
+        """One teacher-forced forward: log-probs, `spread` (entropy, certainty) and (where asked) attention together.
 
-        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too.
+        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too. Leave out
+        of `spread` what nobody reads: each costs a pass over the vocabulary.
         """
         if not isinstance(rollout, Rollout):
             if responses is None or len(responses) != len(rollout):
                 raise UserError("reading needs one response to each prompt", fix="pass read(prompts, responses)")
             rollout = self.paired(rollout, responses)
-        size, width = rollout.response_ids.shape
-        places = rollout.prompts.ids.shape[1]
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", "entropy", "certainty"), (size, width))
-        if attention:
-            shapes["attention"] = (size, width, places)
+        maps: dict[str, Tensor | None] = {"attention": None} if attention else {}
         if copy_weights is not None:
-            shapes["copy_attention"] = (size, width, places)
-        whole = {name: torch.zeros(shape, device=self.device) for name, shape in shapes.items()}
-        for chunk in rope.chunks(self.network, rollout, FORWARD_TOKENS):
-            padding = ~chunk.rollout.response_mask
-            for name, values in self._read(chunk.rollout, attention, copy_weights).items():
-                if values.dim() == 3:
-                    whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
-                else:
-                    whole[name][chunk.rows, chunk.columns] = values.masked_fill(padding, 0.0)
-        return Reading(rollout, **whole)
+            maps["copy_attention"] = copy_weights
+        return self.reader.read(rollout, self.constraints, maps, spread)
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
@@ -311,37 +318,16 @@ class Policy:
         index[starts[1:]] = 1
         return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
 
-    @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
         """In how many of the `counted` response places ([B, R] bool) the prompt position that head (l, h) attends to
         most is one `copied` there ([B, R, P] bool): [L, H] int64. And the mean log-prob of the tokens at those places,
         nats."""
-        total: Tensor | None = None
-        logprobs: list[Tensor] = []
-        for chunk in rope.chunks(self.network, rollout, FORWARD_TOKENS):
-            part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
-            hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
-            for piece in self._forwards(part, share=False, watchers=lambda _window, hits=hits: [hits]):
-                found = token_logprobs(piece.logits, part.response_ids[:, piece.response])
-                logprobs.append(found[here[:, piece.response]])
-            total = hits.result() if total is None else total + hits.result()
-        assert total is not None
-        return total, float(torch.cat(logprobs).mean())
+        return self.reader.copy_hits(rollout, counted, copied)
 
-    @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
-        found: Tensor | None = None
-        for chunk in rope.chunks(self.network, rollout, FORWARD_TOKENS):
-            part, rows = chunk.rollout, chunk.rows
-            mass = HeadMass(salience[chunk.rows, chunk.span], part.response_mask)
-            list(self._forwards(part, share=False, watchers=lambda _window, mass=mass: [mass]))
-            part_mass = mass.result()
-            found = part_mass.new_zeros(len(rollout), *part_mass.shape[1:]) if found is None else found
-            found[rows] = part_mass
-        assert found is not None
-        return found
+        return self.reader.head_mass(rollout, salience)
 
     def save(self, folder: Path) -> None:
         """Write weights (adapters merged, in float32) and tokenizer so that AutoModel loads them without adhere.
@@ -353,12 +339,20 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def _draw(
-        self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: AttentionObserver | None = None
+        self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: DrawReader | None = None
     ) -> Rollout:
         endings = self.endings
         with self._active():
             ids, mask, ended, logprobs = draw(
-                self.network, prompts, count, sampling, endings, int(self.tokenizer.pad_token_id), seed, watch
+                self.network,
+                prompts,
+                count,
+                sampling,
+                endings,
+                int(self.tokenizer.pad_token_id),
+                seed,
+                watch,
+                self.constraints,
             )
         said = self.tokenizer.batch_decode(
             [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
@@ -369,73 +363,7 @@ class Policy:
         if rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
             return rollout
         # Each token was drawn with the frequencies of the length so far; what counts are those of the finished row.
-        return replace(rollout, logprobs=self.read(rollout, attention=False).logprobs)
-
-    def _verify(self) -> None:
-        """See `capture.verify`; once a policy."""
-        if not self._verified:
-            with precision.exact(self.device):  # the tolerance is that of the weights' dtype
-                capture.verify(self.network)
-            self._verified = True
-
-    def _read(self, part: Rollout, attention: bool, copy_weights: Tensor | None) -> dict[str, Tensor]:
-        """Statistics [b, r] and maps [b, r, p] of one chunk."""
-        wanted: dict[str, Tensor | None] = {"attention": None} if attention else {}
-        if copy_weights is not None:
-            wanted["copy_attention"] = copy_weights.to(self.device)
-        windows: list[tuple[prefix.Window, dict[str, WeightedMap]]] = []
-
-        def watchers(window: prefix.Window) -> list[Accumulator]:
-            shape = (window.batch, window.rows.stop - window.rows.start, window.columns.stop)
-            maps = {name: WeightedMap(shape, self.device, weights) for name, weights in wanted.items()}
-            windows.append((window, maps))
-            return list(maps.values())
-
-        with torch.no_grad():
-            found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "certainty": []}
-            for piece in self._forwards(part, self.shares_prefixes, watchers if wanted else None):
-                targets = part.response_ids[:, piece.response]
-                found["logprobs"].append(token_logprobs(piece.logits, targets, part.temperature))
-                spread = token_spread(piece.logits, part.temperature)
-                for name, values in zip(("entropy", "certainty"), spread, strict=True):
-                    found[name].append(values)
-        for window, maps in windows:
-            expand = window.batch != len(part)
-            for name, kept in maps.items():
-                found.setdefault(name, []).append(kept.result()[part.prompt_index] if expand else kept.result())
-        return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
-
-    def _forwards(self, part: Rollout, share: bool, watchers: Any | None) -> Iterator[prefix.Predictions]:
-        """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
-        with self._active():
-            if watchers is None:
-                yield from prefix.forwards(self.network, part, share)
-                return
-            if self.eager:
-                yield from self._eager_forwards(part, watchers)
-                return
-            self._verify()
-
-            def around(window: prefix.Window) -> AbstractContextManager[None]:
-                return capture.capture(self.network, window.rows, window.columns, watchers(window))
-
-            yield from prefix.forwards(self.network, part, share, around)
-
-    def _eager_forwards(self, part: Rollout, watchers: Any) -> Iterator[prefix.Predictions]:
-        windows: list[prefix.Window] = []
-        outputs: list[Any] = []
-
-        def around(window: prefix.Window) -> AbstractContextManager[None]:
-            windows.append(window)
-            return nullcontext()
-
-        handle = self.network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        try:
-            yield from prefix.plain_forwards(self.network, part, around, output_attentions=True)
-        finally:
-            handle.remove()
-        window = windows[0]
-        capture.capture_eager(outputs[0], self.is_encoder_decoder, window.rows, window.columns, watchers(window))
+        return replace(rollout, logprobs=self.read(rollout, attention=False, spread=()).logprobs)
 
     @contextmanager
     def _active(self) -> Iterator[None]:

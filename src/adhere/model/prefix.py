@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from adhere.errors import UnsupportedModel
+from adhere.model.families import decoder_start
 from adhere.model.rope import depends_on_length, original_frequencies, prefixes_keep
 from adhere.types import Prompts, Role, Rollout
 
@@ -237,16 +237,8 @@ def _accepted(model: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
 
 
 def _start(model: PreTrainedModel, count: int, device: torch.device) -> Tensor:
-    """[count, 1]: the token that every decoder sequence begins with."""
-    start = model.config.decoder_start_token_id
-    if start is None:
-        start = getattr(model.generation_config, "decoder_start_token_id", None)
-    if start is None:
-        raise UnsupportedModel(
-            f"the {model.config.model_type!r} configuration names no decoder_start_token_id",
-            fix="set it in the model's config.json",
-        )
-    return torch.full((count, 1), int(start), dtype=torch.long, device=device)
+    """[count, 1]: what every decoder sequence begins with."""
+    return torch.full((count, 1), decoder_start(model), dtype=torch.long, device=device)
 
 
 @contextmanager

@@ -28,9 +28,10 @@ def given_rollout(
     ended: Sequence[bool],
     *,
     alone: bool,
+    opening: Sequence[int] = (),
 ) -> Rollout:
     """A rollout of given responses: see `Policy.respond`. `alone`: a decoder of its own reads the response, without the
-    prompt."""
+    prompt; `opening`: what the model forces every response to begin with."""
     chats = prompts.chat or (False,) * len(prompts)
     asked = [(prompts.texts[place], chats[place]) for place in prompt_index.tolist()]
     given = [n for n, response in enumerate(responses) if isinstance(response, str)]
@@ -47,7 +48,7 @@ def given_rollout(
     closed: list[bool] = []
     for n, response in enumerate(responses):
         if isinstance(response, str):
-            row, text, done = written[n], response, ended[n]
+            row, text, done = [*opening, *written[n]], response, ended[n]
         else:
             row = [int(token) for token in response]
             said = str(endings.tokenizer.decode(row, skip_special_tokens=True))

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adhere.errors import RunFailed
+from adhere.model.constraints import Constraints
 from adhere.model.endings import Endings
 from adhere.model.families import shareable
-from adhere.model.observe import AttentionObserver
+from adhere.model.observe import DrawReader
 from adhere.model.prefix import Window, extend, prefill, restart
 from adhere.model.rope import draws, original_frequencies, outdated
 from adhere.model.settings import Sampling
@@ -28,14 +29,15 @@ def draw(
     endings: Endings,
     pad: int,
     seed: int,
-    watch: AttentionObserver | None = None,
+    watch: DrawReader | None = None,
+    constraints: Constraints | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`num_samples` responses to each prompt.
 
     `endings` say what ends a response, `pad` fills what follows; `watch` reads along. Returns ids
-    [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature),
-    before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
-    `seed` and the batch alone.
+    [B, R] int64, mask [B, R] bool, ended [B] bool and log-probs [B, R] float32 under softmax(logits / temperature)
+    and `constraints`, before any truncation by top-p or top-k (what `Policy.read` gives again). The draw depends on
+    `seed` and the batch alone. An end that was forced at the length limit did not end its response.
 
     Where RoPE depends on length, each token is drawn with the frequencies of the length so far, as by transformers'
     `generate`. Its log-prob is then that of the finished response only if the frequencies stayed
@@ -49,7 +51,7 @@ def draw(
         rows = (places[:, None] * num_samples + torch.arange(num_samples, device=device)).flatten()
         whole = len(places) == len(prompts)
         asked = prompts if whole else prompts.select(places).trimmed()[0]
-        _decode(model, asked, num_samples, sampling, drawn, rows, generator, watch)
+        _decode(model, asked, num_samples, sampling, constraints, drawn, rows, generator, watch)
     width = int(drawn.mask.sum(-1).max())
     return drawn.ids[:, :width], drawn.mask[:, :width], drawn.ended, drawn.logprobs[:, :width]
 
@@ -74,13 +76,16 @@ class _Drawn:
         zeros = torch.zeros(ids.shape, device=device)
         return cls(ids, mask, zeros, torch.zeros_like(mask[:, 0]), endings, ends, pad)
 
-    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
-        """Token `step` of the responses `rows`; those that ended before get padding. Gives the rows that go on."""
+    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor, forced: bool) -> Tensor:
+        """Token `step` of the responses `rows`; those that ended before get padding. An end that is `forced` ends
+        none. Gives the rows that go on."""
         live = ~self.ended[rows]
         tokens = torch.where(live, tokens, self.pad)
         self.ids[rows, step], self.mask[rows, step] = tokens, live
         self.logprobs[rows, step] = logprobs * live
-        self.ended[rows] |= (torch.isin(tokens, self.ends) | self.endings.reached(self.ids[rows, : step + 1])) & live
+        if not forced:
+            reached = self.endings.reached(self.ids[rows, : step + 1])
+            self.ended[rows] |= (torch.isin(tokens, self.ends) | reached) & live
         return ~self.ended[rows]
 
 
@@ -89,10 +94,11 @@ def _decode(
     prompts: Prompts,
     num_samples: int,
     sampling: Sampling,
+    constraints: Constraints | None,
     drawn: _Drawn,
     rows: Tensor,
     generator: torch.Generator,
-    watch: AttentionObserver | None,
+    watch: DrawReader | None,
 ) -> None:
     """Fill the responses `rows` ([n · num_samples] int64) of `drawn`, which answer `prompts`."""
     index = torch.arange(len(prompts), device=rows.device).repeat_interleave(num_samples)
@@ -106,11 +112,19 @@ def _decode(
         prefix = prefix.select(index) if share else prefix
         logits = prefix.logits[:, -1]
         for step in range(sampling.max_new_tokens):
-            tokens, logprobs = _pick(logits.float(), sampling, generator)
+            final = step + 1 == sampling.max_new_tokens
+            logits = _sound(logits.float())
+            if constraints is not None:
+                at_limit = torch.full_like(rows, final, dtype=torch.bool)
+                ids, mask = prompts.ids[index], prompts.mask[index]
+                logits = constraints.apply(logits, ids, mask, drawn.ids[rows, :step], at_limit)
+            tokens, logprobs = _pick(logits, sampling, generator)
             if watch is not None:
                 watch.note(rows, logits)
-            going = drawn.add(step, rows, tokens, logprobs)
-            if step + 1 == sampling.max_new_tokens or not going.any():
+            going = drawn.add(
+                step, rows, tokens, logprobs, final and constraints is not None and constraints.forces_end
+            )
+            if final or not going.any():
                 break
             # Copying the cache to drop rows costs about one step, so wait until it halves the batch.
             if share and 2 * int(going.sum()) <= len(rows):
@@ -123,18 +137,21 @@ def _decode(
                 logits = extend(model, prefix, drawn.ids[rows, step : step + 1])[:, -1]
 
 
-def _watched(
-    watch: AttentionObserver | None, rows: slice, places: int, batch: int, step: int
-) -> AbstractContextManager[None]:
+def _watched(watch: DrawReader | None, rows: slice, places: int, batch: int, step: int) -> AbstractContextManager[None]:
     return (
         nullcontext() if watch is None else watch.around(Window(rows, slice(0, places), batch, slice(step, step + 1)))
     )
 
 
-def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32."""
+def _sound(logits: Tensor) -> Tensor:
+    """`logits`, which are numbers. Raises `RunFailed` where they are not."""
     if logits.isnan().any() or logits.isposinf().any():
         raise RunFailed("the model's logits are not numbers", fix="look for NaN in its weights, or use --dtype float32")
+    return logits
+
+
+def _pick(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32."""
     if sampling.temperature == 0:
         scores, tokens = logits.log_softmax(-1).max(-1)
         return tokens, scores

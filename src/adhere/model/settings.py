@@ -4,7 +4,7 @@ so that the command line can explain and check them at once."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from adhere.errors import UserError
 from adhere.options import Above, AtLeast, AtMost, Below, check
@@ -54,6 +54,10 @@ class Lora:
         check(self, *faults)
 
 
+# Fields of a generation configuration that truncate otherwise → what they are set to where they do nothing.
+_OTHER_TRUNCATIONS = {"min_p": 0.0, "typical_p": 1.0, "top_h": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How responses are drawn.
@@ -70,6 +74,26 @@ class Sampling:
     """Keep this many most likely tokens; 0 keeps all."""
     max_new_tokens: Annotated[int, AtLeast(1)] = 64
     """Response length limit in tokens; a response cut here did not end by itself."""
+
+    @classmethod
+    def of(cls, generation: object, **given: Any) -> Sampling:
+        """What a model's generation configuration sets of temperature, top-p and top-k; what is `given` goes first.
+
+        The values count whether or not the configuration says `do_sample`, as in vLLM. Its length limit does not:
+        it is a limit, not a habit. Raises `UserError` for another truncation (min-p, typical, …) unless temperature,
+        top_p or top_k are given.
+        """
+        others = {name: getattr(generation, name, None) for name in _OTHER_TRUNCATIONS}
+        others = {name: value for name, value in others.items() if value not in (None, _OTHER_TRUNCATIONS[name])}
+        habits = ("temperature", "top_p", "top_k")
+        if others and not any(name in given for name in habits):
+            named = ", ".join(f"{name} ({value})" for name, value in others.items())
+            raise UserError(
+                f"the model's generation_config samples with {named}, which is not supported",
+                fix="set --temperature, --top-p or --top-k instead",
+            )
+        own = {name: getattr(generation, name, None) for name in habits}
+        return cls(**{**{name: value for name, value in own.items() if value is not None}, **given})
 
     def __post_init__(self) -> None:
         check(self)

@@ -97,7 +97,7 @@ def _cases(policy: Policy, rows: Sequence[Row], config: PairConfig, classes: Ten
     answers = {n: text for n, row in enumerate(rows) if config.chosen != "sample" and (text := _answer(row))}
     if answers:
         answered = policy.respond(prompts, list(answers.values()), torch.tensor(list(answers)))
-        logprobs = policy.read(answered, attention=False).logprobs
+        logprobs = policy.read(answered, attention=False, spread=()).logprobs
         for row, place in enumerate(answers):
             own = answered.response_mask[row].nonzero().flatten()[:-1]  # without its end
             ids = answered.response_ids[row][own].tolist()

@@ -40,6 +40,12 @@ def maps_read(config: RewardConfig, heads: CopyHeads | None) -> dict[str, Tensor
     return maps
 
 
+def spread_read(config: RewardConfig) -> tuple[str, ...]:
+    """What the signals of `config` read of the whole next-token distribution: each costs a pass over the vocabulary."""
+    asked = {"entropy": Reads.ENTROPY, "certainty": Reads.CERTAINTY}
+    return tuple(name for name, flag in asked.items() if flag in config.reads)
+
+
 def gather(
     config: RewardConfig,
     rollout: Rollout,
@@ -58,7 +64,9 @@ def gather(
     if reads == Reads.TEXT:
         reading = _unread(rollout)
     else:
-        reading = reading or scorer.read(rollout, attention=seen, copy_weights=maps.get("copy_attention"))
+        reading = reading or scorer.read(
+            rollout, attention=seen, copy_weights=maps.get("copy_attention"), spread=spread_read(config)
+        )
         reading = controls.shuffled(reading) if config.shuffle else reading
     # Text alone has no attention for `self` to read, and reads no salience either.
     weighed = salience(config.salience if seen else "content", reading, classes)
@@ -82,7 +90,7 @@ def gather(
 def _unread(rollout: Rollout) -> Reading:
     """A reading by no model. NaN, not 0: what reads it after all is caught."""
     nothing = torch.full(rollout.response_mask.shape, math.nan, device=rollout.response_mask.device)
-    return Reading(rollout, nothing, nothing, nothing)
+    return Reading(rollout, nothing)
 
 
 def _without_attended(reading: Reading, scorer: Policy, classes: Tensor, share: float) -> Tensor:
@@ -91,13 +99,13 @@ def _without_attended(reading: Reading, scorer: Policy, classes: Tensor, share: 
     prompts = reading.rollout.prompts
     dropped = attended(reading, reading.copy_attention, classes, share)
     rest = only(prompts, prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
-    return scorer.read(replace(reading.rollout, prompts=rest), attention=False).logprobs
+    return scorer.read(replace(reading.rollout, prompts=rest), attention=False, spread=()).logprobs
 
 
 def _after_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tensor:
     """[B, R] log-probs of the responses after the question alone."""
     asked, _ = question_only(rollout.prompts, classes, left=not scorer.is_encoder_decoder)
-    return scorer.read(replace(rollout, prompts=asked), attention=False).logprobs
+    return scorer.read(replace(rollout, prompts=asked), attention=False, spread=()).logprobs
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
@@ -110,4 +118,4 @@ def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
     count = len(texts)
     other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
     moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
-    return scorer.read(replace(rollout, prompts=moved), attention=False).logprobs
+    return scorer.read(replace(rollout, prompts=moved), attention=False, spread=()).logprobs

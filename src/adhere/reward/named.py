@@ -24,6 +24,8 @@ class Reads(enum.Flag):
 
     TEXT = 0
     LOGPROBS = enum.auto()
+    ENTROPY = enum.auto()
+    CERTAINTY = enum.auto()
     ATTENTION = enum.auto()
     COPY = enum.auto()
     CONTRAST = enum.auto()
@@ -58,8 +60,8 @@ SIGNALS: dict[str, Signal] = {
     "grounding": Signal(Reads.COPY),
     "grounding_sum": Signal(Reads.COPY),
     "lookback": Signal(Reads.ATTENTION),
-    "certainty": Signal(Reads.LOGPROBS),
-    "entropy": Signal(Reads.LOGPROBS),
+    "certainty": Signal(Reads.CERTAINTY),
+    "entropy": Signal(Reads.ENTROPY),
     "contrast": Signal(Reads.LOGPROBS | Reads.CONTRAST),
     "reliance": Signal(Reads.LOGPROBS | Reads.QUESTION),
     "comprehensiveness": Signal(Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
@@ -132,7 +134,8 @@ class RewardConfig:
         needed = Reads.LOGPROBS if self.logprob_floor is not None else Reads.TEXT
         for name in self.weights:
             # A user's function may read anything but the copy heads and the contrast, which cost extra.
-            own = Reads.TEXT if name.startswith(PREFERENCE) else Reads.LOGPROBS | Reads.ATTENTION
+            whole = Reads.LOGPROBS | Reads.ENTROPY | Reads.CERTAINTY | Reads.ATTENTION
+            own = Reads.TEXT if name.startswith(PREFERENCE) else whole
             needed |= SIGNALS[name].reads if name in SIGNALS else own
         return needed
 

@@ -17,7 +17,7 @@ from adhere.inspection.inspection import Inspection
 from adhere.prompt import prompt_key
 from adhere.reward import controls, signals
 from adhere.reward.custom import checked, user_function
-from adhere.reward.evidence import gather, maps_read
+from adhere.reward.evidence import gather, maps_read, spread_read
 from adhere.reward.group import counted, gate, group_normalise
 from adhere.reward.heads import CopyHeads, check_shape, copy_heads
 from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
@@ -173,7 +173,8 @@ class Reward:
         samples, and scoring takes no forward of its own."""
         if self.config.scorer != "policy" or self.config.reads == Reads.TEXT:
             return policy.sample(prompts, num_samples, sampling=sampling, seed=seed), None
-        reading = policy.sample_and_read(prompts, num_samples, sampling, seed, maps_read(self.config, self.heads))
+        maps, spread = maps_read(self.config, self.heads), spread_read(self.config)
+        reading = policy.sample_and_read(prompts, num_samples, sampling, seed, maps, spread=spread)
         return reading.rollout, reading
 
     def inspect(

@@ -188,11 +188,13 @@ def lookback(evidence: Evidence) -> Tensor:
 
 def certainty(evidence: Evidence) -> Tensor:
     """Distance from not knowing: mean KL(uniform ‖ p_t), nats. [B] ≥ 0. Intuitor (arXiv 2505.19590)."""
+    assert evidence.reading.certainty is not None
     return masked_mean(evidence.reading.certainty, evidence.reading.response_mask)
 
 
 def entropy(evidence: Evidence) -> Tensor:
     """Negative entropy, more is surer: −(1/m) Σ_t H(p_t), nats. [B] ≤ 0. RENT (2505.22660), EMPO (2504.05812)."""
+    assert evidence.reading.entropy is not None
     return -masked_mean(evidence.reading.entropy, evidence.reading.response_mask)
 
 

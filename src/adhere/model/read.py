@@ -1,0 +1,126 @@
+"""Reading: teacher-forced forwards over a rollout, chunk by chunk, with whatever of their attention is wanted.
+
+Everything that knows how the forwards of one network are run and observed stands here; `Policy` puts prompts and
+responses to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from adhere.model import capture, precision, prefix
+from adhere.model.accumulate import Accumulator, CopyHits, HeadMass
+from adhere.model.constraints import Constraints
+from adhere.model.families import shareable
+from adhere.model.logits import token_logprobs
+from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
+from adhere.model.rope import chunks
+from adhere.model.tokens import token_statistics
+from adhere.types import Reading, Rollout
+
+# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
+FORWARD_TOKENS = 16_384
+
+Make = Callable[[prefix.Window], Sequence[Accumulator]]
+
+
+class Reader:
+    """Reads with one network. `active` is entered around every forward; `eager`: attention from `output_attentions`."""
+
+    def __init__(
+        self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.network, self.eager = network, eager
+        self.forward_tokens = FORWARD_TOKENS
+        self._active = active
+        self._verified = False
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the prompt of a group is computed once (else: the plain batch)."""
+        return shareable(self.network) and not self.eager
+
+    def verify(self) -> None:
+        """See `capture.verify`; once a reader."""
+        if not self._verified:
+            with precision.exact(self.network.device):  # the tolerance is that of the weights' dtype
+                capture.verify(self.network)
+            self._verified = True
+
+    def read(self, rollout: Rollout, constraints: Constraints | None, maps: Maps, spread: Collection[str]) -> Reading:
+        """Log-probs under `constraints`, those of `SPREAD` in `spread`, and the attention maps `maps`."""
+        size, width = rollout.response_ids.shape
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", *spread), (size, width))
+        shapes |= dict.fromkeys(maps, (size, width, rollout.prompts.ids.shape[1]))
+        whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
+        for chunk in chunks(self.network, rollout, self.forward_tokens):
+            padding = ~chunk.rollout.response_mask
+            for name, values in self._read(chunk.rollout, constraints, maps, spread).items():
+                if name in maps:
+                    whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
+                else:
+                    whole[name][chunk.rows, chunk.columns] = values
+        return Reading(rollout, **whole)
+
+    @torch.no_grad()
+    def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
+        """See `Policy.copy_hits`."""
+        total: Tensor | None = None
+        logprobs: list[Tensor] = []
+        for chunk in chunks(self.network, rollout, self.forward_tokens):
+            part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
+            hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
+            for piece in self.forwards(part, False, _always(hits)):
+                found = token_logprobs(piece.logits, part.response_ids[:, piece.response])
+                logprobs.append(found[here[:, piece.response]])
+            total = hits.result() if total is None else total + hits.result()
+        assert total is not None
+        return total, float(torch.cat(logprobs).mean())
+
+    @torch.no_grad()
+    def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
+        """See `Policy.head_mass`."""
+        whole: Tensor | None = None
+        for chunk in chunks(self.network, rollout, self.forward_tokens):
+            mass = HeadMass(salience[chunk.rows, chunk.span], chunk.rollout.response_mask)
+            list(self.forwards(chunk.rollout, False, _always(mass)))
+            found = mass.result()
+            whole = found.new_zeros(len(rollout), *found.shape[1:]) if whole is None else whole
+            whole[chunk.rows] = found
+        assert whole is not None
+        return whole
+
+    def forwards(self, part: Rollout, share: bool, make: Make | None = None) -> Iterator[prefix.Predictions]:
+        """The forward(s) of a chunk, each observed by the accumulators that `make(window)` returns."""
+        with self._active():
+            if make is None:
+                yield from prefix.forwards(self.network, part, share)
+                return
+            around = AttentionObserver(self.network, make, self.eager).around
+            if self.eager:
+                yield from prefix.plain_forwards(self.network, part, around, output_attentions=True)
+                return
+            self.verify()
+            yield from prefix.forwards(self.network, part, share, around)
+
+    @torch.no_grad()
+    def _read(
+        self, part: Rollout, constraints: Constraints | None, maps: Maps, spread: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Statistics [b, r] and maps [b, r, p] of one chunk."""
+        observed = ObservedMaps(maps, self.network.device)
+        found: dict[str, list[Tensor]] = {}
+        for piece in self.forwards(part, self.shares_prefixes, observed if maps else None):
+            for name, values in token_statistics(piece, part, constraints, spread).items():
+                found.setdefault(name, []).append(values)
+        statistics = {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
+        return statistics | observed.collected(part.prompt_index)
+
+
+def _always(accumulator: Accumulator) -> Make:
+    return lambda window: [accumulator]
