@@ -44,7 +44,7 @@ AnyReward = str | Mapping[str, Any] | RewardConfig | Reward | Callable[[Evidence
 GIVEN = "(given in Python)"
 """Prompts of a run that came from no file."""
 _ELSEWHERE = {
-    *("model", "lora", "device", "attention", "trust_remote_code"),  # the policy has them
+    *("model", "lora", "device", "attention", "prompting", "trust_remote_code"),  # the policy has them
     *("prompts", "output", "reward"),  # arguments of `train`
     *("push_to_hub", "hub_public"),  # what the command does afterwards
 }
@@ -88,6 +88,7 @@ def train(
         "lora": _lora(policy),
         "device": policy.device.type,
         "attention": "eager" if policy.eager else "auto",
+        "prompting": dataclasses.asdict(policy.chat),
     }
     (config,) = _settings(given, {TrainConfig: known}, apart=_ELSEWHERE)
     if isinstance(reward, Reward) and config.heads is not None:

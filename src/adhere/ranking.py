@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby, islice
@@ -46,6 +46,8 @@ class Ranked:
     candidates: tuple[dict[str, Any], ...]
     cut_off: int = 0
     """Candidates that did not end by themselves."""
+    turns: Sequence[Mapping[str, str]] | None = None
+    """The chat that the prompt was put to the model as; None where it was plain text."""
 
     @property
     def flat(self) -> bool:
@@ -68,14 +70,15 @@ class Ranked:
     def pair(self, margin: float, blank: Callable[[str, str], str]) -> dict[str, Any] | None:
         """Best against worst in TRL's DPO format; None where they tie, differ by less than `margin`, or read alike.
 
-        `blank(prompt, response)` stands between a plain prompt and a response, which TRL joins as they are.
+        A prompt that was asked as a chat is written as one. `blank(prompt, response)` stands between a plain prompt and
+        a response, which TRL joins as they are.
         """
         best, worst = self.candidates[0], self.candidates[-1]
         difference = best["reward"] - worst["reward"]
         chosen, rejected = best["response"], worst["response"]
         if not difference > 0 or difference < margin or chosen.strip() == rejected.strip():
             return None
-        prompt = self.row.prompt
+        prompt = self.row.prompt if self.turns is None else [dict(turn) for turn in self.turns]
         if isinstance(prompt, str):
             chosen, rejected = (blank(prompt, text) + text for text in (chosen, rejected))
         else:
@@ -114,7 +117,8 @@ def served_candidates(policy: Policy, complete: Complete) -> Draw:
     """Candidates from elsewhere, by `complete`."""
 
     def draw(rows: Sequence[Row], prompts: Prompts, seed: int) -> Rollout:
-        return _rollout(policy, _names(rows), prompts, complete([row.prompt for row in rows], seed))
+        asked = [policy.turns_of(row.prompt) or row.prompt for row in rows]
+        return _rollout(policy, _names(rows), prompts, complete(asked, seed))
 
     return draw
 
@@ -175,7 +179,12 @@ def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, fi
             candidates[place].append({"response": text, **figures})
         cut_off = torch.bincount(rollout.prompt_index[~rollout.ended], minlength=len(batch)).tolist()
         yield [
-            Ranked(row, tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)), cut)
+            Ranked(
+                row,
+                tuple(sorted(found, key=lambda candidate: candidate["reward"], reverse=True)),
+                cut,
+                reward.policy.turns_of(row.prompt),
+            )
             for row, found, cut in zip(batch, candidates, cut_off, strict=True)
         ]
 

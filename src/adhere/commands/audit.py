@@ -18,6 +18,7 @@ from adhere.commands.common import (
     model_arguments,
     reward_config,
     row_arguments,
+    tell_prompting,
 )
 from adhere.commands.parser import Parser
 from adhere.config import flags_given, load_config
@@ -64,6 +65,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
+    tell_prompting(console, policy, rows)
     heads = given_heads(options)
     own = {name: Reward(spec, policy, heads) for name, spec in specs.items()}
     rewards = with_controls(own, policy)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from adhere.commands.parser import Parser, count
 from adhere.config import flags_given, load_config, read_mapping
 from adhere.console import Console
-from adhere.data import Columns
+from adhere.data import Columns, Row
 from adhere.errors import UserError
 from adhere.model.embedded import EMBEDDED, located
 from adhere.model.settings import ChatOptions
+from adhere.prompt import AnnotatedText
 from adhere.reward.named import CALIBRATED, NAMED, RewardConfig, config_of
 
 if TYPE_CHECKING:
@@ -115,6 +116,27 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
         trust_remote_code=options.trust_remote_code,
         **asdict(load_config(ChatOptions, None, flags_given(options, ChatOptions))),
     )
+
+
+def tell_prompting(console: Console, policy: Policy, rows: Sequence[Row]) -> None:
+    """Say once how prompts are put to the model, and where a rule has to tell evidence from question."""
+    if policy.takes_chat and any(isinstance(row.prompt, str) for row in rows):
+        end = policy.tokenizer.decode([policy.endings.turn])
+        console.note(
+            f"Plain prompts are put into the model's chat template, whose turns end with {end}; not so: --chat off"
+        )
+    guessed = sum(not _told(row) for row in rows)
+    if guessed:
+        console.note(
+            f"{guessed} of {len(rows)} prompts do not say what is evidence and what is asked: the last sentence counts as "
+            "the question. Better: rows with `context` and `question`"
+        )
+
+
+def _told(row: Row) -> bool:
+    """Whether the parts of a prompt say what they are for."""
+    last = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
+    return isinstance(last, AnnotatedText)
 
 
 def heads_argument(parser: Parser) -> None:

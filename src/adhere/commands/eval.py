@@ -16,6 +16,7 @@ from adhere.commands.common import (
     load_policy,
     model_arguments,
     row_arguments,
+    tell_prompting,
 )
 from adhere.commands.parser import Parser
 from adhere.config import flags_given, load_config, to_dict
@@ -68,6 +69,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     }
     cache = BatchCache.open(options.output, settings, resume=options.resume)
     policy = load_policy(options)
+    tell_prompting(console, policy, rows)
     baseline = load_policy(options, options.baseline) if options.baseline else None
     with console.progress(len(rows) * (2 if baseline else 1), "evaluating") as progress:
         evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done), cache)

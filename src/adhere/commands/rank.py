@@ -24,6 +24,7 @@ from adhere.commands.common import (
     reward_argument,
     reward_config,
     row_arguments,
+    tell_prompting,
 )
 from adhere.commands.parser import Parser
 from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
@@ -101,6 +102,7 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
+    tell_prompting(console, policy, list(islice(rows(), 1000)))
     check(policy, rows(), config)
     draw = _draw(options, policy, config, brought, console.warn)
     reward = Reward(spec, policy, given_heads(options))

@@ -24,6 +24,7 @@ from adhere.commands.common import (
     reward_argument,
     reward_config,
     row_arguments,
+    tell_prompting,
 )
 from adhere.commands.parser import Parser, count
 from adhere.commands.sharded import by_ray, copy_heads, do_all, engine_arguments
@@ -87,6 +88,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
     from adhere.reward.reward import Reward
 
     policy = load_policy(options)
+    tell_prompting(console, policy, rows)
     reward = Reward(spec, policy, given_heads(options))
     with console.progress(len(rows), "scoring") as progress:
         scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)

@@ -18,6 +18,7 @@ from adhere.commands.common import (
     reward_name,
     reward_written,
     shown,
+    tell_prompting,
 )
 from adhere.commands.parser import Parser, count
 from adhere.config import flags_given, load_config
@@ -105,6 +106,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
         train=True,
+        **asdict(config.prompting),
     )
     main = PartialState(cpu=policy.device.type == "cpu").is_main_process
     if not main:  # of a distributed run one process speaks, asks and writes
@@ -112,6 +114,7 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if not policy.shares_prefixes:
         family = policy.network.config.model_type
         console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
+    tell_prompting(console, policy, rows)
     run = new_run_dir(config.output, options.resume)
     repo: str | None = None
 

@@ -56,6 +56,7 @@ def load(job: Job) -> Policy:
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
         train=True,
+        **asdict(options.prompting),
     )
 
 

@@ -31,7 +31,7 @@ class Inspection:
     response_tokens: tuple[str, ...]
     """The response cut at its tokens, the one that ends it included."""
     prompt_special: Tensor
-    """[P] bool: True = a special or chat-template token, not the user's own words."""
+    """[P] bool: True = a special or template token, system text or an earlier turn: not what the response is about."""
     response_special: Tensor
     """[R] bool: True = a special token."""
     maps: Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class Inspection:
         asked, said = reading.prompt_mask[0], reading.response_mask[0]
         ids, answer = reading.prompt_ids[0, asked].tolist(), reading.response_ids[0, said].tolist()
         known = set(tokenizer.all_special_ids)
-        template = reading.rollout.prompts.template[reading.rollout.prompt_index][0, asked].cpu()
+        template = ~reading.rollout.prompts.current[reading.rollout.prompt_index][0, asked].cpu()
         special = template | torch.tensor([token in known for token in ids])
         captured = {ALL: reading.attention, COPY: reading.copy_attention}
         maps = {name: found[0][said][:, asked].cpu() for name, found in captured.items() if found is not None}

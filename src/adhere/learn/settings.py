@@ -15,7 +15,7 @@ from adhere.data import Columns
 from adhere.errors import UserError
 from adhere.learn import trackers
 from adhere.learn.stopping import Stopping
-from adhere.model.settings import Lora, Sampling, check_training_dtype
+from adhere.model.settings import ChatOptions, Lora, Sampling, check_training_dtype
 from adhere.options import Above, AtLeast, AtMost, Below, check
 
 KLPlace = Literal["reward", "loss"]
@@ -203,6 +203,8 @@ class TrainConfig:
     """Read the first N prompts only; nothing reads all."""
     columns: Columns = field(default_factory=Columns)
     """How the fields of a row are named."""
+    prompting: ChatOptions = field(default_factory=ChatOptions)
+    """How prompts are put to the model."""
     dtype: str = "auto"
     """What forwards compute in: float32 (auto too) or bfloat16; the trained weights are float32 in either case."""
     device: str = "auto"

@@ -21,12 +21,13 @@ from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from adhere.measure.settings import AuditConfig
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
+from adhere.model.responses import encode_responses
 from adhere.model.settings import Sampling
 from adhere.reward.group import flat_advice
 from adhere.reward.reward import Reward
 from adhere.reward.salience import TokenClass, question_only, question_span, user_tokens
 from adhere.reward.signals import Evidence
-from adhere.text import is_answer
+from adhere.text import fold, is_answer
 from adhere.types import Prompts, Rollout
 
 RIGHT = "right"
@@ -145,7 +146,7 @@ def audit(
     if len(rows) < 2:
         raise UserError("an audit needs two prompts or more", fix="give more prompts")
     tallies = {name: _Tally() for name in rewards}
-    words = Vocabulary.of(policy.tokenizer, next(iter(rewards.values())).classes, {int(policy.tokenizer.eos_token_id)})
+    words = Vocabulary.of(policy.tokenizer, next(iter(rewards.values())).classes, set(policy.endings.tokens))
     starts = list(range(0, len(rows), config.batch_size))
     if len(rows) - starts[-1] < 2:
         starts.pop()  # the last prompt alone would have no other prompt beside it
@@ -189,7 +190,7 @@ class _AuditBatch:
         drawn = Sampling(max_new_tokens=config.max_new_tokens)
         samples = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
         cases = cases_of(policy, samples, drawn, classes, seed)
-        end = int(policy.tokenizer.eos_token_id)
+        endings, chats = policy.endings, prompts.chat or (False,) * len(prompts)
         ids: list[Ids] = []
         index: list[int] = []
         ended: list[bool] = []
@@ -200,12 +201,17 @@ class _AuditBatch:
             ids += said
             ended += samples.ended[mine].tolist()
             keys += [("own", n) for n in range(len(mine))]
-            extra = _extra(case, words, prompts.answers[place], policy, random.Random(f"{seed}/{place}"))
-            taken = {tuple(i for i in response if i != end) for response in said}
+            extra = _extra(case, words, random.Random(f"{seed}/{place}"))
+            if prompts.answers[place]:
+                asked, right = [(prompts.texts[place], chats[place])], [prompts.answers[place][0]]
+                extra[RIGHT, 0] = encode_responses(endings, asked, right, [False], alone=policy.is_encoder_decoder)[0]
+            closing = endings.closing_ids(chats[place])
+            taken = {fold(samples.responses[n]).strip() for n in mine}
             for key, response in extra.items():
-                cut = response[: config.max_new_tokens - 1]
-                if key[0] == RIGHT or tuple(cut) not in taken:
-                    ids.append([*cut, end])
+                cut = response[: max(1, config.max_new_tokens - len(closing))]
+                text = str(policy.tokenizer.decode(cut, skip_special_tokens=True))
+                if key[0] == RIGHT or fold(text).strip() not in taken:
+                    ids.append([*cut, *closing])
                     ended.append(True)
                     keys.append(key)
             index += [place] * (len(ids) - len(index))
@@ -267,13 +273,9 @@ def cases_of(policy: Policy, samples: Rollout, drawn: Sampling, classes: Tensor,
     return cases
 
 
-def _extra(
-    case: Case, words: Vocabulary, answers: Sequence[str], policy: Policy, rng: random.Random
-) -> dict[tuple[str, int], Ids]:
-    """The responses beside the policy's own: the right one where it is known, and every family's."""
+def _extra(case: Case, words: Vocabulary, rng: random.Random) -> dict[tuple[str, int], Ids]:
+    """The responses of every family."""
     found: dict[tuple[str, int], Ids] = {}
-    if answers:
-        found[RIGHT, 0] = policy.tokenizer(answers[0], add_special_tokens=False)["input_ids"]
     for name, family in FAMILIES.items():
         found |= {(name, n): ids for n, ids in enumerate(family(case, words, rng))}
     return found

@@ -67,7 +67,7 @@ def follow_up(reader: Policy, rows: Sequence[Row], responses: Sequence[str]) -> 
     found: list[float | None] = [None] * len(rows)
     if told:
         contexts = [f"{rows[n].prompt} {responses[n]}".strip() for n in told]
-        reading = reader.read(contexts, list(told.values()), attention=False)
+        reading = reader.read(contexts, list(told.values()), attention=False, spread=())
         for row, place in enumerate(told):
             own = reading.logprobs[row][reading.response_mask[row]][:-1]  # without the end, which nobody said
             found[place] = -float(own.mean()) if len(own) else None

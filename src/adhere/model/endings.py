@@ -53,6 +53,11 @@ class Endings:
         end = self.turn if chat else self.plain
         return (end, []) if isinstance(end, str) else ("", [end])
 
+    def closing_ids(self, chat: bool) -> list[int]:
+        """The tokens that close a response that ended by itself, to a chat or to plain text."""
+        text, ids = self.closing(chat)
+        return ids or list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def reached(self, ids: Tensor) -> Tensor:
         """[n] bool: whether responses `ids` [n, t] have just come to a stop text."""
         window = _TOKENS_OF_A_CHARACTER * max(map(len, self.texts), default=0) + 1

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from adhere.errors import TooLong, UserError
 from adhere.inspection.inspection import Inspection
 from adhere.model import adapters, precision, rope
-from adhere.model.compose import takes_chat
+from adhere.model.compose import takes_chat, turns_of
 from adhere.model.constraints import Constraints
 from adhere.model.embedded import located
 from adhere.model.encode import Prompt, context_length, encode_prompts
@@ -186,6 +186,10 @@ class Policy:
         """Tokenise prompts (texts, annotated or not, or lists of chat messages) for this model, in its chat template
         as `chat` says; `names` says where each comes from. Raises `UserError` (see `encode_prompts`)."""
         return encode_prompts(self.tokenizer, self.network, prompts, answers, names, self.chat).to(self.device)
+
+    def turns_of(self, prompt: Prompt) -> list[dict[str, str]] | None:
+        """The chat that a prompt is put to the model as; None where it is read as plain text."""
+        return turns_of(self.tokenizer, prompt, self.chat)
 
     def encode_texts(self, texts: Sequence[str]) -> Prompts:
         """Tokenise bare texts, without any chat template."""

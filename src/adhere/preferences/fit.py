@@ -21,6 +21,7 @@ from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_dir, to_json
 from adhere.learn.launch import refuse_environment
+from adhere.model.chat import render
 from adhere.model.load import load_network, load_tokenizer
 from adhere.preferences.settings import PreferenceConfig
 from adhere.reward.preference import CARD, PreferenceModel, check_lengths, logits, pair_ids
@@ -169,5 +170,4 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         return row.prompt
     if tokenizer.chat_template is None:
         raise UserError("messages, but the tokenizer has no chat template", where=row.where, fix="write a plain prompt")
-    messages = [dict(message) for message in row.prompt]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return render(tokenizer, row.prompt, where=row.where or None)

@@ -55,7 +55,7 @@ def make_pairs(
     if config.chosen == "answer" and (bare := next((row for row in rows if _answer(row) is None), None)):
         raise UserError("no `answers` and no `reference`", where=bare.where, fix="write one, or use --chosen auto")
     classes = token_classes(policy.tokenizer)
-    words = Vocabulary.of(policy.tokenizer, classes, {int(policy.tokenizer.eos_token_id)})
+    words = Vocabulary.of(policy.tokenizer, classes, set(policy.endings.tokens))
     starts = list(range(0, len(rows), config.batch_size))
     if len(rows) - starts[-1] < 2:
         starts.pop()  # the last prompt alone would have no other prompt beside it

@@ -56,16 +56,14 @@ def random(evidence: Evidence, seed: int = 0) -> Tensor:
 def shuffled(reading: Reading, seed: int = 0) -> Reading:
     """The same reading with the attention of every row moved to other prompt positions.
 
-    One permutation per prompt, drawn from its ids, over its tokens without padding and template: rows keep their sum
+    One permutation per prompt, drawn from its ids, over the tokens of its current turn: rows keep their sum
     and their sharpness, and lose where they looked. The permutation is a single cycle, so that no token keeps its own
     attention (with two tokens, a plain draw would change nothing half of the time).
     """
     rollout = reading.rollout
     order = torch.arange(rollout.prompts.ids.shape[1], device=rollout.prompts.ids.device)
     order = order.repeat(len(rollout.prompts), 1)
-    for row, (ids, own) in enumerate(
-        zip(rollout.prompts.ids, rollout.prompts.mask & ~rollout.prompts.template, strict=True)
-    ):
+    for row, (ids, own) in enumerate(zip(rollout.prompts.ids, rollout.prompts.current, strict=True)):
         positions = own.nonzero().squeeze(-1)
         generator = torch.Generator().manual_seed(_hash(seed, ids[own]) % 2**63)
         cycle = positions[torch.randperm(len(positions), generator=generator).to(positions.device)]

@@ -17,7 +17,6 @@ from adhere.reward.salience import (
     TokenClass,
     attended,
     classes_of,
-    only,
     question_only,
     response_content,
     salience,
@@ -98,7 +97,7 @@ def _without_attended(reading: Reading, scorer: Policy, classes: Tensor, share: 
     assert reading.copy_attention is not None
     prompts = reading.rollout.prompts
     dropped = attended(reading, reading.copy_attention, classes, share)
-    rest = only(prompts, prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
+    rest = prompts.only(prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
     return scorer.read(replace(reading.rollout, prompts=rest), attention=False, spread=()).logprobs
 
 

@@ -181,11 +181,6 @@ def attended(reading: Reading, attention: Tensor, classes: Tensor, share: float)
     return context & (order < (share * context.sum(-1, keepdim=True)).ceil())
 
 
-def only(prompts: Prompts, keep: Tensor, *, left: bool) -> Prompts:
-    """See `Prompts.only`."""
-    return prompts.only(keep, left=left)
-
-
 def salience(kind: str, reading: Reading, classes: Tensor) -> Tensor:
     """How much each prompt token counts, [B, P] float32 in [0, 1]; 0 on padding, template and special tokens.
 
