@@ -128,8 +128,8 @@ def tell_prompting(console: Console, policy: Policy, rows: Sequence[Row]) -> Non
     guessed = sum(not _told(row) for row in rows)
     if guessed:
         console.note(
-            f"{guessed} of {len(rows)} prompts do not say what is evidence and what is asked: the last sentence counts as "
-            "the question. Better: rows with `context` and `question`"
+            f"{guessed} of {len(rows)} prompts do not say what is evidence and what is asked: the last sentence counts "
+            "as the question. Rows with `context` and `question` say so"
         )
 
 
