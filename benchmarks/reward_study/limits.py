@@ -1,4 +1,4 @@
-"""When the reward fails: the cases of docs/limits.md, each with a figure.
+"""When the reward fails: the cases of docs/study/limits.md, each with a figure.
 
     python benchmarks/reward_study/limits.py [--prompts 200] [--real runs/real/base --data ../shared/data]
 
