@@ -122,10 +122,10 @@ def test_without_dropout_the_first_update_reads_the_log_probs_of_the_sample(fami
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "lora rank is 0"),
-        ({"alpha": 0}, "lora alpha is 0"),
-        ({"dropout": 1.0}, r"lora dropout is 1\.0; set it in \[0, 1\)"),
-        ({"dropout": float("nan")}, "lora dropout is nan"),
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": 0}, "alpha is 0"),
+        ({"dropout": 1.0}, r"dropout is 1\.0; set it to 0 or above, below 1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
         ({"target_modules": ()}, "lora target_modules is empty"),
     ],
 )

@@ -220,7 +220,7 @@ def test_prompts_that_cannot_be_read(model, tmp_path, capsys, text, message):
     path = tmp_path / "prompts.jsonl"
     if text is not None:
         path.write_text(text)
-    assert train(model, path, tmp_path / "run") == 2
+    assert train(model, path, tmp_path / "run", "--reward", "length") == 2
     refused(capsys, tmp_path / "run", message)
 
 

@@ -145,11 +145,11 @@ def test_columns_that_make_no_sense(columns: dict[str, str], message: str) -> No
         Columns(**columns)
 
 
-READING = ("train", "audit", "score", "rank", "inspect", "eval", "calibrate", "serve", "preferences make|fit")
+READING = ("train", "audit", "score", "rank", "inspect", "eval", "calibrate", "heads", "preferences make|fit")
 
 
 def test_every_command_that_reads_rows_takes_their_names(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {name.split()[0] for name in READING} | {"demo", "compare"} == COMMANDS.keys()
+    assert {name.split()[0] for name in READING} | {"demo", "compare", "serve"} == COMMANDS.keys()
     for name in READING:
         for action in name.partition(" ")[2].split("|"):
             assert main([name.split()[0], *filter(None, [action]), "--help"]) == 0

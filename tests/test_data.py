@@ -127,7 +127,7 @@ def test_each_form_of_answers(tmp_path: Path, field: dict[str, Any], expected: t
         ({"messages": ["Hi"]}, '`messages` 1 has no role; write {"role": "user", "content": "…"}'),
         ({"messages": [USER, {"content": "x"}]}, "`messages` 2 has no role"),
         ({"messages": [{"role": "usr", "content": "x"}]}, "`messages` 1: unknown role 'usr'; did you mean user?"),
-        ({"messages": [{"role": "user", "content": [1]}]}, "`messages` 1: `content` is a list; write text"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "`messages` 1: `content` holds a number; write text"),
         ({"messages": [{"role": "user", "content": ""}]}, "`messages` 1: `content` is empty"),
         ({"messages": [{"role": "tool"}]}, "`messages` 1: `content` is null; write text"),
         ({"messages": [REPLY]}, "`messages` holds an assistant turn only; begin with the user's"),

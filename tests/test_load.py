@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from adhere.learn.preference import PreferenceConfig, fit
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -25,6 +24,7 @@ from adhere.errors import UnsupportedModel, UserError
 from adhere.measure.readers import Embedder
 from adhere.model.load import load
 from adhere.model.policy import Policy
+from adhere.preferences.fit import PreferenceConfig, fit
 from adhere.reward.preference import CARD, PreferenceModel
 from tests.families import CAUSAL, SEQ2SEQ, build, save, tokenizer
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adhere.cli import main
 from adhere.errors import RunFailed, UserError
-from adhere.learn.settings import TrainConfig
+from adhere.learn.settings import GRPO, TrainConfig
 from adhere.learn.train import Trainer, train
 from adhere.model.policy import Policy
 from adhere.model.precision import require_finite
@@ -126,7 +126,7 @@ def test_a_float16_checkpoint_leaves_numbers(family: str, tmp_path: Path) -> Non
     [
         ({"dtype": "float16"}, "float16 cannot be trained in.*use --dtype bfloat16"),
         ({"dtype": "float64"}, "unknown dtype 'float64'; use one of auto, float32, bfloat16"),
-        ({"weight_decay": float("inf")}, "weight_decay is inf; set it to a finite number"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; set it to 0 or above, finite"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"kl_coef": float("inf")}, "kl_coef is inf"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; set it above 0"),
@@ -136,7 +136,8 @@ def test_a_float16_checkpoint_leaves_numbers(family: str, tmp_path: Path) -> Non
 )
 def test_numbers_that_cannot_be_trained_with_are_refused(changes, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        TrainConfig("m", "p", "o", **changes)
+        algorithm = GRPO(**{name: value for name, value in changes.items() if name == "kl_coef"})
+        TrainConfig("m", "p", "o", algorithm=algorithm, **{n: v for n, v in changes.items() if n != "kl_coef"})
 
 
 def test_a_policy_is_not_prepared_for_float16(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_what_is_not_finite_is_never_saved(family: str, lora, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--dtype", "bfloat16"], "cannot be resumed with other options: dtype was float32, is bfloat16"),
+        (["--dtype", "bfloat16"], "began with other settings: dtype was float32, is bfloat16"),
         (["--lora"], "lora was False, is True"),
         (["--algorithm", "ppo"], r"trains other parameters.*value_head"),
     ],

@@ -240,14 +240,12 @@ def test_nothing_to_resume_and_damage_are_told(tmp_path):
 
 def test_a_policy_is_loaded_by_each_worker_alone(tmp_path, monkeypatch):
     """Copy heads come from outside: a worker that measured its own would score its rows by other weights."""
-    from adhere.reward.reward import Reward
-
     source = jsonl(tmp_path / "rows.jsonl", RESPONSES)
     given = options(score_command.SCORE, "--input", source, "--output", tmp_path / "out")
     spec = reward_config("attention")
-    heads = copy_heads(given, spec, partial(iter_rows, source))
+    heads = copy_heads(given, spec)
     assert heads is not None
-    monkeypatch.setattr(Reward, "measure", lambda *_: pytest.fail("measured by a worker"))
+    monkeypatch.setattr("adhere.reward.reward.copy_heads", lambda *_: pytest.fail("measured by a worker"))
     monkeypatch.setattr(Policy, "reference", lambda *_: pytest.fail("a second copy of the model"))
     output = ShardedRows(tmp_path / "out", {})
     work = score_command.scorer(given, spec, heads, output.rows_file(str(source)), output.folder)

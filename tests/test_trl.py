@@ -231,6 +231,7 @@ def test_dpo_trains_on_ranked_pairs_as_they_are(policy, tmp_path, chat):
     file, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--model", str(tmp_path / "model"), "--prompts", str(file), "--output", str(pairs), "--device", "cpu"]
+    given += ["--heads", str(CAUSAL)]
     assert main(["rank", *given, "--keep", "pairs", "--max-new-tokens", "6"]) == 0
     trainer = DPOTrainer(
         model=policy.model,

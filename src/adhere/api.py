@@ -27,6 +27,7 @@ from adhere.learn.settings import TrainConfig
 from adhere.measure import audit as auditing
 from adhere.measure import evaluate as evaluation
 from adhere.measure.settings import AuditConfig, EvalConfig
+from adhere.model.embedded import EMBEDDED
 from adhere.model.policy import Policy
 from adhere.options import fields_of, name_of, options
 from adhere.ranking_settings import RankConfig
@@ -81,7 +82,7 @@ def train(
     (1, None)
     """
     known = {
-        "model": str(policy.network.name_or_path),
+        "model": _called(policy),
         "prompts": str(prompts) if isinstance(prompts, str | Path) else GIVEN,
         "output": str(output),
         "reward": _named(reward),
@@ -258,6 +259,12 @@ def _bound(reward: AnyReward, policy: Policy, heads: CopyHeads | None = None) ->
     spec = _named(reward)
     own = {} if isinstance(reward, str | Mapping | RewardConfig) else {str(spec): reward}
     return Reward(config_of(spec), policy, heads, functions=own)
+
+
+def _called(policy: Policy) -> str:
+    """The name of an embedded model, or the folder or hub id that the policy was loaded from."""
+    embedded = (name for name, folder in EMBEDDED.items() if policy.folder == Path(folder))
+    return next(embedded, str(policy.network.name_or_path))
 
 
 def _lora(policy: Policy) -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 from collections import Counter
@@ -70,7 +71,7 @@ class Below:
         return value < self.limit
 
     def __str__(self) -> str:
-        return f"below {self.limit:g}"
+        return "finite" if self.limit == math.inf else f"below {self.limit:g}"
 
 
 Bound = AtLeast | Above | AtMost | Below

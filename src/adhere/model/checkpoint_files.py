@@ -104,7 +104,7 @@ def require_whole(folder: Path) -> None:
             if opened.read(len(POINTER)) == POINTER:
                 raise UnsupportedModel("is a Git LFS pointer, not the file itself", where=str(file), fix="git lfs pull")
         if file.suffix == ".json" and file.stat().st_size < SHORT_JSON:
-            read_json(file)
+            _load_json(file)
     for file in weight_files(folder):
         if not file.exists():
             where, what = str(folder / INDEX), f"names {file.name}, which is not there"
@@ -134,12 +134,16 @@ def require_whole_weights(file: Path) -> None:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file that holds one object. Raises `UnsupportedModel` for anything else."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"is not JSON: {first_line(error)}"
-        raise UnsupportedModel(what, where=str(file), fix=DOWNLOAD_AGAIN) from error
+    found = _load_json(file)
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise UnsupportedModel(f"holds a JSON {kind}, not an object", where=str(file), fix=DOWNLOAD_AGAIN)
     return found
+
+
+def _load_json(file: Path) -> object:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        what = f"is not JSON: {first_line(error)}"
+        raise UnsupportedModel(what, where=str(file), fix=DOWNLOAD_AGAIN) from error
