@@ -19,15 +19,12 @@ parser.add_argument("--responses", nargs="+", default=["garden", "office", "kitc
 options = parser.parse_args()
 
 policy = Policy.load(options.model)
-# A model that follows a chat template gets a conversation, any other the plain text.
-chat = policy.tokenizer.chat_template is not None
-prompt = [{"role": "user", "content": options.prompt}] if chat else options.prompt
 print(policy.kind)
-print(policy.inspect(prompt, max_new_tokens=32))
+print(policy.inspect(options.prompt, max_new_tokens=32))
 
-# Not `attention`: which heads copy is measured on samples of many prompts, and here is one.
+# Not `attention`: it reads copy heads, and a tiny model may have none to be found.
 reward = Reward.resolve({"weights": {"coherence": 1.0, "reliance": 0.5, "coverage": 0.0}, "normalise": "none"}, policy)
-scores = reward.score([prompt] * len(options.responses), options.responses)
+scores = reward.score([options.prompt] * len(options.responses), options.responses)
 for place in scores.reward.argsort(descending=True).tolist():
     signals = "  ".join(f"{name} {float(values[place]):.3f}" for name, values in scores.signals.items())
     print(f"{float(scores.reward[place]):8.3f}  {options.responses[place]}  ({signals})")
