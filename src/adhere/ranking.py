@@ -57,15 +57,20 @@ class Ranked:
 
     def best(self) -> dict[str, Any]:
         """The row with its best response, the reward and the signals of that."""
-        fields = dict(self.row.fields)
-        for name in ("prompt", "messages"):
-            if isinstance(fields.get(name), list):
-                fields[name] = self.row.prompt  # without the assistant turn that the response replaces
-        return {**fields, **self.candidates[0]}
+        return {**self._fields(), **self.candidates[0]}
 
     def all(self) -> dict[str, Any]:
-        """The prompt and every candidate."""
-        return {"prompt": self.row.prompt, "candidates": list(self.candidates)}
+        """The row with every candidate; it can be ranked again."""
+        return {**self._fields(), "candidates": list(self.candidates)}
+
+    def _fields(self) -> dict[str, Any]:
+        """The row as it was read, without the assistant turn that a response replaces."""
+        fields = dict(self.row.fields) or {"prompt": self.row.prompt}
+        for name in ("prompt", "messages"):
+            turns = fields.get(name)
+            if isinstance(turns, list) and turns[-1]["role"] == "assistant":
+                fields[name] = turns[:-1]
+        return fields
 
     def pair(self, margin: float, blank: Callable[[str, str], str]) -> dict[str, Any] | None:
         """Best against worst in TRL's DPO format; None where they tie, differ by less than `margin`, or read alike.

@@ -12,6 +12,8 @@ from adhere.commands.common import (
     check_models,
     check_new_folder,
     columns_of,
+    given_heads,
+    heads_argument,
     list_rewards,
     load_policy,
     model_arguments,
@@ -40,6 +42,7 @@ def _arguments(parser: Parser) -> None:
         "--output", required=True, type=Path, metavar="FOLDER", help="gets results.json and report.html"
     )
     parser.common.add_argument("--baseline", metavar="MODEL", help="another model to compare with, prompt by prompt")
+    heads_argument(parser)
     row_arguments(parser)
     parser.common.add_argument("--resume", action="store_true", help="go on with the unfinished evaluation in --output")
     parser.add_options(EvalConfig, "num_samples", "max_new_tokens", "seed")
@@ -72,7 +75,9 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     tell_prompting(console, policy, rows)
     baseline = load_policy(options, options.baseline) if options.baseline else None
     with console.progress(len(rows) * (2 if baseline else 1), "evaluating") as progress:
-        evaluation = evaluate(policy, rows, config, baseline, lambda done, _total: progress.update(done), cache)
+        evaluation = evaluate(
+            policy, rows, config, baseline, lambda done, _total: progress.update(done), cache, given_heads(options)
+        )
     atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
     cache.close()
     page = write_report(options.output)

@@ -89,7 +89,11 @@ class Verdict:
             words += f" (the nearest: {name}, {rate:.0%})." if rate > 0 else "."
         overall = self.ranking.get("all")
         if overall is not None and overall.low <= 0.5:
-            words += f" It does not tell right from wrong samples: {overall.mean:.2f} of the pairs, 0.5 is chance."
+            told = f"{overall.mean:.2f} [{overall.low:.2f}, {overall.high:.2f}] of the pairs in order, 0.5 is chance"
+            if overall.mean <= 0.5:
+                words += f" It does not tell right from wrong samples: {told}."
+            else:
+                words += f" {overall.n} prompts do not show that it tells right from wrong samples: {told}."
         if self.cut_off.low == 1:
             words += (
                 " No sample ends by itself: raise --max-new-tokens, or say with --stop what ends a response (a base "

@@ -21,7 +21,9 @@ from adhere.measure.settings import EvalConfig
 from adhere.measure.stats import Estimate, bootstrap, holm, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
+from adhere.reward.heads import CopyHeads
 from adhere.reward.named import config_of
+from adhere.reward.reward import Reward
 from adhere.text import words
 from adhere.types import Prompts
 
@@ -104,13 +106,15 @@ def evaluate(
     baseline: Policy | None = None,
     progress: Progress | None = None,
     cache: BatchCache | None = None,
+    heads: CopyHeads | None = None,
 ) -> Evaluation:
     """Measure `policy` on `rows`, and the difference to `baseline` (say, `policy.reference()` from before training).
 
     Every metric of `adhere.measure.metrics.METRICS` is given for which at least one row has what it needs: `answers`
     (exact match, F1), a `reference` (ROUGE-L), answers and a `prior` (faithfulness, prior rate), a `follow_up`, or
     `paraphrases`; a baseline with the same vocabulary (KL), an embedder, a judge. Figures are means over prompts with
-    95 % bootstrap intervals. Batches that `cache` holds are not done again.
+    95 % bootstrap intervals. Batches that `cache` holds are not done again. `heads`:
+    copy heads of the baseline, for a judge that reads them.
 
     Raises `UserError`: no rows, a judge without a baseline, or a prompt that a policy cannot read.
     """
@@ -139,7 +143,7 @@ def evaluate(
     said = _ask(policy, rows, config, baseline, reader, after_report, partial(cache.get, "after"))
     after = _responses(rows, said, embedder)
     if config.judge and baseline is not None and before is not None:
-        won = wins(config_of(config.judge), baseline, rows, after.greedy, before.greedy)
+        won = wins(Reward(config_of(config.judge), baseline, heads), rows, after.greedy, before.greedy)
         after = replace(after, values={**after.values, "win_rate": won})
 
     def results(places: Sequence[int]) -> Results:

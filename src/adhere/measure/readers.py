@@ -13,7 +13,6 @@ from adhere.errors import UserError
 from adhere.model.checkpoint_files import CONFIG, one_line
 from adhere.model.load import load_network
 from adhere.model.policy import Policy
-from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward
 
 if TYPE_CHECKING:
@@ -74,11 +73,9 @@ def follow_up(reader: Policy, rows: Sequence[Row], responses: Sequence[str]) -> 
     return found
 
 
-def wins(
-    config: RewardConfig, judge: Policy, rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]
-) -> list[float]:
-    """For each row 1 where a reward, read by `judge`, prefers our response to theirs, ½ for a tie, else 0."""
-    reward, found = Reward(config, judge), list[float]()
+def wins(reward: Reward, rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
+    """For each row 1 where a reward prefers our response to theirs, ½ for a tie, else 0."""
+    found: list[float] = []
     for start in range(0, len(rows), BATCH):
         places = range(start, min(start + BATCH, len(rows)))
         prompts = [rows[n].prompt for n in places for _ in range(2)]

@@ -50,6 +50,10 @@ def one_line(what: str, where: str, fix: str) -> Iterator[None]:
         raise UnsupportedModel(f"{what}: {first_line(error)}", where=where, fix=fix) from error
 
 
+LISTS = ("modules.json",)
+"""JSON files that hold a list, by sentence-transformers."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an exception says, and the next where it announces one; with the name of the exception
     where the text alone would mean little (`KeyError 'llama'`)."""
@@ -104,7 +108,7 @@ def require_whole(folder: Path) -> None:
             if opened.read(len(POINTER)) == POINTER:
                 raise UnsupportedModel("is a Git LFS pointer, not the file itself", where=str(file), fix="git lfs pull")
         if file.suffix == ".json" and file.stat().st_size < SHORT_JSON:
-            _load_json(file)
+            (_load_json if file.name in LISTS else read_json)(file)
     for file in weight_files(folder):
         if not file.exists():
             where, what = str(folder / INDEX), f"names {file.name}, which is not there"

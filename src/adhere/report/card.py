@@ -21,7 +21,7 @@ from adhere.learn.settings import Algorithm, TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.markup import markdown, visible
 from adhere.measure.stats import Estimate
-from adhere.model.embedded import located
+from adhere.model.embedded import EMBEDDED
 from adhere.report.run import Run, is_number, read_run
 from adhere.reward.named import CALIBRATED, PREFERENCE, RewardConfig, config_of
 
@@ -217,7 +217,7 @@ def _name(text: str) -> str:
 
 def _on_hub(text: str) -> bool:
     """Whether `text` names something on the hub rather than on this disk."""
-    return is_name(text) and not Path(located(text)).exists()
+    return is_name(text) and text not in EMBEDDED and not Path(text).exists()
 
 
 def _weight(value: float) -> str:
