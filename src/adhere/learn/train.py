@@ -108,7 +108,7 @@ class Trainer:
         self.reward = Reward.resolve(config.reward, policy)
         frozen = config.algorithm.needs_reference or config.kl_coef > 0
         self.reference = (self.reward.reference or policy.reference()) if frozen else None
-        self.learner = Learner(policy, config.algorithm.needs_value_head)
+        self.learner = Learner(policy, config.algorithm.needs_value_head, config.max_tokens)
         self.parameters = self.learner.trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from adhere.learn.algorithms import DPO, Batch, Targets
-from adhere.learn.learner import Outputs
+from adhere.learn.learner import Learner, Outputs
 from adhere.learn.losses import LossInputs
 from adhere.learn.settings import TrainConfig
 from adhere.types import Rollout, masked_mean
@@ -31,7 +31,7 @@ class Update:
 
 
 def update(
-    accelerator: Accelerator, learner: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, given: Update
+    accelerator: Accelerator, learner: Learner, optimizer: torch.optim.Optimizer, config: TrainConfig, given: Update
 ) -> tuple[Metrics, Tensor | None]:
     """Change the policy once (or `epochs` times) towards the rewards.
 
@@ -39,17 +39,18 @@ def update(
     [B], the mean over its tokens: the same at each, but in PPO. None where the algorithm has none."""
     rollout, algorithm = given.rollout, config.algorithm
     assert rollout.logprobs is not None, "training needs sampled responses"
-    values = _values(learner, config, rollout) if algorithm.needs_value_head else None
+    values = _values(learner, rollout) if algorithm.needs_value_head else None
     batch = Batch(
         given.rewards, rollout.prompt_index, rollout.response_mask, rollout.logprobs, given.ref_logprobs, values,
         given.kl_coef, given.baseline,
     )  # fmt: skip
     targets = algorithm.targets(batch)
     totals = _totals(accelerator, rollout)
-    metrics: dict[str, Tensor] = {}
-    for _ in range(algorithm.epochs):
-        metrics = {}
-        for part, rows, columns, _ in rollout.chunks(config.max_tokens):
+
+    def gradients(max_tokens: int) -> dict[str, Tensor]:
+        optimizer.zero_grad()  # of a pass that memory did not suffice for
+        metrics: dict[str, Tensor] = {}
+        for part, rows, columns, _ in rollout.chunks(max_tokens):
             out: Outputs = learner(part)
             inputs = _inputs(batch, targets, out, rows, columns, totals)
             loss, own = algorithm.loss(inputs)
@@ -57,6 +58,11 @@ def update(
             own["loss"] = loss.detach()
             own["entropy"] = out.entropy.sum() / totals.num_tokens
             metrics = {name: metrics.get(name, 0.0) + value.detach() for name, value in own.items()}
+        return metrics
+
+    metrics: dict[str, Tensor] = {}
+    for _ in range(algorithm.epochs):
+        metrics = learner.budget.run(gradients, rollout.largest_group)
         _sum_gradients(accelerator, learner)
         norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
         if norm is not None and torch.isfinite(norm):
@@ -96,12 +102,16 @@ def _totals(accelerator: Accelerator, rollout: Rollout) -> _Totals:
 
 
 @torch.no_grad()
-def _values(learner: nn.Module, config: TrainConfig, rollout: Rollout) -> Tensor:
+def _values(learner: Learner, rollout: Rollout) -> Tensor:
     """[B, R]: what the value head says before the update."""
-    values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-    for part, rows, columns, _ in rollout.chunks(config.max_tokens):
-        values[rows, columns] = learner(part).values
-    return values
+
+    def read(max_tokens: int) -> Tensor:
+        values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+        for part, rows, columns, _ in rollout.chunks(max_tokens):
+            values[rows, columns] = learner(part).values
+        return values
+
+    return learner.budget.run(read, rollout.largest_group)
 
 
 def _inputs(batch: Batch, targets: Targets, out: Outputs, rows: slice, columns: slice, totals: _Totals) -> LossInputs:

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from adhere.model import capture, prefix
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, WeightedMap
+from adhere.model.chunks import chunks
 from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
-from adhere.model.rope import chunks
+from adhere.model.head import Head
+from adhere.model.memory import TokenBudget
 from adhere.model.tokens import token_statistics
 from adhere.types import Reading, Rollout
 
@@ -35,14 +37,22 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.forward_tokens = FORWARD_TOKENS
+        self.budget = TokenBudget(FORWARD_TOKENS)
         self._active = active
         self._verified = False
+        self._head: Head | None = None
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether the prompt of a group is computed once (else: the plain batch)."""
         return shareable(self.network) and not self.eager
+
+    @property
+    def head(self) -> Head:
+        """The language-model head by itself."""
+        if self._head is None:
+            self._head = Head(self.network)
+        return self._head
 
     def verify(self) -> None:
         """See `capture.verify`; once a reader."""
@@ -62,46 +72,56 @@ class Reader:
         size, width = rollout.response_ids.shape
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", *spread), (size, width))
         shapes |= dict.fromkeys(maps, (size, width, rollout.prompts.ids.shape[1]))
-        whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
-        for part, rows, columns, span in chunks(self.network, rollout, self.forward_tokens):
-            padding = ~part.response_mask
-            for name, values in self._read(part, constraints, maps, spread).items():
-                if name in maps:
-                    whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
-                else:
-                    whole[name][rows, columns] = values
-        return Reading(rollout, **whole)
+
+        def work(max_tokens: int) -> Reading:
+            whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
+            for part, rows, columns, span in chunks(self.network, rollout, max_tokens):
+                padding = ~part.response_mask
+                for name, values in self._read(part, constraints, maps, spread).items():
+                    if name in maps:
+                        whole[name][rows, columns, span] = values.masked_fill(padding[..., None], 0.0)
+                    else:
+                        whole[name][rows, columns] = values
+            return Reading(rollout, **whole)
+
+        return self.budget.run(work, _longest(rollout))
 
     @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor) -> Tensor:
         """See `Policy.copy_hits`."""
-        total: Tensor | None = None
-        for part, rows, columns, _ in chunks(self.network, rollout, self.forward_tokens):
-            prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
-            hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
-            list(self.forwards(part, share=False, watchers=_always(hits)))
-            total = hits.result() if total is None else total + hits.result()
-        assert total is not None
-        return total
+
+        def work(max_tokens: int) -> Tensor:
+            found = []
+            for part, rows, columns, _ in chunks(self.network, rollout, max_tokens):
+                prompt_ids = part.prompts.ids[part.prompt_index].masked_fill(~part.prompts.mask[part.prompt_index], -1)
+                hits = CopyHits(prompt_ids, part.response_ids, counted[rows, columns])
+                list(self.forwards(part, share=False, watchers=_always(hits)))
+                found.append(hits.result())
+            return torch.stack(found).sum(0)
+
+        return self.budget.run(work, _longest(rollout))
 
     @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """See `Policy.head_mass`."""
-        whole: Tensor | None = None
-        for part, rows, _, span in chunks(self.network, rollout, self.forward_tokens):
-            mass = HeadMass(salience[rows, span], part.response_mask)
-            list(self.forwards(part, share=False, watchers=_always(mass)))
-            found = mass.result()
-            whole = found.new_zeros(len(rollout), *found.shape[1:]) if whole is None else whole
-            whole[rows] = found
-        assert whole is not None
-        return whole
+
+        def work(max_tokens: int) -> Tensor:
+            every = torch.arange(len(rollout), device=salience.device)
+            order, found = [], []
+            for part, rows, _, span in chunks(self.network, rollout, max_tokens):
+                mass = HeadMass(salience[rows, span], part.response_mask)
+                list(self.forwards(part, share=False, watchers=_always(mass)))
+                order.append(every[rows])
+                found.append(mass.result())
+            return torch.cat(found)[torch.cat(order).argsort()]
+
+        return self.budget.run(work, _longest(rollout))
 
     def forwards(self, part: Rollout, share: bool, watchers: Watchers | None) -> Iterator[prefix.Predictions]:
         """The forward(s) of a chunk, each watched by the accumulators that `watchers(window)` makes."""
         with self._active():
             if watchers is None:
-                yield from prefix.forwards(self.network, part, share)
+                yield from prefix.forwards(self.network, part, share, head=self.head)
                 return
             if self.eager:
                 yield from self._eager_forwards(part, watchers)
@@ -111,7 +131,7 @@ class Reader:
             def around(window: prefix.Window) -> AbstractContextManager[None]:
                 return capture.capture(self.network, window.rows, window.columns, watchers(window))
 
-            yield from prefix.forwards(self.network, part, share, around)
+            yield from prefix.forwards(self.network, part, share, around, self.head)
 
     @torch.no_grad()
     def _read(
@@ -129,7 +149,7 @@ class Reader:
 
         found: dict[str, list[Tensor]] = {}
         for piece in self.forwards(part, self.shares_prefixes, watchers if maps else None):
-            for name, values in token_statistics(piece, part, constraints, spread).items():
+            for name, values in token_statistics(piece, part, self.head, constraints, spread).items():
                 found.setdefault(name, []).append(values)
         for window, kept in windows:
             expand = window.batch != len(part)
@@ -140,6 +160,7 @@ class Reader:
     def _eager_forwards(self, part: Rollout, watchers: Watchers) -> Iterator[prefix.Predictions]:
         windows: list[prefix.Window] = []
         outputs: list[Any] = []
+        head = self.head  # made before anything listens
 
         def around(window: prefix.Window) -> AbstractContextManager[None]:
             windows.append(window)
@@ -147,7 +168,7 @@ class Reader:
 
         handle = self.network.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
         try:
-            yield from prefix.plain_forwards(self.network, part, around, output_attentions=True)
+            yield from prefix.plain_forwards(self.network, part, around, head, output_attentions=True)
         finally:
             handle.remove()
         window = windows[0]
@@ -157,3 +178,8 @@ class Reader:
 
 def _always(accumulator: Accumulator) -> Watchers:
     return lambda window: [accumulator]
+
+
+def _longest(rollout: Rollout) -> int:
+    """Tokens of one prompt with one response, padding included: no forward takes fewer."""
+    return rollout.prompts.ids.shape[1] + rollout.response_ids.shape[1]
