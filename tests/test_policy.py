@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adhere.errors import UnsupportedModel, UserError
 from adhere.model.policy import Policy
+from adhere.model.prefix import plain_forwards
 from adhere.model.settings import Lora, Sampling
 from tests.families import VOCAB, build, save, tokenizer
 
@@ -105,7 +106,7 @@ def test_replay_in_small_chunks_changes_nothing(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=7), seed=5)
     weights = torch.rand(3, 4)
     whole = policy.read(rollout, copy_weights=weights)
-    monkeypatch.setattr(policy.reader, "forward_tokens", 1)
+    monkeypatch.setattr(policy.reader.budget, "tokens", 1)
     pieces = policy.read(rollout, copy_weights=weights)
     for name in ("logprobs", "entropy", "certainty", "attention", "copy_attention"):
         assert torch.allclose(getattr(whole, name), getattr(pieces, name), atol=1e-5), name
@@ -124,8 +125,7 @@ def test_eager_replay_is_the_same_numbers(policy, tmp_path):
 def test_entropy_and_certainty_by_their_definitions(policy):
     rollout = policy.paired(PROMPTS, ["garden .", "w3", "in the w9"])
     reading = policy.read(rollout)
-    part = next(iter(policy.reader.forwards(rollout, False, None)))
-    logprobs = part.logits.log_softmax(-1)
+    logprobs = next(plain_forwards(policy.network, rollout)).logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     certainty = -logprobs.mean(-1) - torch.log(torch.tensor(float(VOCAB)))
     kept = rollout.response_mask
@@ -200,7 +200,7 @@ def test_copy_hits_of_a_policy_do_not_depend_on_chunks(policy, monkeypatch):
     rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=6), seed=9)
     copied = rollout.prompts.ids[rollout.prompt_index].unsqueeze(1) == rollout.response_ids.unsqueeze(-1)
     whole, logprob = policy.copy_hits(rollout, rollout.response_mask, copied)
-    monkeypatch.setattr(policy.reader, "forward_tokens", 1)
+    monkeypatch.setattr(policy.reader.budget, "tokens", 1)
     again = policy.copy_hits(rollout, rollout.response_mask, copied)
     assert torch.equal(again[0], whole) and again[1] == pytest.approx(logprob, abs=1e-5)
     assert whole.shape == (3, 4)

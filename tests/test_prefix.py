@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adhere.model.families import shareable
+from adhere.model.head import Head
 from adhere.model.logits import token_logprobs
 from adhere.model.prefix import plain_forwards, shared_forwards
 from adhere.types import Prompts, Role, Rollout
@@ -65,8 +66,8 @@ def test_what_the_head_read_comes_along(family):
     """The hidden states that a value head reads are those of the rows that predict the response."""
     model = build(family)
     batch = rollout(model)
-    plain = next(plain_forwards(model, batch, hidden=True)).hidden
-    shared = torch.cat([part.hidden for part in shared_forwards(model, batch, hidden=True)], dim=1)
+    plain = next(plain_forwards(model, batch, head=Head(model))).hidden
+    shared = torch.cat([part.hidden for part in shared_forwards(model, batch, head=Head(model))], dim=1)
     assert plain.shape == (6, 7, 32)
     assert torch.allclose(plain[batch.response_mask], shared[batch.response_mask], atol=1e-5)
 

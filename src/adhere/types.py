@@ -147,6 +147,11 @@ class Rollout:
         """[B] int64: tokens of each response."""
         return self.response_mask.sum(-1)
 
+    @property
+    def largest_group(self) -> int:
+        """Tokens of the largest group: its prompt once and its responses, padding included."""
+        return self.prompts.ids.shape[1] + int(self.prompt_index.bincount().max()) * self.response_ids.shape[1]
+
     def select(self, rows: Tensor) -> Rollout:
         """The responses `rows` ([n] int64, ascending), with all prompts and the padding they had."""
         picked = rows.tolist()

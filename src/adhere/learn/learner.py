@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from adhere.learn.batch import Outputs
 from adhere.model import adapters
+from adhere.model.chunks import chunks
+from adhere.model.memory import TokenBudget
 from adhere.model.policy import Policy
 from adhere.model.precision import computing
 from adhere.model.prefix import forwards
-from adhere.model.rope import chunks
+from adhere.model.read import FORWARD_TOKENS
 from adhere.model.tokens import token_statistics
 from adhere.types import Rollout
 
@@ -24,12 +26,13 @@ from adhere.types import Rollout
 class Learner(nn.Module):
     """Network and value head. The value head is linear, starts at zero and reads what the language-model head reads."""
 
-    def __init__(self, policy: Policy, value_head: bool) -> None:
+    def __init__(self, policy: Policy, value_head: bool, max_tokens: int = FORWARD_TOKENS) -> None:
         super().__init__()
+        self.budget = TokenBudget(max_tokens)
         self.network = policy.network
         self.share = policy.shares_prefixes
         self.device, self.compute = policy.device, policy.compute
-        self.constraints = policy.constraints
+        self.constraints, self.head = policy.constraints, policy.reader.head
         self.value_head: nn.Linear | None = None
         if value_head:
             width = policy.network.get_output_embeddings().weight.shape[1]
@@ -52,8 +55,8 @@ class Learner(nn.Module):
     def _read(self, part: Rollout) -> dict[str, Tensor]:
         """The fields of `Outputs`, [b, r] each, of responses that may share a forward."""
         found: dict[str, list[Tensor]] = {}
-        for piece in forwards(self.network, part, self.share, hidden=self.value_head is not None):
-            row = token_statistics(piece, part, self.constraints, ("entropy",))
+        for piece in forwards(self.network, part, self.share, head=self.head):
+            row = token_statistics(piece, part, self.head, self.constraints, ("entropy",))
             if self.value_head is not None and piece.hidden is not None:
                 row["values"] = self.value_head(piece.hidden.to(self.value_head.weight.dtype)).squeeze(-1).float()
             for name, values in row.items():

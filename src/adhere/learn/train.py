@@ -126,7 +126,7 @@ class Trainer:
         frozen = brought or (policy.reference() if holds or scores else None)
         self.reward = Reward(spec, policy, heads, frozen, own)
         self.reference = frozen if holds else None
-        self.learner = Learner(policy, config.algorithm.needs_value_head)
+        self.learner = Learner(policy, config.algorithm.needs_value_head, config.max_tokens)
         self.parameters = self.learner.trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -233,7 +233,7 @@ class Trainer:
             rollout.logprobs,
             totals_of(self.accelerator, rollout),
             reference,
-            values_of(self.learner, rollout, self.config.max_tokens) if valued else None,
+            values_of(self.learner, rollout) if valued else None,
             self.state.kl_coef,
             self.state.baseline,
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from adhere.learn.algorithms import loss_of
 from adhere.learn.batch import Batch, Outputs, Totals
+from adhere.learn.learner import Learner
 from adhere.learn.settings import TrainConfig
 from adhere.types import Rollout
 
@@ -16,7 +17,7 @@ Metrics = dict[str, float]
 
 def update(
     accelerator: Accelerator,
-    learner: nn.Module,
+    learner: Learner,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     rollout: Rollout,
@@ -25,16 +26,22 @@ def update(
     """Change the policy once (or `epochs` times) towards the rewards of `batch`, which `rollout` got.
 
     Gives loss, entropy, gradient norm and the loss's own metrics, of the last pass."""
-    metrics: dict[str, Tensor] = {}
-    for _ in range(config.algorithm.epochs):
-        metrics = {}
-        for chunk in rollout.chunks(config.max_tokens):
+
+    def gradients(max_tokens: int) -> dict[str, Tensor]:
+        optimizer.zero_grad()  # of a pass that memory did not suffice for
+        metrics: dict[str, Tensor] = {}
+        for chunk in rollout.chunks(max_tokens):
             now: Outputs = learner(chunk.rollout)
             loss, own = loss_of(config.algorithm, batch.part(chunk), now)
             accelerator.backward(loss)
             own["loss"] = loss.detach()
             own["entropy"] = now.entropy.sum() / batch.totals.tokens
             metrics = {name: metrics.get(name, 0.0) + value.detach() for name, value in own.items()}
+        return metrics
+
+    metrics: dict[str, Tensor] = {}
+    for _ in range(config.algorithm.epochs):
+        metrics = learner.budget.run(gradients, rollout.largest_group)
         _sum_gradients(accelerator, learner)
         norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
         if norm is not None and torch.isfinite(norm):
@@ -54,15 +61,19 @@ def totals_of(accelerator: Accelerator, rollout: Rollout) -> Totals:
 
 
 @torch.no_grad()
-def values_of(learner: nn.Module, rollout: Rollout, max_tokens: int) -> Tensor:
+def values_of(learner: Learner, rollout: Rollout) -> Tensor:
     """[B, R]: what the value head says of a rollout; 0 on padding."""
-    values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-    for chunk in rollout.chunks(max_tokens):
-        values[chunk.rows, chunk.columns] = learner(chunk.rollout).values
-    return values
+
+    def read(max_tokens: int) -> Tensor:
+        values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
+        for chunk in rollout.chunks(max_tokens):
+            values[chunk.rows, chunk.columns] = learner(chunk.rollout).values
+        return values
+
+    return learner.budget.run(read, rollout.largest_group)
 
 
-def _sum_gradients(accelerator: Accelerator, learner: nn.Module) -> None:
+def _sum_gradients(accelerator: Accelerator, learner: Learner) -> None:
     """Add up the gradients of all processes, once a step: the totals in every loss are already over all of them.
 
     DistributedDataParallel would do it at every backward, and wait forever where processes have different numbers of

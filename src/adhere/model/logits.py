@@ -10,6 +10,9 @@ from torch import Tensor
 SPREAD = ("entropy", "certainty")
 """What can be said of a next-token distribution as a whole. Each costs a pass over the vocabulary."""
 
+# Logits worked on at a time, rows times vocabulary: 64 MB in float32, of which a handful of copies are made.
+CHUNK_ELEMENTS = 1 << 24
+
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `targets`: [..., V], [...] int64 → [...] float32."""
@@ -26,7 +29,17 @@ def token_spread(logits: Tensor, temperature: float = 1.0, wanted: Collection[st
     """
     if not wanted:
         return {}
-    logprobs = (logits.float() / temperature).log_softmax(-1)
+    parts = [_spread(rows.float() / temperature, wanted) for rows in bounded(logits.flatten(0, -2), logits.shape[-1])]
+    return {name: torch.cat([part[name] for part in parts]).view(logits.shape[:-1]) for name in wanted}
+
+
+def bounded(rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
+    """`rows` [n, …] in parts whose logits are at most `CHUNK_ELEMENTS`, for work that copies them several times."""
+    return tuple(torch.split(rows, max(1, CHUNK_ELEMENTS // vocabulary)))
+
+
+def _spread(logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+    logprobs = logits.log_softmax(-1)
     forbidden = logprobs == -torch.inf
     found = {}
     if "certainty" in wanted:

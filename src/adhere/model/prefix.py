@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from adhere.model.families import decoder_start
+from adhere.model.head import Head
 from adhere.model.rope import depends_on_length, original_frequencies, prefixes_keep
 from adhere.types import Prompts, Role, Rollout
 
@@ -51,11 +52,16 @@ def _unwatched(window: Window) -> AbstractContextManager[None]:
 class Predictions:
     """Predictions for some columns of the responses."""
 
-    logits: Tensor
-    """[B, t, V]."""
-    hidden: Tensor | None
-    """[B, t, D], what the language-model head read; only when asked for."""
     response: slice
+    logits: Tensor | None
+    """[B, t, V]; None where the head is yet to be applied to `hidden`."""
+    hidden: Tensor | None
+    """[B, t, D], what the language-model head reads; None where no `Head` was given."""
+
+    def select(self, index: Tensor) -> Predictions:
+        """The rows `index` ([m] int64), repeats allowed."""
+        logits, hidden = (None if part is None else part[index] for part in (self.logits, self.hidden))
+        return Predictions(self.response, logits, hidden)
 
 
 @dataclass
@@ -63,8 +69,6 @@ class Prefix:
     """What is left of the prompts after prefill; `extend` changes its cache."""
 
     cache: Any
-    logits: Tensor
-    """[n, 1, V]: the prediction of the first response token."""
     mask: Tensor
     """[n, P] bool."""
     encoded: Any = None
@@ -78,11 +82,12 @@ class Prefix:
         encoded = self.encoded
         if encoded is not None:
             encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
-        return Prefix(self.cache, self.logits[index], self.mask[index], encoded, self.extended)
+        return Prefix(self.cache, self.mask[index], encoded, self.extended)
 
 
-def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -> Prefix:
-    """Run the prompts once. With `expandable=False` the cache is of the model's own kind: no selecting from it."""
+def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -> tuple[Prefix, Tensor]:
+    """Run the prompts once: the prefix, and the logits [n, V] of the first response token. With `expandable=False` the
+    cache is of the model's own kind: no selecting from it."""
     config = model.config
     if config.is_encoder_decoder:
         encoded = model.get_encoder()(input_ids=prompts.ids, attention_mask=prompts.mask.long())
@@ -94,7 +99,7 @@ def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -
             past_key_values=cache,
             use_cache=True,
         )
-        return Prefix(out.past_key_values, out.logits, prompts.mask, encoded)
+        return Prefix(out.past_key_values, prompts.mask, encoded), out.logits[:, -1]
     cache = DynamicCache() if expandable else DynamicCache(config=config)
     out = model(
         input_ids=prompts.ids,
@@ -103,14 +108,14 @@ def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -
         use_cache=True,
         **_accepted(model, position_ids=positions(prompts.mask), logits_to_keep=1),
     )
-    return Prefix(out.past_key_values, out.logits[:, -1:], prompts.mask)
+    return Prefix(out.past_key_values, prompts.mask), out.logits[:, -1]
 
 
 def restart(model: PreTrainedModel, prompts: Prompts, ids: Tensor, expandable: bool = True) -> tuple[Prefix, Tensor]:
     """A prefix of `prompts` and the response tokens `ids` [n, t] after them, computed anew in one forward; and the
     logits [n, V] of the next token."""
     if model.config.is_encoder_decoder:
-        prefix = prefill(model, prompts, expandable)
+        prefix, _ = prefill(model, prompts, expandable)
         return prefix, extend(model, prefix, ids)[:, -1]
     roles = torch.full_like(ids, Role.USER, dtype=prompts.roles.dtype)
     joined = replace(
@@ -120,8 +125,7 @@ def restart(model: PreTrainedModel, prompts: Prompts, ids: Tensor, expandable: b
         documents=(),
         sources=None,
     )
-    prefix = prefill(model, joined, expandable)
-    return prefix, prefix.logits[:, -1]
+    return prefill(model, joined, expandable)
 
 
 def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -159,40 +163,40 @@ def forwards(
     rollout: Rollout,
     share: bool,
     around: Around = _unwatched,
-    hidden: bool = False,
+    head: Head | None = None,
     **extra: Any,
 ) -> Iterator[Predictions]:
     """Head and tail of a rollout: with each prompt run once where `share` says so and the frequencies of its RoPE
-    stay, else by the plain batch. Where RoPE depends on length, `rollout` is an item of `adhere.model.rope.chunks`."""
+    stay, else by the plain batch. Where RoPE depends on length, `rollout` is one of `adhere.model.chunks.chunks`."""
     prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
     if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
-        yield from shared_forwards(model, rollout, around, hidden)
+        yield from shared_forwards(model, rollout, around, head)
     else:
-        yield from plain_forwards(model, rollout, around, hidden, **extra)
+        yield from plain_forwards(model, rollout, around, head, **extra)
 
 
 def shared_forwards(
-    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False
+    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, head: Head | None = None
 ) -> Iterator[Predictions]:
     """Head and tail of a rollout with each prompt run once: P·N + R·B tokens."""
     prompts, size = rollout.prompts, rollout.response_ids.shape[1]
     places = prompts.ids.shape[1]
     columns = slice(0, places)
     last = 0 if model.config.is_encoder_decoder else places - 1
-    with original_frequencies(model), _head_input(model, hidden) as kept:
+    with original_frequencies(model), _reading(head) as kept:
         with around(Window(slice(last, last + 1), columns, len(prompts), slice(0, 1))):
-            prefix = prefill(model, prompts)
-        states = kept[-1][:, -1:][rollout.prompt_index] if hidden else None
+            prefix, logits = prefill(model, prompts)
         prefix = prefix.select(rollout.prompt_index)
-        yield Predictions(prefix.logits, states, slice(0, 1))
+        first = _predictions(head, kept, logits[:, None], slice(0, 1))
+        yield first.select(rollout.prompt_index)
         if size > 1:
             with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
                 logits = extend(model, prefix, rollout.response_ids[:, :-1], rollout.response_mask[:, :-1])
-            yield Predictions(logits, kept[-1] if hidden else None, slice(1, size))
+            yield _predictions(head, kept, logits, slice(1, size))
 
 
 def plain_forwards(
-    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, hidden: bool = False, **extra: Any
+    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, head: Head | None = None, **extra: Any
 ) -> Iterator[Predictions]:
     """The same from one forward over each prompt joined to each response: (P + R)·B tokens. The reference."""
     prompts = rollout.prompts.select(rollout.prompt_index)
@@ -203,7 +207,7 @@ def plain_forwards(
     ids, mask = rollout.response_ids[:, given], rollout.response_mask[:, given]
     first = 0 if encoder_decoder else places - 1
     window = Window(slice(first, first + size), slice(0, places), len(rollout), slice(0, size))
-    with original_frequencies(model), _head_input(model, hidden) as kept, around(window):
+    with original_frequencies(model), _reading(head) as kept, around(window):
         if encoder_decoder:
             out = model(
                 input_ids=prompts.ids,
@@ -221,8 +225,18 @@ def plain_forwards(
                 **_accepted(model, position_ids=positions(mask), logits_to_keep=ids.shape[1] + 1),
                 **extra,
             )
-    rows = slice(-ids.shape[1] - 1, None)
-    yield Predictions(out.logits[:, rows][:, :size], kept[-1][:, rows][:, :size] if hidden else None, slice(0, size))
+    yield _predictions(head, kept, out.logits, slice(0, size), ids.shape[1] + 1 - size)
+
+
+def _predictions(head: Head | None, kept: list[Tensor], logits: Tensor, response: slice, after: int = 0) -> Predictions:
+    """What the last forward predicted for `response`: its last rows, but for `after` of them."""
+    count = response.stop - response.start
+
+    def rows(values: Tensor) -> Tensor:
+        return values[:, values.shape[1] - count - after : values.shape[1] - after]
+
+    whole = head is None or not head.separable
+    return Predictions(response, rows(logits) if whole else None, rows(kept[-1]) if kept else None)
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -241,15 +255,5 @@ def _start(model: PreTrainedModel, count: int, device: torch.device) -> Tensor:
     return torch.full((count, 1), decoder_start(model), dtype=torch.long, device=device)
 
 
-@contextmanager
-def _head_input(model: PreTrainedModel, wanted: bool) -> Iterator[list[Tensor]]:
-    """Keeps what the language-model head reads in each forward of this context."""
-    kept: list[Tensor] = []
-    if not wanted:
-        yield kept
-        return
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    try:
-        yield kept
-    finally:
-        handle.remove()
+def _reading(head: Head | None) -> AbstractContextManager[list[Tensor]]:
+    return nullcontext([]) if head is None else head.inputs()

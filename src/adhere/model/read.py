@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from adhere.model import capture, precision, prefix
 from adhere.model.accumulate import Accumulator, CopyHits, HeadMass
+from adhere.model.chunks import chunks
 from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
-from adhere.model.logits import token_logprobs
+from adhere.model.head import Head
+from adhere.model.memory import TokenBudget
 from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
-from adhere.model.rope import chunks
 from adhere.model.tokens import token_statistics
 from adhere.types import Reading, Rollout
 
@@ -36,14 +37,22 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.forward_tokens = FORWARD_TOKENS
+        self.budget = TokenBudget(FORWARD_TOKENS)
         self._active = active
         self._verified = False
+        self._head: Head | None = None
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether the prompt of a group is computed once (else: the plain batch)."""
         return shareable(self.network) and not self.eager
+
+    @property
+    def head(self) -> Head:
+        """The language-model head by itself."""
+        if self._head is None:
+            self._head = Head(self.network)
+        return self._head
 
     def verify(self) -> None:
         """See `capture.verify`; once a reader."""
@@ -57,56 +66,67 @@ class Reader:
         size, width = rollout.response_ids.shape
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", *spread), (size, width))
         shapes |= dict.fromkeys(maps, (size, width, rollout.prompts.ids.shape[1]))
-        whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
-        for chunk in chunks(self.network, rollout, self.forward_tokens):
-            padding = ~chunk.rollout.response_mask
-            for name, values in self._read(chunk.rollout, constraints, maps, spread).items():
-                if name in maps:
-                    whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
-                else:
-                    whole[name][chunk.rows, chunk.columns] = values
-        return Reading(rollout, **whole)
+
+        def work(max_tokens: int) -> Reading:
+            whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
+            for chunk in chunks(self.network, rollout, max_tokens):
+                padding = ~chunk.rollout.response_mask
+                for name, values in self._read(chunk.rollout, constraints, maps, spread).items():
+                    if name in maps:
+                        whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
+                    else:
+                        whole[name][chunk.rows, chunk.columns] = values
+            return Reading(rollout, **whole)
+
+        return self.budget.run(work, _longest(rollout))
 
     @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
         """See `Policy.copy_hits`."""
-        total: Tensor | None = None
-        logprobs: list[Tensor] = []
-        for chunk in chunks(self.network, rollout, self.forward_tokens):
-            part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
-            hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
-            for piece in self.forwards(part, False, _always(hits)):
-                found = token_logprobs(piece.logits, part.response_ids[:, piece.response])
-                logprobs.append(found[here[:, piece.response]])
-            total = hits.result() if total is None else total + hits.result()
-        assert total is not None
-        return total, float(torch.cat(logprobs).mean())
+
+        def work(max_tokens: int) -> tuple[Tensor, float]:
+            found: list[Tensor] = []
+            logprobs: list[Tensor] = []
+            for chunk in chunks(self.network, rollout, max_tokens):
+                part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
+                hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
+                for piece in self.forwards(part, False, _always(hits)):
+                    own = token_statistics(piece, part, self.head, None, ())["logprobs"]
+                    logprobs.append(own[here[:, piece.response]])
+                found.append(hits.result())
+            return torch.stack(found).sum(0), float(torch.cat(logprobs).mean())
+
+        return self.budget.run(work, _longest(rollout))
 
     @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """See `Policy.head_mass`."""
-        whole: Tensor | None = None
-        for chunk in chunks(self.network, rollout, self.forward_tokens):
-            mass = HeadMass(salience[chunk.rows, chunk.span], chunk.rollout.response_mask)
-            list(self.forwards(chunk.rollout, False, _always(mass)))
-            found = mass.result()
-            whole = found.new_zeros(len(rollout), *found.shape[1:]) if whole is None else whole
-            whole[chunk.rows] = found
-        assert whole is not None
-        return whole
+
+        def work(max_tokens: int) -> Tensor:
+            every = torch.arange(len(rollout), device=salience.device)
+            order, found = [], []
+            for chunk in chunks(self.network, rollout, max_tokens):
+                mass = HeadMass(salience[chunk.rows, chunk.span], chunk.rollout.response_mask)
+                list(self.forwards(chunk.rollout, False, _always(mass)))
+                order.append(every[chunk.rows])
+                found.append(mass.result())
+            return torch.cat(found)[torch.cat(order).argsort()]
+
+        return self.budget.run(work, _longest(rollout))
 
     def forwards(self, part: Rollout, share: bool, make: Make | None = None) -> Iterator[prefix.Predictions]:
         """The forward(s) of a chunk, each observed by the accumulators that `make(window)` returns."""
         with self._active():
+            head = self.head  # made before anything observes
             if make is None:
-                yield from prefix.forwards(self.network, part, share)
+                yield from prefix.forwards(self.network, part, share, head=head)
                 return
             around = AttentionObserver(self.network, make, self.eager).around
             if self.eager:
-                yield from prefix.plain_forwards(self.network, part, around, output_attentions=True)
+                yield from prefix.plain_forwards(self.network, part, around, head, output_attentions=True)
                 return
             self.verify()
-            yield from prefix.forwards(self.network, part, share, around)
+            yield from prefix.forwards(self.network, part, share, around, head)
 
     @torch.no_grad()
     def _read(
@@ -116,7 +136,7 @@ class Reader:
         observed = ObservedMaps(maps, self.network.device)
         found: dict[str, list[Tensor]] = {}
         for piece in self.forwards(part, self.shares_prefixes, observed if maps else None):
-            for name, values in token_statistics(piece, part, constraints, spread).items():
+            for name, values in token_statistics(piece, part, self.head, constraints, spread).items():
                 found.setdefault(name, []).append(values)
         statistics = {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
         return statistics | observed.collected(part.prompt_index)
@@ -124,3 +144,8 @@ class Reader:
 
 def _always(accumulator: Accumulator) -> Make:
     return lambda window: [accumulator]
+
+
+def _longest(rollout: Rollout) -> int:
+    """Tokens of one prompt with one response, padding included: no forward takes fewer."""
+    return rollout.prompts.ids.shape[1] + rollout.response_ids.shape[1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from adhere.types import Chunk, Prompts, Rollout
+from adhere.types import Prompts
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,17 @@ def prefixes_keep(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> T
     return (alone == regimes(model, prompt, response)).all(-1)
 
 
-def chunks(model: PreTrainedModel, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
-    """`Rollout.chunks`, cut again so that no row's positions depend on its neighbours.
-
-    Each chunk holds rows with one set of frequencies that all keep their prefix, or all do not. Its rows of the batch
-    come as a slice, or as indices ([n] int64, ascending) where the model's RoPE depends on length.
-    """
-    dependent = depends_on_length(model)
-    for chunk in rollout.chunks(max_tokens):
-        part, rows, span = chunk.rollout, chunk.rows, chunk.span
-        if not dependent:
-            yield chunk
-            continue
-        assert isinstance(rows, slice)
-        prompt = part.prompts.mask.sum(-1)[part.prompt_index]
-        keeps = prefixes_keep(model, prompt, part.lengths)[:, None]
-        for own in _alike(torch.cat([regimes(model, prompt, part.lengths), keeps], dim=1)):
-            piece = part.compact(own)
-            inner = slice(span.start + piece.span.start, span.start + piece.span.stop)
-            yield Chunk(piece.rollout, rows.start + own, piece.columns, inner)
-
-
 def alike(model: PreTrainedModel, lengths: Tensor) -> list[Tensor]:
     """The places ([n] int64 each) of sequences of `lengths` tokens ([B] int64) that may share a forward."""
-    return _alike(regimes(model, lengths, torch.zeros_like(lengths)))
+    return equal_rows(regimes(model, lengths, torch.zeros_like(lengths)))
+
+
+def equal_rows(keys: Tensor) -> list[Tensor]:
+    """The places of equal rows of `keys` [B, k]: for each distinct row [n] int64, ascending."""
+    if not keys.shape[1]:
+        return [torch.arange(len(keys), device=keys.device)]
+    distinct, which = torch.unique(keys, dim=0, return_inverse=True)
+    return [(which == number).nonzero().squeeze(-1) for number in range(len(distinct))]
 
 
 def draws(model: PreTrainedModel, prompts: Prompts, max_new_tokens: int) -> list[Tensor]:
@@ -101,7 +88,7 @@ def draws(model: PreTrainedModel, prompts: Prompts, max_new_tokens: int) -> list
     most = torch.full_like(prompt, max_new_tokens)
     fixed = prefixes_keep(model, prompt, most)
     keys = [regimes(model, prompt, most) * fixed[:, None], fixed[:, None], (prompt * ~fixed)[:, None]]
-    return _alike(torch.cat(keys, dim=1))
+    return equal_rows(torch.cat(keys, dim=1))
 
 
 def fixed_while_drawing(model: PreTrainedModel, prompts: Prompts, max_new_tokens: int) -> bool:
@@ -144,14 +131,6 @@ def _forget(model: PreTrainedModel) -> None:
         elif isinstance(kinds, dict):
             for layer_type in (name for name, kind in kinds.items() if "dynamic" in kind):
                 module(first.float(), first, layer_type)
-
-
-def _alike(keys: Tensor) -> list[Tensor]:
-    """The places of equal rows of `keys` [B, k]: for each distinct row [n] int64, ascending."""
-    if not keys.shape[1]:
-        return [torch.arange(len(keys), device=keys.device)]
-    distinct, which = torch.unique(keys, dim=0, return_inverse=True)
-    return [(which == number).nonzero().squeeze(-1) for number in range(len(distinct))]
 
 
 def _scalings(model: PreTrainedModel) -> tuple[list[_Scaling], list[_Scaling]]:

@@ -13,6 +13,7 @@ from adhere.errors import RunFailed
 from adhere.model.constraints import Constraints
 from adhere.model.endings import Endings
 from adhere.model.families import shareable
+from adhere.model.logits import bounded
 from adhere.model.observe import DrawReader
 from adhere.model.prefix import Window, extend, prefill, restart
 from adhere.model.rope import draws, original_frequencies, outdated
@@ -108,9 +109,9 @@ def _decode(
     last = 0 if model.config.is_encoder_decoder else places - 1
     with original_frequencies(model):
         with _watched(watch, slice(last, last + 1), places, len(asked), 0):
-            prefix = prefill(model, asked, expandable=share)
-        prefix = prefix.select(index) if share else prefix
-        logits = prefix.logits[:, -1]
+            prefix, logits = prefill(model, asked, expandable=share)
+        if share:
+            prefix, logits = prefix.select(index), logits[index]
         for step in range(sampling.max_new_tokens):
             final = step + 1 == sampling.max_new_tokens
             logits = _sound(logits.float())
@@ -118,7 +119,8 @@ def _decode(
                 at_limit = torch.full_like(rows, final, dtype=torch.bool)
                 ids, mask = prompts.ids[index], prompts.mask[index]
                 logits = constraints.apply(logits, ids, mask, drawn.ids[rows, :step], at_limit)
-            tokens, logprobs = _pick(logits, sampling, generator)
+            picked = [_pick(part, sampling, generator) for part in bounded(logits, logits.shape[-1])]
+            tokens, logprobs = (torch.cat(parts) for parts in zip(*picked, strict=True))
             if watch is not None:
                 watch.note(rows, logits)
             going = drawn.add(

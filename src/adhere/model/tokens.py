@@ -3,45 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from adhere.model.constraints import Constraints
-from adhere.model.logits import token_logprobs, token_spread
+from adhere.model.head import Head
+from adhere.model.logits import bounded, token_logprobs, token_spread
 from adhere.model.prefix import Predictions
 from adhere.types import Rollout
 
-# Logits held at a time, rows times vocabulary: 64 MB in float32, of which a handful of copies are made.
-CHUNK_ELEMENTS = 1 << 24
-
 
 def token_statistics(
-    piece: Predictions, rollout: Rollout, constraints: Constraints | None, spread: Collection[str]
+    piece: Predictions,
+    rollout: Rollout,
+    head: Head | None,
+    constraints: Constraints | None,
+    spread: Collection[str],
 ) -> dict[str, Tensor]:
     """`logprobs` of the tokens that `piece` predicts, with gradient, and those of `SPREAD` in `spread`, without.
 
     [B, t] float32 each, 0 on padding, for which nothing is computed. Log-probs are those at `rollout.temperature` under
-    `constraints`.
+    `constraints`. Where `piece` brings no logits, `head` makes them, and again in the backward pass: they are held
+    for a bounded number of tokens (`bounded`).
     """
+    states = piece.hidden if piece.logits is None else piece.logits
+    assert states is not None and (piece.logits is not None or head is not None)
     # Place by place, because constraints look at what came before.
     places, rows = rollout.response_mask[:, piece.response].T.nonzero(as_tuple=True)
     first = piece.response.start
 
-    def part(chosen: Tensor) -> dict[str, Tensor]:
-        own, place = rows[chosen], places[chosen]
-        logits = piece.logits[own, place].float()
+    def part(chosen: Tensor, states: Tensor) -> dict[str, Tensor]:
+        own, place = rows[chosen], places[chosen] + first
+        logits = states if piece.logits is not None or head is None else head(states)
+        logits = logits.float()
         if constraints is not None:
-            logits = constraints.read(logits, rollout, own, place + first)
-        targets = rollout.response_ids[own, place + first]
+            logits = constraints.read(logits, rollout, own, place)
         return {
-            "logprobs": token_logprobs(logits, targets, rollout.temperature),
+            "logprobs": token_logprobs(logits, rollout.response_ids[own, place], rollout.temperature),
             **token_spread(logits.detach(), rollout.temperature, spread),
         }
 
-    step = max(1, CHUNK_ELEMENTS // piece.logits.shape[-1])
-    parts = [part(chosen) for chosen in torch.arange(len(rows), device=rows.device).split(step)]
-    blank = torch.zeros(piece.logits.shape[:2], device=rows.device)
+    vocabulary = states.shape[-1] if piece.logits is not None or head is None else head.vocabulary
+    pieces = bounded(torch.arange(len(rows), device=rows.device), vocabulary)
+    again = torch.is_grad_enabled() and piece.logits is None and len(pieces) > 1
+    run = partial(checkpoint, part, use_reentrant=False) if again else part
+    found = [run(chosen, states[rows[chosen], places[chosen]]) for chosen in pieces]
+    blank = torch.zeros(states.shape[:2], device=rows.device)
     return {
-        name: blank.index_put((rows, places), torch.cat([p[name] for p in parts])) for name in ("logprobs", *spread)
+        name: blank.index_put((rows, places), torch.cat([p[name] for p in found])) for name in ("logprobs", *spread)
     }
