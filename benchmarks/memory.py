@@ -34,7 +34,7 @@ def main() -> None:
     from adhere.model.settings import Lora, Sampling
     from adhere.types import Rollout
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     for name, default in (("prompt", 256), ("response", 48), ("prompts", 2), ("samples", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)

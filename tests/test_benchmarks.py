@@ -15,7 +15,7 @@ from adhere.data import Row
 ROOT = Path(__file__).parents[1]
 STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "limits", "rank", "train"))
 REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py")
-SCRIPTS = ("capture.py", "rank.py", "ray_data.py", "serve.py", "step.py", "trl_rollout.py", *REAL, *STUDY)
+SCRIPTS = ("capture.py", "memory.py", "rank.py", "ray_data.py", "serve.py", "step.py", "trl_rollout.py", *REAL, *STUDY)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

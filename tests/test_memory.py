@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,7 +134,8 @@ print(peak_mb(lambda: learner(rollout).logprobs.sum().backward()))
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_the_logits_of_a_large_vocabulary_are_never_all_there():
     """16 × 41 tokens of 200,000 logits would be 500 MB at once, and three or four copies of it."""
-    out = subprocess.run([sys.executable, "-c", LARGE_VOCABULARY], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", LARGE_VOCABULARY]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     reading, learning = map(float, out.stdout.split())
     assert reading < 400
     assert learning < 500
