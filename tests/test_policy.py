@@ -318,3 +318,11 @@ def test_a_family_that_bypasses_the_interface_is_served_by_eager_attention(tmp_p
     reading = Policy.load(tmp_path, device="cpu", attention="eager").read(PROMPTS, ["w1 w2", "w2", "w3"])
     rows = reading.attention.sum(-1)[reading.response_mask]
     assert torch.allclose(rows, torch.ones_like(rows), atol=1e-5)
+
+
+def test_responses_that_are_all_empty_have_nothing_to_read(policy):
+    rollout = policy.respond(policy.encode(PROMPTS), [[], [], []], torch.arange(3))
+    reading = policy.read(rollout)
+    assert reading.logprobs.shape == reading.entropy.shape == (3, 0)
+    some = policy.read(policy.respond(policy.encode(PROMPTS), [[], [7, 8], []], torch.arange(3)))
+    assert (some.logprobs != 0).tolist() == [[False, False], [True, True], [False, False]]

@@ -79,15 +79,18 @@ def test_attention_to_the_prompt_is_that_of_the_row_alone(name):
         assert torch.allclose(together.attention[row][kept][:, prompt], alone.attention[0], atol=1e-5)
 
 
-def test_a_draw_gives_the_log_probs_of_its_finished_rows(policy):
+@pytest.mark.parametrize("room", [4, 12], ids=["on either side", "across"])
+def test_a_draw_gives_the_log_probs_of_its_finished_rows(policy, room):
     prompts = policy.encode(PROMPTS)
-    sampling = Sampling(temperature=0.8, max_new_tokens=12)
+    sampling = Sampling(temperature=0.8, max_new_tokens=room)
     rollout = policy.sample(prompts, 2, sampling=sampling, seed=2)
     assert worst(policy, rollout, rollout.logprobs) < 1e-4
-    assert (rollout.logprobs - policy.read(rollout).logprobs).abs().max() < 1e-4
+    reading = policy.read(rollout)
+    assert (rollout.logprobs - reading.logprobs).abs().max() < 1e-4
     observed = policy.sample_and_read(prompts, 2, sampling, 2, {"attention": None})
     assert torch.equal(observed.response_ids, rollout.response_ids)
-    assert (observed.logprobs - rollout.logprobs).abs().max() < 1e-4
+    for name in ("logprobs", "entropy", "attention"):
+        assert torch.allclose(getattr(observed, name), getattr(reading, name), atol=1e-4)
 
 
 def test_a_greedy_draw_is_that_of_generate(policy):

@@ -44,4 +44,4 @@ def _fitting(part: Rollout, max_tokens: int) -> int:
     """How many rows of `part` fit `max_tokens` with their prompt: all, unless it is one large group."""
     if len(part.prompts) > 1:
         return max(1, len(part))
-    return max(1, (max_tokens - part.prompts.ids.shape[1]) // part.response_ids.shape[1])
+    return max(1, (max_tokens - part.prompts.ids.shape[1]) // max(1, part.response_ids.shape[1]))

@@ -257,7 +257,7 @@ class Policy:
         """The rollout that `sample` draws and its `reading` in one: read from the very forwards that draw it, where the
         family lets us. `maps`: `attention` and `copy_attention`, as far as they are wanted, → weights of the heads;
         `spread` as in `read`."""
-        if not self.shares_prefixes or not rope.fixed_while_drawing(self.network, prompts, sampling.max_new_tokens):
+        if not self.shares_prefixes or not rope.drawn_as_read(self.network, prompts, sampling.max_new_tokens):
             rollout = self.sample(prompts, num_samples, sampling=sampling, seed=seed)
             copy_weights = maps.get("copy_attention")
             return self.read(rollout, attention="attention" in maps, copy_weights=copy_weights, spread=spread)

@@ -97,6 +97,11 @@ def fixed_while_drawing(model: PreTrainedModel, prompts: Prompts, max_new_tokens
     return bool(prefixes_keep(model, prompt, torch.full_like(prompt, max_new_tokens)).all())
 
 
+def drawn_as_read(model: PreTrainedModel, prompts: Prompts, max_new_tokens: int) -> bool:
+    """Whether a draw is one batch whose forwards are those of a reading, so that it can be read as it is drawn."""
+    return len(draws(model, prompts, max_new_tokens)) == 1 and fixed_while_drawing(model, prompts, max_new_tokens)
+
+
 def outdated(model: PreTrainedModel, prompts: Prompts, response: int) -> bool:
     """Whether the keys of `prompts` with fewer than `response` new tokens are wrong for `response` of them: LongRoPE
     has just switched to its long factors. Like transformers' `generate`, dynamic NTK keeps the keys it has."""

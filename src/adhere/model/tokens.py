@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adhere.model.constraints import Constraints
@@ -29,16 +29,20 @@ def token_statistics(
     `constraints`. Where `piece` brings no logits, `head` makes them, and again in the backward pass: they are held
     for a bounded number of tokens (`bounded`).
     """
-    states = piece.hidden if piece.logits is None else piece.logits
-    assert states is not None and (piece.logits is not None or head is not None)
+    logits_of: Callable[[Tensor], Tensor]
+    if piece.logits is not None:
+        states, logits_of, vocabulary = piece.logits, nn.Identity(), piece.logits.shape[-1]
+    else:
+        assert head is not None and piece.hidden is not None
+        states, logits_of, vocabulary = piece.hidden, head, head.vocabulary
     # Place by place, because constraints look at what came before.
-    places, rows = rollout.response_mask[:, piece.response].T.nonzero(as_tuple=True)
+    counted = rollout.response_mask[:, piece.response]
+    places, rows = counted.T.nonzero(as_tuple=True)
     first = piece.response.start
 
     def part(chosen: Tensor, states: Tensor) -> dict[str, Tensor]:
         own, place = rows[chosen], places[chosen] + first
-        logits = states if piece.logits is not None or head is None else head(states)
-        logits = logits.float()
+        logits = logits_of(states).float()
         if constraints is not None:
             logits = constraints.read(logits, rollout, own, place)
         return {
@@ -46,12 +50,11 @@ def token_statistics(
             **token_spread(logits.detach(), rollout.temperature, spread),
         }
 
-    vocabulary = states.shape[-1] if piece.logits is not None or head is None else head.vocabulary
     pieces = bounded(torch.arange(len(rows), device=rows.device), vocabulary)
     again = torch.is_grad_enabled() and piece.logits is None and len(pieces) > 1
     run = partial(checkpoint, part, use_reentrant=False) if again else part
     found = [run(chosen, states[rows[chosen], places[chosen]]) for chosen in pieces]
-    blank = torch.zeros(states.shape[:2], device=rows.device)
+    blank = torch.zeros(counted.shape, device=rows.device)
     return {
         name: blank.index_put((rows, places), torch.cat([p[name] for p in found])) for name in ("logprobs", *spread)
     }
