@@ -104,7 +104,8 @@ def test_a_response_is_worth_the_same_wherever_it_is_scored(policy, reward, tmp_
     said = policy.paired([row.prompt for row in ROWS], [row.response for row in ROWS])
     ids = [row[mask].tolist() for row, mask in zip(said.response_ids, said.response_mask, strict=True)]
     texts = [row.response for row in ROWS]
-    assert trl([row.prompt for row in ROWS], texts, ids) == pytest.approx(in_file, abs=1e-4)
+    turns = [[{"role": "user", "content": row.prompt}] for row in ROWS]  # TRL templates conversations only
+    assert trl(turns, texts, ids) == pytest.approx(in_file, abs=1e-4)
 
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"prompt": r.prompt, "response": r.response}) + "\n" for r in ROWS))
