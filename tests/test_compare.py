@@ -126,8 +126,9 @@ def test_a_missing_file_of_prompts_is_told_before_anything_runs(plan, tmp_path, 
 
 
 def test_an_arm_that_fails_is_named(plan, tmp_path, capsys):
-    # A learning rate without bounds ends in weights that are no numbers.
-    arms = {"overlap": {"reward": "overlap"}, "wild": {"reward": "random", "learning_rate": 1e30, "warmup_steps": 0}}
+    # A decay without bounds ends in weights that are no numbers, whatever the rewards are.
+    wild = {"reward": "random", "learning_rate": 1e30, "weight_decay": 1e30, "warmup_steps": 0}
+    arms = {"overlap": {"reward": "overlap"}, "wild": wild}
     code = main(["compare", str(plan(arms=arms, seeds=[0], audited=0)), "--output", str(tmp_path / "out")])
     assert code == 1
     assert "arm wild, seed 0" in capsys.readouterr().err

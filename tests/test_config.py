@@ -401,7 +401,7 @@ class Outer:
         ("share", [0.0, 1.1, float("nan")], [1e-9, 1.0], "set it above 0, at most 1"),
         ("jobs", [1], [2, None], "set it to 2 or above"),
         ("keep", ["bst"], ["all"], "keep` 'bst'; did you mean best?"),
-        ("rate", [-0.1, float("inf"), float("nan")], [0.0, 1e9], "set it to 0 or above, below inf"),
+        ("rate", [-0.1, float("inf"), float("nan")], [0.0, 1e9], "set it to 0 or above, finite"),
     ],
 )
 def test_a_bound_holds_in_python_in_a_file_and_in_a_flag(

@@ -29,7 +29,7 @@ from adhere.model.settings import Sampling
 from adhere.reward.group import gate
 from adhere.reward.named import NAMED
 from adhere.reward.reward import Reward
-from adhere.reward.salience import attended, context_tokens, only, question_only
+from adhere.reward.salience import attended, context_tokens, question_only
 from adhere.reward.signals import LOWEST_LOGPROB, Evidence, renormalise
 from adhere.text import is_answer
 from adhere.toy import model_path
@@ -97,7 +97,7 @@ def without(
 
 def read(reward: Reward, rollout: Rollout, keep: Tensor) -> Tensor:
     """[B, R] log-probs after the tokens `keep` [N, P] of the prompts alone."""
-    rest = only(rollout.prompts, keep, left=not reward.policy.is_encoder_decoder)
+    rest = rollout.prompts.only(keep, left=not reward.policy.is_encoder_decoder)
     return reward.policy.read(replace(rollout, prompts=rest), attention=False).logprobs.clamp(min=LOWEST_LOGPROB)
 
 

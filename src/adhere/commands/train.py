@@ -114,8 +114,8 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     if not policy.shares_prefixes:
         family = policy.network.config.model_type
         console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
-    tell_prompting(console, policy, rows)
     run = new_run_dir(config.output, options.resume)
+    tell_prompting(console, policy, rows)
     repo: str | None = None
 
     def on_start() -> None:
