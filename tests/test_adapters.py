@@ -110,6 +110,15 @@ def test_dropout_is_active_in_the_update_alone(family: str, tmp_path: Path) -> N
     assert torch.allclose(policy.read(rollout).logprobs, rollout.logprobs, atol=1e-4)
 
 
+def test_an_adapter_on_the_head_drops_nothing(tmp_path: Path) -> None:
+    lora = Lora(rank=4, alpha=8, dropout=0.5, target_modules=("lm_head", "q_proj"))
+    policy = Policy.load(save("llama", tmp_path / "model"), device="cpu", lora=lora)
+    with adapters.dropout(policy.network):
+        active = {name for name, module in policy.network.named_modules() if "lora_dropout" in name and module.training}
+    assert active
+    assert not [name for name in active if "lm_head" in name and "default" in name]
+
+
 @pytest.mark.parametrize("family", ["llama", "bart"])
 def test_without_dropout_the_first_update_reads_the_log_probs_of_the_sample(family: str, tmp_path: Path) -> None:
     model = save(family, tmp_path / "model")

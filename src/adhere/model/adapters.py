@@ -155,14 +155,18 @@ def save(model: PeftModel, folder: Path) -> None:
 
 
 @contextmanager
-def dropout(network: nn.Module) -> Iterator[None]:
-    """Within this context the dropout of LoRA adapters is active; all other dropout stays off."""
+def dropout(network: PreTrainedModel) -> Iterator[None]:
+    """Within this context the dropout of LoRA adapters is active; all other dropout stays off.
+
+    So does that of an adapter on the language-model head: the backward pass runs the head again, out of this context.
+    """
+    head = {id(module) for module in network.get_output_embeddings().modules()}
     active = [
         part
         for name, module in network.named_modules()
         if name.endswith("lora_dropout")
         for part in module.modules()
-        if isinstance(part, nn.Dropout)
+        if isinstance(part, nn.Dropout) and id(part) not in head
     ]
     for part in active:
         part.train()
