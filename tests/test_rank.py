@@ -18,6 +18,7 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
+import adhere
 from adhere.cli import main
 from adhere.data import Row, iter_rows, writable
 from adhere.integrations import http
@@ -356,3 +357,26 @@ def test_what_json_cannot_hold_is_told_before_anything_is_ranked(tmp_path, capsy
     assert run(file, tmp_path / "out") == 2
     told = "rows.parquet:row 1: `picture` cannot be written as JSON (bytes has no JSON form); leave that column out"
     assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_is_not_set_is_sampled_as_the_models_configuration_says(tmp_path, capsys):
+    folder = save("llama", tmp_path / "model")
+    written = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**written, "do_sample": True, "top_k": 1}))
+    policy = Policy.load(folder, device="cpu")
+    row = {"prompt": "where is mary ?"}
+
+    def said(**given):
+        (ranked,) = adhere.rank(policy, [row], reward="certainty", num_samples=4, max_new_tokens=4, **given)
+        return {candidate["response"] for candidate in ranked.candidates}
+
+    assert len(said()) == 1 < len(said(top_k=0)) and len(said(sampling={"temperature": 0.9})) == 1
+    source, ranked = tmp_path / "rows.jsonl", tmp_path / "ranked.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    arguments = ["rank", "--model", str(folder), "--prompts", str(source), "--reward", "certainty", "--keep", "all"]
+    assert main([*arguments, "--output", str(ranked), "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    (line,) = map(json.loads, ranked.read_text().splitlines())
+    assert len({candidate["response"] for candidate in line["candidates"]}) == 1
+    (folder / "generation_config.json").write_text(json.dumps({**written, "min_p": 0.1}))
+    assert main([*arguments, "--output", str(tmp_path / "again.jsonl"), "--device", "cpu"]) == 2
+    assert "min_p (0.1)" in capsys.readouterr().err and not (tmp_path / "again.jsonl").exists()

@@ -29,6 +29,7 @@ from adhere.measure import evaluate as evaluation
 from adhere.measure.settings import AuditConfig, EvalConfig
 from adhere.model.embedded import EMBEDDED
 from adhere.model.policy import Policy
+from adhere.model.settings import Sampling
 from adhere.options import fields_of, name_of, options
 from adhere.ranking_settings import RankConfig
 from adhere.resume import new_run_dir
@@ -152,7 +153,9 @@ def rank(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", *
     if not brought:
         config.check_draw()
     ranking.check(policy, rows, config)
-    draw = ranking.given_candidates(policy) if brought else ranking.sampled_candidates(policy, config)
+    chosen = set(given) | set(_plain(given.get("sampling", {})))
+    own = [name for name, _, _ in fields_of(Sampling) if name in chosen]
+    draw = ranking.given_candidates(policy) if brought else ranking.sampled_candidates(policy, config, own)
     made = _bound(reward, policy)
     return [ranked for batch in ranking.rank(made, rows, config, draw) for ranked in batch]
 

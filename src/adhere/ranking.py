@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby, islice
 from typing import Any
@@ -21,6 +21,7 @@ from adhere.data import Row
 from adhere.errors import TooLong, UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
+from adhere.model.settings import Sampling
 from adhere.prompt import prompt_key
 from adhere.ranking_settings import RankConfig
 from adhere.reward.group import STD_FLOOR
@@ -104,8 +105,13 @@ class Group:
     """For messages."""
 
 
-def sampled_candidates(policy: Policy, config: RankConfig) -> Draw:
-    """Candidates sampled by the policy."""
+def sampled_candidates(policy: Policy, config: RankConfig, given: Collection[str] | None = None) -> Draw:
+    """Candidates sampled by the policy. `given`: the fields of `config.sampling` that the user set (None: all); the
+    others are those of the model's generation configuration. Raises `UserError` where that cannot be sampled with."""
+    if given is not None:
+        kept = {name: getattr(config.sampling, name) for name in given}
+        config = replace(config, sampling=Sampling.of(policy.network.generation_config, **kept))
+        config.check_draw()
     return lambda _rows, prompts, seed: policy.sample(prompts, config.num_samples, sampling=config.sampling, seed=seed)
 
 

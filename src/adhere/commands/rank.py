@@ -221,7 +221,8 @@ def _draw(
     if brought:
         return given_candidates(policy)
     if not options.server:
-        return sampled_candidates(policy, config)
+        given = [path.removeprefix("sampling.") for path in flags_given(options, RankConfig) if "sampling." in path]
+        return sampled_candidates(policy, config, given)
     from adhere.integrations.openai import Server
 
     server = Server(options.server, options.server_model, warn=warn)
