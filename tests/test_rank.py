@@ -259,7 +259,7 @@ def test_an_interrupted_run_says_how_to_go_on(stories, tmp_path, capsys, monkeyp
     assert run(stories, tmp_path / "whole") == 0
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
     assert run(stories, tmp_path / "out", "--resume") == 2  # finished: never overwritten
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_interrupted_before_the_first_batch_there_is_nothing_to_go_on_with(stories, tmp_path, capsys, monkeypatch):
@@ -322,9 +322,9 @@ def test_a_run_killed_before_its_rows_got_their_name_only_names_them(stories, tm
 def test_an_output_that_is_there_is_left_alone(stories, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert run(stories, tmp_path / "out") == 2
-    assert "is there already" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
+    assert "already exists" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
     assert run(stories, tmp_path) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_damaged_leftovers_are_refused(stories, tmp_path, capsys):

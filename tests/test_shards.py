@@ -206,7 +206,7 @@ def test_resumed_it_does_what_is_left(tmp_path):
         "part-00000.jsonl",
         "part-00001.jsonl",
     ]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         begun(tmp_path)
 
 

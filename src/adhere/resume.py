@@ -25,7 +25,7 @@ _RUN_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints", "model")
 def require_new(path: Path) -> None:
     """Raise `UserError` where there is something at `path` already: nothing is overwritten."""
     if path.exists():
-        raise UserError("is there already", where=str(path), fix="choose another --output")
+        raise UserError("already exists", where=str(path), fix="choose another --output")
 
 
 def require_same(begun: Mapping[str, Any], now: Mapping[str, Any], *, where: Path, fix: str) -> None:

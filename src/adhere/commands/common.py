@@ -16,6 +16,7 @@ from adhere.errors import UserError
 from adhere.model.embedded import EMBEDDED, located
 from adhere.model.settings import ChatOptions
 from adhere.prompt import AnnotatedText
+from adhere.resume import require_new
 from adhere.reward.named import CALIBRATED, NAMED, RewardConfig, config_of
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def check_new(path: Path) -> None:
     if path.is_dir():
         raise UserError("is a folder, and a file is to be written", where=str(path), fix="give a file name")
     if path.is_file():
-        raise UserError("already exists", where=str(path), fix="choose another --output")
+        require_new(path)
 
 
 def check_new_folder(path: Path, mark: str = "*", what: str = "files") -> None:

@@ -221,7 +221,9 @@ def _draw(
     if brought:
         return given_candidates(policy)
     if not options.server:
-        given = [path.removeprefix("sampling.") for path in flags_given(options, RankConfig) if "sampling." in path]
+        given = [
+            path.removeprefix("sampling.") for path in flags_given(options, RankConfig) if path.startswith("sampling.")
+        ]
         return sampled_candidates(policy, config, given)
     from adhere.integrations.openai import Server
 

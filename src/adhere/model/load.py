@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +105,14 @@ def load_network(
     path = located(path)
     adapter = _adapter(path)
     if adapter is not None and (base := adapters.base_of(path, adapter)) != path:
-        try:
-            network = load_network(
-                base,
-                kind,
-                other_head=other_head,
-                dtype=dtype,
-                device=device,
-                attention=attention,
-                trust_remote_code=trust_remote_code,
-                **settings,
-            )
-        except UnsupportedModel as error:
-            raise UnsupportedModel(
-                error.what, where=f"{path}, its base {error.where or base}", fix=error.fix
-            ) from error
-        return adapters.merge(network, path, adapter)
+        named: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "attention": attention,
+            "trust_remote_code": trust_remote_code,
+        }
+        load_base = partial(load_network, base, kind, other_head=other_head, **named, **settings)
+        return adapters.merge(_base_of(path, base, load_base), path, adapter)
     if Path(path).is_dir():
         require_model(Path(path))
     place = pick_device(device)
@@ -154,6 +147,14 @@ def load_network(
     network.eval()
     assert isinstance(network, PreTrainedModel)
     return network
+
+
+def _base_of(path: str, base: str, load_base: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The base of the adapter at `path`; an error names both."""
+    try:
+        return load_base()
+    except UnsupportedModel as error:
+        raise UnsupportedModel(error.what, where=f"{path}, its base {error.where or base}", fix=error.fix) from error
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
