@@ -26,6 +26,7 @@ from adhere.prompt import prompt_key
 from adhere.ranking_settings import RankConfig
 from adhere.reward.group import STD_FLOOR
 from adhere.reward.reward import Reward
+from adhere.reward.sources import cite
 from adhere.types import Prompts, Rollout, Scores
 
 NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0, "flat": 0.0, "cut_off": 0.0}
@@ -41,7 +42,7 @@ Complete = Callable[[Sequence[Prompt], int], list[list[tuple[str, bool]]]]
 
 @dataclass(frozen=True)
 class Ranked:
-    """A row and its candidates, each {"response", "reward", "signals"}, best first; of equals, the first drawn."""
+    """A row and its candidates, each {"response", "reward", "signals", "evidence"}, best first; of equals, the first drawn."""
 
     row: Row
     candidates: tuple[dict[str, Any], ...]
@@ -184,9 +185,8 @@ def rank(reward: Reward, rows: Iterable[Row], config: RankConfig, draw: Draw, fi
         )
         rollout = draw(batch, prompts, random.Random(f"{config.seed}/{number}").getrandbits(63))
         candidates: list[list[dict[str, Any]]] = [[] for _ in batch]
-        for place, text, figures in zip(
-            rollout.prompt_index.tolist(), rollout.responses, _figures(reward(rollout)), strict=True
-        ):
+        found = _figures(reward(rollout), reward.policy, cited=config.keep != "pairs")
+        for place, text, figures in zip(rollout.prompt_index.tolist(), rollout.responses, found, strict=True):
             candidates[place].append({"response": text, **figures})
         cut_off = torch.bincount(rollout.prompt_index[~rollout.ended], minlength=len(batch)).tolist()
         yield [
@@ -247,7 +247,7 @@ def score_rows(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
-    """Each row as it was read, plus `reward` and `signals`; in the order given.
+    """Each row as it was read, plus `reward`, `signals` and `evidence` (see `_figures`); in the order given.
 
     Rows with the same prompt form a group wherever they stand, so a group-normalised reward compares them. About
     `batch_size` rows are scored at a time; a group is never split. Raises `UserError` when a prompt does not fit
@@ -260,10 +260,11 @@ def score_rows(
     done = 0
     for places in _groups(rows, batch_size):
         part = [rows[place] for place in places]
-        scores = reward.score(
+        rollout, back = reward.paired(
             [row.prompt for row in part], [row.response or "" for row in part], [row.answers for row in part]
         )
-        for place, figures in zip(places, _figures(scores), strict=True):
+        figures_of = _figures(reward(rollout), reward.policy)
+        for place, figures in zip(places, [figures_of[i] for i in back.tolist()], strict=True):
             scored[place] = {**rows[place].fields, **figures}
         done += len(places)
         progress(done)
@@ -319,17 +320,22 @@ def read_groups(policy: Policy, groups: Sequence[Group]) -> Rollout:
 
 
 def score_groups(reward: Reward, groups: Sequence[Group]) -> list[list[dict[str, Any]]]:
-    """{"reward", "signals"} of each response of each group. Two groups stay two, though their prompts be equal."""
-    figures = iter(_figures(reward(read_groups(reward.policy, groups))))
+    """{"reward", "signals", "evidence"} of each response of each group. Two groups stay two, though their prompts be
+    equal."""
+    figures = iter(_figures(reward(read_groups(reward.policy, groups)), reward.policy))
     return [[next(figures) for _ in group.responses] for group in groups]
 
 
-def _figures(scores: Scores) -> list[dict[str, Any]]:
-    """{"reward", "signals"} of each response."""
+def _figures(scores: Scores, policy: Policy, *, cited: bool = True) -> list[dict[str, Any]]:
+    """{"reward", "signals"} of each response; and, where the copy heads were read, the "evidence" that it rests on."""
     table = torch.stack([scores.reward, *scores.signals.values()], dim=1).tolist()
-    return [
+    found: list[dict[str, Any]] = [
         {"reward": reward, "signals": dict(zip(scores.signals, signals, strict=True))} for reward, *signals in table
     ]
+    if cited and scores.reading is not None and scores.reading.copy_attention is not None:
+        for figures, sentences in zip(found, cite(scores.reading, policy.tokenizer), strict=True):
+            figures["evidence"] = [sentence.to_json() for sentence in sentences]
+    return found
 
 
 def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

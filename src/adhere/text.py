@@ -39,6 +39,15 @@ _POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _NEGATIVE = re.compile(r"[\W_]*-[^\w-]*\d")
 _SIGNS = re.compile(r"(?:[^\w\s]|_)+")
 
+# What may end a sentence: full stops of scripts with blanks, which need one after them; of scripts without; a line.
+_END = re.compile(r"[.!?…؟।॥]+[\"'”’»)\]]*(?=\s|$)|[。！？｡]+[\"'”’」』）]*|\n+")
+_SHORT = re.compile(r"(?:^|[\s(\[\"'“‘])((?:\w\.)+\w|\w+)\.$")
+_ABBREVIATIONS = frozenset(
+    """mr mrs ms dr prof st mt ft jr sr gen col lt sgt capt rev hon gov sen rep no nos vol fig figs eq ch pp ca approx
+    vs cf al e.g i.e u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec""".split()
+)
+"""English words that a full stop shortens."""
+
 
 def normalise_answer(text: str) -> str:
     """Case-folded, without punctuation and English articles, with single blanks (SQuAD, Rajpurkar et al. 2016).
@@ -88,6 +97,44 @@ def answer_words(text: str) -> list[str]:
     (['red', 'car'], ['在', '花', '园'], ['iphone', '的'])
     """
     return _PIECE.findall(normalise_answer(text))
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """The sentences of `text`: characters [start, end) of each, without the blanks around them, in order.
+
+    A sentence ends at a full stop, question or exclamation mark of any script, with the quotes that close after it, and
+    at the end of a line. A full stop ends none inside a number or word, after an initial, an English abbreviation or
+    the number of an item in a list.
+
+    >>> [text[a:b] for text in ["Dr. No paid $3.50. Who? “Me.”"] for a, b in sentences(text)]
+    ['Dr. No paid $3.50.', 'Who?', '“Me.”']
+    """
+    found, start = [], 0
+    for end in [*(match for match in _END.finditer(text) if _ends(text, match)), None]:
+        stop = len(text) if end is None else end.end()
+        piece = text[start:stop]
+        if any(character.isalnum() for character in piece):
+            first = start + len(piece) - len(piece.lstrip())
+            found.append((first, first + len(piece.strip())))
+            start = stop
+        elif found and piece.strip() and "\n" not in text[found[-1][1] : start]:  # signs alone close what was before
+            found[-1] = (found[-1][0], start + len(piece.rstrip()))
+            start = stop
+    return found
+
+
+def _ends(text: str, mark: re.Match[str]) -> bool:
+    """Whether a mark that may end a sentence does."""
+    after = text[mark.end() :].lstrip(" \t")[:1]
+    if mark[0].startswith(("..", "…")):
+        return not after.islower()
+    short = _SHORT.search(text, max(0, mark.start() - 12), mark.start() + 1)
+    if short is None or not after or after == "\n":
+        return True
+    word = short[1]
+    if word.isdecimal():  # the number of an item of a list
+        return bool(text[: short.start(1)].rpartition("\n")[2].strip())
+    return not (word.casefold() in _ABBREVIATIONS or (len(word) == 1 and word != "I"))
 
 
 def words(text: str) -> list[str]:

@@ -139,6 +139,22 @@ class Reward:
         Equal prompts (and answers) form a group, wherever they stand. The scores come in the order given; the reading
         with them only if that order keeps groups together.
         """
+        rollout, back = self.paired(prompts, responses, answers)
+        scores = self(rollout)
+        in_order = torch.equal(back.cpu(), torch.arange(len(back)))
+        return Scores(
+            scores.reward[back],
+            {name: value[back] for name, value in scores.signals.items()},
+            scores.reading if in_order else None,
+        )
+
+    def paired(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str | Sequence[int]],
+        answers: Sequence[Sequence[str]] | None = None,
+    ) -> tuple[Rollout, Tensor]:
+        """`responses[i]` as a response to `prompts[i]`, groups together; and where in the rollout each i stands, [B]."""
         if not responses or len(prompts) != len(responses) or (answers is not None and len(answers) != len(prompts)):
             counts = f"{len(prompts)} prompts and {len(responses)} responses"
             counts += "" if answers is None else f" and {len(answers)} lists of answers"
@@ -153,13 +169,7 @@ class Reward:
         order = index.argsort(stable=True)
         encoded = self.policy.encode([prompts[i] for i in first.values()], [known[i] for i in first.values()])
         rollout = self.policy.respond(encoded, [responses[i] for i in order.tolist()], index[order])
-        scores = self(rollout)
-        back = order.argsort().to(scores.reward.device)
-        return Scores(
-            scores.reward[back],
-            {name: value[back] for name, value in scores.signals.items()},
-            scores.reading if torch.equal(order, torch.arange(len(order))) else None,
-        )
+        return rollout, order.argsort().to(rollout.ended.device)
 
     def __call__(self, rollout: Rollout, policy: Policy | None = None, reading: Reading | None = None) -> Scores:
         """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`;
