@@ -122,6 +122,35 @@ def test_eager_replay_is_the_same_numbers(policy, tmp_path):
     assert (ours.logprobs - theirs.logprobs).abs().max() <= 1e-4
 
 
+def test_the_attention_of_the_question_is_that_of_an_eager_forward(policy, monkeypatch):
+    prompts = policy.encode(PROMPTS)
+    rollout = policy.sample(prompts, 3, sampling=Sampling(max_new_tokens=6), seed=2)
+    question = torch.zeros_like(prompts.mask)
+    question[0, -6:-2] = question[1, -3:] = question[2, -4:] = True
+    question &= prompts.mask
+    weights = torch.rand(policy.attention_shape, generator=torch.Generator().manual_seed(0))
+    reading = policy.read(rollout, copy_weights=weights, question=question)
+    assert reading.copy_attention is not None
+    if policy.is_encoder_decoder:
+        expected = reading.copy_attention[:, 0]
+    else:
+        policy.network.set_attn_implementation("eager")
+        positions = (prompts.mask.long().cumsum(-1) - 1).clamp(min=0)
+        out = policy.network(
+            prompts.ids, attention_mask=prompts.mask.long(), position_ids=positions, output_attentions=True
+        )
+        policy.network.set_attn_implementation("sdpa")
+        combined = sum(torch.einsum("h,bhqk->bqk", w, maps) for w, maps in zip(weights, out.attentions, strict=True))
+        mean = (combined * question[..., None]).sum(1) / question.sum(-1, keepdim=True).clamp(min=1)
+        expected = mean[rollout.prompt_index]
+    torch.testing.assert_close(reading.question_attention, expected, atol=1e-5, rtol=1e-4)
+    plain = policy.read(rollout, copy_weights=weights)
+    torch.testing.assert_close(reading.copy_attention, plain.copy_attention, atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(policy.reader.budget, "tokens", 1)
+    pieces = policy.read(rollout, copy_weights=weights, question=question)
+    torch.testing.assert_close(pieces.question_attention, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_entropy_and_certainty_by_their_definitions(policy):
     rollout = policy.paired(PROMPTS, ["garden .", "w3", "in the w9"])
     reading = policy.read(rollout)
@@ -326,3 +355,6 @@ def test_responses_that_are_all_empty_have_nothing_to_read(policy):
     assert reading.logprobs.shape == reading.entropy.shape == (3, 0)
     some = policy.read(policy.respond(policy.encode(PROMPTS), [[], [7, 8], []], torch.arange(3)))
     assert (some.logprobs != 0).tolist() == [[False, False], [True, True], [False, False]]
+    weights = torch.rand(policy.attention_shape)
+    asked = policy.read(reading.rollout, copy_weights=weights, question=reading.rollout.prompts.mask)
+    assert asked.question_attention.shape == (3, reading.rollout.prompts.ids.shape[1])

@@ -28,6 +28,8 @@ READING = [
     signals.contrast,
     signals.reliance,
     signals.comprehensiveness,
+    signals.question_reliance,
+    signals.agreement,
 ]
 
 
@@ -48,8 +50,18 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     counted = kept if content is None else torch.tensor(content)
     heads = torch.zeros(len(rollout), 2, 3)
     words, said = (ids + 1).masked_fill(~mask, NO_WORD)[index], (out + 1).masked_fill(~kept, NO_WORD)
-    read = Reading(rollout, zeros, zeros, zeros, a, a)
-    return Evidence(read, weight, counted, words, said, said, zeros, zeros, zeros, heads)
+    asking = torch.zeros(count, ids.shape[1])
+    read = Reading(rollout, zeros, zeros, zeros, a, a, asking)
+    nowhere = torch.zeros(count, ids.shape[1], dtype=torch.bool)
+    sentences = torch.full((count, ids.shape[1]), -1)
+    return Evidence(
+        *(read, weight, counted, words, said, said, ~nowhere, nowhere, sentences),
+        contrast_logprobs=zeros,
+        question_logprobs=zeros,
+        unasked_logprobs=zeros,
+        ablated_logprobs=zeros,
+        head_mass=heads,
+    )
 
 
 def by_hand(**changes):
@@ -227,11 +239,17 @@ def reads(draw):
     evidence = evidence_of(
         prompt.tolist(), response.tolist(), attention.tolist(), salience=salience.tolist(), content=content.tolist()
     )
-    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(6)]
+    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(7)]
     reading = replace(evidence.reading, logprobs=-floats[0], entropy=floats[1], certainty=floats[2])
+    question = (torch.rand(2, p, generator=generator) < 0.3) & mask
+    sentences = torch.randint(0, 3, (2, p), generator=generator).masked_fill(question | ~mask, -1)
     return replace(
         evidence,
-        reading=reading,
+        reading=replace(reading, question_attention=attention[:, 0] * mask),
+        context=mask & ~question,
+        question=question,
+        sentences=sentences,
+        unasked_logprobs=-floats[6],
         contrast_logprobs=-floats[3],
         question_logprobs=-floats[4],
         ablated_logprobs=-floats[5],
@@ -259,14 +277,18 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
     maps = torch.nn.functional.pad(reading.attention, (before, after, 0, after))
     floats = [wide(x, 0, after) for x in (reading.logprobs, reading.entropy, reading.certainty)]
     return Evidence(
-        Reading(rollout, *floats, maps, maps),
+        Reading(rollout, *floats, maps, maps, wide(reading.question_attention, before, after)),
         wide(evidence.salience, before, after),
         wide(evidence.content, 0, after, False),
         wide(evidence.prompt_words, before, after, NO_WORD),
         wide(evidence.response_words, 0, after, NO_WORD),
         wide(evidence.response_keys, 0, after, junk),
+        wide(evidence.context, before, after, False),
+        wide(evidence.question, before, after, False),
+        wide(evidence.sentences, before, after, -1),
         wide(evidence.contrast_logprobs, 0, after),
         wide(evidence.question_logprobs, 0, after),
+        wide(evidence.unasked_logprobs, 0, after),
         wide(evidence.ablated_logprobs, 0, after),
         evidence.head_mass,
         None if evidence.keep is None else wide(evidence.keep, before, after, False),
@@ -306,3 +328,53 @@ def test_the_order_of_prompt_positions_changes_nothing(evidence):
     other = replace(evidence, reading=reading, salience=evidence.salience[:, order], prompt_words=words)
     for signal in READING:
         torch.testing.assert_close(signal(other), signal(evidence), msg=signal.__name__)
+
+
+def asked(**changes):
+    """Two sentences (5 6, 7 8) and a question (9 7): a response of 6, 7, 4 to them."""
+    evidence = evidence_of([[5, 6, 7, 8, 9, 7]], [[6, 7, 4]])
+    looked = torch.tensor(
+        [[[0.5, 0.1, 0.2, 0.0, 0.1, 0.1], [0.0, 0.0, 0.9, 0.0, 0.0, 0.0], [0.0, 0.2, 0.0, 0.2, 0, 0]]]
+    )
+    asking = torch.tensor([[0.1, 0.1, 0.3, 0.1, 0.4, 0.0]])
+    context = torch.tensor([[True] * 4 + [False] * 2])
+    reading = replace(
+        evidence.reading,
+        logprobs=torch.tensor([[-1.0, -2.0, -3.0]]),
+        copy_attention=looked,
+        question_attention=asking,
+    )
+    sentences = torch.tensor([[0, 0, 1, 1, -1, -1]])
+    given = {"context": context, "question": ~context, "sentences": sentences} | changes
+    return replace(evidence, reading=reading, unasked_logprobs=torch.tensor([[-3.0, -9.0, -4.0]]), **given)
+
+
+def test_question_reliance_counts_what_the_question_does_not_say():
+    # 7 is a word of the question: (−1 + 3) and (−3 + 4) remain.
+    torch.testing.assert_close(signals.question_reliance(asked()), torch.tensor([1.5]))
+
+
+def test_agreement_is_the_overlap_of_two_shares_over_sentences():
+    # Tokens 6 and 4: 0.5 + 0.1 + 0.2 on the first sentence, 0.2 + 0.2 on the second. The question: 0.2 and 0.4.
+    torch.testing.assert_close(
+        signals.agreement(asked()), torch.tensor([0.8 / 1.2 * 0.2 / 0.6 + 0.4 / 1.2 * 0.4 / 0.6])
+    )
+
+
+def test_support_is_what_the_context_says_and_the_question_does_not():
+    # 6 is told by the context, 7 by the question too, 4 by nothing.
+    torch.testing.assert_close(controls.support(asked()), torch.tensor([1 / 3]))
+
+
+def test_a_question_said_again_earns_none_of_them():
+    echo = replace(asked(), question=torch.ones(1, 6, dtype=torch.bool))
+    for signal in (signals.question_reliance, signals.agreement, controls.support):
+        kept = replace(echo, content=torch.tensor([[True, True, False]]))
+        torch.testing.assert_close(signal(kept), torch.zeros(1))
+
+
+@given(reads())
+@settings(max_examples=40, deadline=None)
+def test_agreement_and_support_are_shares(evidence):
+    for signal in (signals.agreement, controls.support):
+        assert bool(((signal(evidence) >= 0) & (signal(evidence) <= 1 + 1e-6)).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_sentences_end_where_a_reader_ends_them(text: str, expected: list[str]) 
 def test_sentences_are_in_order_and_hold_every_letter(text: str) -> None:
     spans = sentences(text)
     assert all(start < end for start, end in spans)
-    assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one[1] <= other[0] for one, other in pairwise(spans))
     inside = {place for start, end in spans for place in range(start, end)}
     assert all(place in inside for place, character in enumerate(text) if character.isalnum())
     assert all(text[start:end] == text[start:end].strip() for start, end in spans)
@@ -96,8 +97,8 @@ def test_shares_are_those_of_the_attention_summed_by_hand(policy: Policy) -> Non
     spans, places = document_sentences(rollout.prompts, 0)
     # "garden" and "." are the first two tokens of the response, "office" is the third.
     for one, tokens in zip(cited, [[0, 1], [2]], strict=True):
-        by_hand = [sum(float(reading.copy_attention[0, t, i]) for t in tokens for i in range(len(places)) if places[i] == s)
-                   for s in range(len(spans))]  # fmt: skip
+        looked = reading.copy_attention[0, tokens].sum(0)
+        by_hand = [float(sum(looked[i] for i in range(len(places)) if places[i] == s)) for s in range(len(spans))]
         shares = {spans.index((source.document, *source.span)): source.share for source in one.sources}
         for place, share in shares.items():
             assert share == pytest.approx(by_hand[place] / sum(by_hand), abs=1e-5)

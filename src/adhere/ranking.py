@@ -42,7 +42,7 @@ Complete = Callable[[Sequence[Prompt], int], list[list[tuple[str, bool]]]]
 
 @dataclass(frozen=True)
 class Ranked:
-    """A row and its candidates, each {"response", "reward", "signals", "evidence"}, best first; of equals, the first drawn."""
+    """A row and candidates, each {"response", "reward", "signals", "evidence"}, best first; of equals, the first."""
 
     row: Row
     candidates: tuple[dict[str, Any], ...]

@@ -236,10 +236,13 @@ class Reading:
     to 1; None when it was not asked for."""
     copy_attention: Tensor | None = None
     """[B, R, P] the same, combined with the copy-head weights w^copy."""
+    question_attention: Tensor | None = None
+    """[B, P] the copy heads' attention of the question to the prompt, the mean over its tokens; on an encoder–decoder
+    that of the row before the first response token. The same for all responses to a prompt; None when not asked for."""
 
     def select(self, rows: Tensor) -> Reading:
         """The responses `rows` ([n] int64, ascending)."""
-        rest = (self.entropy, self.certainty, self.attention, self.copy_attention)
+        rest = (self.entropy, self.certainty, self.attention, self.copy_attention, self.question_attention)
         return Reading(
             self.rollout.select(rows),
             self.logprobs[rows],

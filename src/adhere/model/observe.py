@@ -76,10 +76,27 @@ class ObservedMaps:
         """Name → [B, R, P]: the maps side by side. A prompt's own forward stands for all responses to it."""
         found: dict[str, list[Tensor]] = {}
         for window, made in self.windows:
-            alone = window.batch != len(prompt_index)
             for name, kept in made.items():
-                found.setdefault(name, []).append(kept.result()[prompt_index] if alone else kept.result())
+                values = kept.result()[:, window.response.start - window.response.stop :]
+                found.setdefault(name, []).append(_for_responses(values, window, prompt_index))
         return {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
+
+    def of_question(self, prompt_index: Tensor) -> Tensor:
+        """[B, P]: the copy heads' attention of the question, the mean over its tokens.
+
+        A decoder that reads no prompt has none of its own: there it is the attention of the first row, which has read
+        nothing but the prompt."""
+        window, made = self.windows[0]
+        values = made["copy_attention"].result()
+        if window.question is None:
+            return _for_responses(values[:, window.response.start - window.response.stop], window, prompt_index)
+        mean = (values * window.question.unsqueeze(-1)).sum(1) / window.question.sum(-1, keepdim=True).clamp(min=1)
+        return _for_responses(mean, window, prompt_index)
+
+
+def _for_responses(values: Tensor, window: Window, prompt_index: Tensor) -> Tensor:
+    """`values` of a forward's sequences for each response, where a sequence may be the prompt of a whole group."""
+    return values[prompt_index] if window.batch != len(prompt_index) else values
 
 
 class DrawReader:
@@ -101,7 +118,7 @@ class DrawReader:
         if self._maps.windows:
             _, made = self._maps.windows.pop()
             # In the prompts' own forward one row may stand for a whole group.
-            found = {name: kept.result()[:, 0] for name, kept in made.items()}
+            found = {name: kept.result()[:, -1] for name, kept in made.items()}
             found = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in found.items()}
         found |= token_spread(logits, self._temperature, self._spread)
         self._notes.append((rows, found))

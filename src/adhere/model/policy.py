@@ -274,11 +274,13 @@ class Policy:
         attention: bool = True,
         copy_weights: Tensor | None = None,
         spread: Collection[str] = SPREAD,
+        question: Tensor | None = None,
     ) -> Reading:
         """One teacher-forced forward: log-probs, `spread` (entropy, certainty) and (where asked) attention together.
 
-        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too. Leave out
-        of `spread` what nobody reads: each costs a pass over the vocabulary.
+        Give a rollout, or as many prompts as responses. `copy_weights` [L, H] asks for `copy_attention` too, and with
+        it `question` [N, P] bool, the prompt tokens that ask, for `question_attention`. Leave out of `spread` what
+        nobody reads: each costs a pass over the vocabulary.
         """
         if not isinstance(rollout, Rollout):
             if responses is None or len(responses) != len(rollout):
@@ -287,7 +289,8 @@ class Policy:
         maps: dict[str, Tensor | None] = {"attention": None} if attention else {}
         if copy_weights is not None:
             maps["copy_attention"] = copy_weights
-        return self.reader.read(rollout, self.constraints, maps, spread)
+        assert question is None or copy_weights is not None, "the question is read with the copy heads"
+        return self.reader.read(rollout, self.constraints, maps, spread, question)
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""

@@ -32,13 +32,15 @@ class Window:
     """The forward that is about to run, for whoever wants to read its attention."""
 
     rows: slice
-    """Queries that predict response tokens."""
+    """Queries that predict response tokens, after those of the question where they are asked for."""
     columns: slice
     """Keys that are the prompt."""
     batch: int
     """Sequences in this forward: B, or N where the prompt of a group stands for all its responses."""
     response: slice
-    """Response positions that `rows` predict."""
+    """Response positions that the last of `rows` predict."""
+    question: Tensor | None = None
+    """[batch, t] bool: which of the t = `rows` are tokens of the question; None: nobody asked for their attention."""
 
 
 Around = Callable[[Window], AbstractContextManager[None]]
@@ -164,19 +166,26 @@ def forwards(
     share: bool,
     around: Around = _unwatched,
     head: Head | None = None,
+    question: Tensor | None = None,
     **extra: Any,
 ) -> Iterator[Predictions]:
     """Head and tail of a rollout: with each prompt run once where `share` says so and the frequencies of its RoPE
-    stay, else by the plain batch. Where RoPE depends on length, `rollout` is one of `adhere.model.chunks.chunks`."""
+    stay, else by the plain batch. Where RoPE depends on length, `rollout` is one of `adhere.model.chunks.chunks`.
+
+    `question` [N, P] bool: tokens whose attention is to be observed as well, by a decoder that reads the prompt."""
     prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
     if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
-        yield from shared_forwards(model, rollout, around, head)
+        yield from shared_forwards(model, rollout, around, head, question)
     else:
-        yield from plain_forwards(model, rollout, around, head, **extra)
+        yield from plain_forwards(model, rollout, around, head, question, **extra)
 
 
 def shared_forwards(
-    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, head: Head | None = None
+    model: PreTrainedModel,
+    rollout: Rollout,
+    around: Around = _unwatched,
+    head: Head | None = None,
+    question: Tensor | None = None,
 ) -> Iterator[Predictions]:
     """Head and tail of a rollout with each prompt run once: P·N + R·B tokens."""
     prompts, size = rollout.prompts, rollout.response_ids.shape[1]
@@ -184,7 +193,7 @@ def shared_forwards(
     columns = slice(0, places)
     last = 0 if model.config.is_encoder_decoder else places - 1
     with original_frequencies(model), _reading(head) as kept:
-        with around(Window(slice(last, last + 1), columns, len(prompts), slice(0, 1))):
+        with around(_window(model, slice(last, last + 1), columns, len(prompts), slice(0, 1), question)):
             prefix, logits = prefill(model, prompts)
         prefix = prefix.select(rollout.prompt_index)
         first = _predictions(head, kept, logits[:, None], slice(0, 1))
@@ -196,7 +205,12 @@ def shared_forwards(
 
 
 def plain_forwards(
-    model: PreTrainedModel, rollout: Rollout, around: Around = _unwatched, head: Head | None = None, **extra: Any
+    model: PreTrainedModel,
+    rollout: Rollout,
+    around: Around = _unwatched,
+    head: Head | None = None,
+    question: Tensor | None = None,
+    **extra: Any,
 ) -> Iterator[Predictions]:
     """The same from one forward over each prompt joined to each response: (P + R)·B tokens. The reference."""
     prompts = rollout.prompts.select(rollout.prompt_index)
@@ -206,7 +220,8 @@ def plain_forwards(
     given = slice(0, size if depends_on_length(model) and not encoder_decoder else size - 1)
     ids, mask = rollout.response_ids[:, given], rollout.response_mask[:, given]
     first = 0 if encoder_decoder else places - 1
-    window = Window(slice(first, first + size), slice(0, places), len(rollout), slice(0, size))
+    asked = None if question is None else question[rollout.prompt_index]
+    window = _window(model, slice(first, first + size), slice(0, places), len(rollout), slice(0, size), asked)
     with original_frequencies(model), _reading(head) as kept, around(window):
         if encoder_decoder:
             out = model(
@@ -226,6 +241,19 @@ def plain_forwards(
                 **extra,
             )
     yield _predictions(head, kept, out.logits, slice(0, size), ids.shape[1] + 1 - size)
+
+
+def _window(
+    model: PreTrainedModel, rows: slice, columns: slice, batch: int, response: slice, question: Tensor | None
+) -> Window:
+    """The window of `rows`, and of those before them from the first token of a `question` [batch, P] on."""
+    if question is None or model.config.is_encoder_decoder or not bool(question.any()):
+        return Window(rows, columns, batch, response)
+    first = min(rows.start, int(question.any(0).int().argmax()))
+    asked = torch.zeros(batch, rows.stop - first, dtype=torch.bool, device=question.device)
+    inside = question[:, first : rows.stop]
+    asked[:, : inside.shape[1]] = inside
+    return Window(slice(first, rows.stop), columns, batch, response, asked)
 
 
 def _predictions(head: Head | None, kept: list[Tensor], logits: Tensor, response: slice, after: int = 0) -> Predictions:

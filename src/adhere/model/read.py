@@ -61,18 +61,31 @@ class Reader:
                 capture.verify(self.network)
             self._verified = True
 
-    def read(self, rollout: Rollout, constraints: Constraints | None, maps: Maps, spread: Collection[str]) -> Reading:
-        """Log-probs under `constraints`, those of `SPREAD` in `spread`, and the attention maps `maps`."""
+    def read(
+        self,
+        rollout: Rollout,
+        constraints: Constraints | None,
+        maps: Maps,
+        spread: Collection[str],
+        question: Tensor | None = None,
+    ) -> Reading:
+        """Log-probs under `constraints`, those of `SPREAD` in `spread`, the attention maps `maps`, and the attention of
+        the prompt tokens `question` [N, P] bool."""
         size, width = rollout.response_ids.shape
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", *spread), (size, width))
         shapes |= dict.fromkeys(maps, (size, width, rollout.prompts.ids.shape[1]))
+        if question is not None:
+            shapes["question_attention"] = size, rollout.prompts.ids.shape[1]
 
         def work(max_tokens: int) -> Reading:
             whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
             for chunk in chunks(self.network, rollout, max_tokens):
                 padding = ~chunk.rollout.response_mask
-                for name, values in self._read(chunk.rollout, constraints, maps, spread).items():
-                    if name in maps:
+                asked = None if question is None else question[rollout.prompt_index[chunk.rows].unique()][:, chunk.span]
+                for name, values in self._read(chunk.rollout, constraints, maps, spread, asked).items():
+                    if name == "question_attention":
+                        whole[name][chunk.rows, chunk.span] = values
+                    elif name in maps:
                         whole[name][chunk.rows, chunk.columns, chunk.span] = values.masked_fill(padding[..., None], 0.0)
                     else:
                         whole[name][chunk.rows, chunk.columns] = values
@@ -114,8 +127,11 @@ class Reader:
 
         return self.budget.run(work, _longest(rollout))
 
-    def forwards(self, part: Rollout, share: bool, make: Make | None = None) -> Iterator[prefix.Predictions]:
-        """The forward(s) of a chunk, each observed by the accumulators that `make(window)` returns."""
+    def forwards(
+        self, part: Rollout, share: bool, make: Make | None = None, question: Tensor | None = None
+    ) -> Iterator[prefix.Predictions]:
+        """The forward(s) of a chunk, each observed by the accumulators that `make(window)` returns; `question` [N, P]
+        bool are prompt tokens to observe besides."""
         with self._active():
             head = self.head  # made before anything observes
             if make is None:
@@ -123,23 +139,31 @@ class Reader:
                 return
             around = AttentionObserver(self.network, make, self.eager).around
             if self.eager:
-                yield from prefix.plain_forwards(self.network, part, around, head, output_attentions=True)
+                yield from prefix.plain_forwards(self.network, part, around, head, question, output_attentions=True)
                 return
             self.verify()
-            yield from prefix.forwards(self.network, part, share, around, head)
+            yield from prefix.forwards(self.network, part, share, around, head, question)
 
     @torch.no_grad()
     def _read(
-        self, part: Rollout, constraints: Constraints | None, maps: Maps, spread: Collection[str]
+        self,
+        part: Rollout,
+        constraints: Constraints | None,
+        maps: Maps,
+        spread: Collection[str],
+        question: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Statistics [b, r] and maps [b, r, p] of one chunk."""
+        """Statistics [b, r], maps [b, r, p] and question attention [b, p] of one chunk."""
         observed = ObservedMaps(maps, self.network.device)
         found: dict[str, list[Tensor]] = {}
-        for piece in self.forwards(part, self.shares_prefixes, observed if maps else None):
+        for piece in self.forwards(part, self.shares_prefixes, observed if maps else None, question):
             for name, values in token_statistics(piece, part, self.head, constraints, spread).items():
                 found.setdefault(name, []).append(values)
         statistics = {name: torch.cat(pieces, dim=1) for name, pieces in found.items()}
-        return statistics | observed.collected(part.prompt_index)
+        found_maps = observed.collected(part.prompt_index)
+        if question is not None:
+            found_maps["question_attention"] = observed.of_question(part.prompt_index)
+        return statistics | found_maps
 
 
 def _always(accumulator: Accumulator) -> Make:

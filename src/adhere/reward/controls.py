@@ -28,6 +28,16 @@ def overlap(evidence: Evidence) -> Tensor:
     return masked_mean(evidence.repeated.any(-1).float(), evidence.content)
 
 
+def support(evidence: Evidence) -> Tensor:
+    """Share of a response's content tokens that the context says and the question does not. [B] in [0, 1].
+
+    (1/m_c) Σ_{t content} 1[y_t ∈ context, y_t ∉ question]: what an answer adds, as far as the evidence has the word.
+    A question said again gets 0, and so does what no document says; 0 where no response token is content.
+    """
+    told = (evidence.repeated & evidence.context.unsqueeze(1)).any(-1) & evidence.added
+    return masked_mean(told.float(), evidence.content)
+
+
 def length(evidence: Evidence) -> Tensor:
     """Number of response tokens, end-of-sequence included. [B] ≥ 0.
 
@@ -73,7 +83,15 @@ def shuffled(reading: Reading, seed: int = 0) -> Reading:
     def moved(attention: Tensor | None) -> Tensor | None:
         return None if attention is None else attention.gather(2, index.expand_as(attention))
 
-    return replace(reading, attention=moved(reading.attention), copy_attention=moved(reading.copy_attention))
+    asking = reading.question_attention
+    # Moved otherwise than the responses' attention: moved alike, the two would still agree.
+    away = order[rollout.prompt_index].gather(1, order[rollout.prompt_index])
+    return replace(
+        reading,
+        attention=moved(reading.attention),
+        copy_attention=moved(reading.copy_attention),
+        question_attention=None if asking is None else asking.gather(1, away),
+    )
 
 
 def majority(evidence: Evidence) -> Tensor:

@@ -17,12 +17,15 @@ from adhere.reward.salience import (
     TokenClass,
     attended,
     classes_of,
+    context_tokens,
     question_only,
+    question_tokens,
     response_content,
     salience,
     user_tokens,
 )
 from adhere.reward.signals import Evidence
+from adhere.reward.sources import context_sentences
 from adhere.reward.words import Spelling
 from adhere.types import Reading, Rollout
 
@@ -63,9 +66,14 @@ def gather(
     if reads == Reads.TEXT:
         reading = _unread(rollout)
     else:
-        reading = reading or scorer.read(
-            rollout, attention=seen, copy_weights=maps.get("copy_attention"), spread=spread_read(config)
-        )
+        if reading is None:
+            reading = scorer.read(
+                rollout,
+                attention=seen,
+                copy_weights=maps.get("copy_attention"),
+                spread=spread_read(config),
+                question=question_tokens(rollout.prompts, classes) if Reads.ASKING in reads else None,
+            )
         reading = controls.shuffled(reading) if config.shuffle else reading
     # Text alone has no attention for `self` to read, and reads no salience either.
     weighed = salience(config.salience if seen else "content", reading, classes)
@@ -78,11 +86,17 @@ def gather(
         spelling.words(rollout.prompts.ids, own)[rollout.prompt_index],
         spelling.words(rollout.response_ids, said),
         spelling.key(rollout.response_ids),
-        _contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
-        _after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,
-        _without_attended(reading, scorer, classes, config.ablate) if Reads.ABLATED in reads else None,
-        scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
-        own[rollout.prompt_index] if config.renormalise else None,
+        context_tokens(rollout.prompts, classes)[rollout.prompt_index],
+        question_tokens(rollout.prompts, classes)[rollout.prompt_index],
+        context_sentences(rollout.prompts, classes)[rollout.prompt_index],
+        contrast_logprobs=_contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
+        question_logprobs=_after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,
+        unasked_logprobs=_without_question(rollout, scorer, classes) if Reads.UNASKED in reads else None,
+        ablated_logprobs=(
+            _without_attended(reading, scorer, classes, config.ablate) if Reads.ABLATED in reads else None
+        ),
+        head_mass=scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
+        keep=own[rollout.prompt_index] if config.renormalise else None,
     )
 
 
@@ -105,6 +119,16 @@ def _after_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tensor
     """[B, R] log-probs of the responses after the question alone."""
     asked, _ = question_only(rollout.prompts, classes, left=not scorer.is_encoder_decoder)
     return scorer.read(replace(rollout, prompts=asked), attention=False, spread=()).logprobs
+
+
+def _without_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tensor:
+    """[B, R] log-probs of the responses after the prompt without its question; after the whole prompt where it is
+    nothing but a question."""
+    prompts = rollout.prompts
+    keep = prompts.mask & ~question_tokens(prompts, classes)
+    keep = torch.where((keep & context_tokens(prompts, classes)).any(-1, keepdim=True), keep, prompts.mask)
+    unasked = prompts.only(keep, left=not scorer.is_encoder_decoder)
+    return scorer.read(replace(rollout, prompts=unasked), attention=False, spread=()).logprobs
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:

@@ -31,6 +31,8 @@ class Reads(enum.Flag):
     CONTRAST = enum.auto()
     QUESTION = enum.auto()
     ABLATED = enum.auto()
+    UNASKED = enum.auto()
+    ASKING = enum.auto()
     HEADS = enum.auto()
 
 
@@ -65,6 +67,9 @@ SIGNALS: dict[str, Signal] = {
     "contrast": Signal(Reads.LOGPROBS | Reads.CONTRAST),
     "reliance": Signal(Reads.LOGPROBS | Reads.QUESTION),
     "comprehensiveness": Signal(Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
+    "question_reliance": Signal(Reads.LOGPROBS | Reads.UNASKED),
+    "agreement": Signal(Reads.COPY | Reads.ASKING),
+    "support": Signal(Reads.TEXT),
     "heads": Signal(Reads.ATTENTION | Reads.HEADS, {"weights": "head_weights"}),
     "overlap": Signal(Reads.TEXT),
     "length": Signal(Reads.TEXT),

@@ -154,7 +154,7 @@ class Reward:
         responses: Sequence[str | Sequence[int]],
         answers: Sequence[Sequence[str]] | None = None,
     ) -> tuple[Rollout, Tensor]:
-        """`responses[i]` as a response to `prompts[i]`, groups together; and where in the rollout each i stands, [B]."""
+        """`responses[i]` as a response to `prompts[i]`, groups together; and the row that each i has there, [B]."""
         if not responses or len(prompts) != len(responses) or (answers is not None and len(answers) != len(prompts)):
             counts = f"{len(prompts)} prompts and {len(responses)} responses"
             counts += "" if answers is None else f" and {len(answers)} lists of answers"

@@ -8,7 +8,7 @@ the controls that read no attention at all are in `controls`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -40,10 +40,18 @@ class Evidence:
     """[B, R] int64: the word that each response token is part of."""
     response_keys: Tensor
     """[B, R] int64: each response token, regardless of case and blanks."""
+    context: Tensor
+    """[B, P] bool: the prompt tokens that are evidence (`salience.context_tokens`)."""
+    question: Tensor
+    """[B, P] bool: the prompt tokens that ask (`salience.question_tokens`)."""
+    sentences: Tensor
+    """[B, P] int64: the sentence of the context that each prompt token stands in, -1 outside (`sources`)."""
     contrast_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses after another prompt of the batch; None when no signal asked for it."""
     question_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses after the question alone; None when no signal asked for it."""
+    unasked_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses after the prompt without its question; None when no signal asked for it."""
     ablated_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses without the context they attend to most; None when not asked for."""
     head_mass: Tensor | None = None
@@ -53,25 +61,20 @@ class Evidence:
 
     def select(self, rows: Tensor) -> Evidence:
         """The responses `rows` ([n] int64, ascending)."""
-        return Evidence(
-            self.reading.select(rows),
-            self.salience[rows],
-            self.content[rows],
-            self.prompt_words[rows],
-            self.response_words[rows],
-            self.response_keys[rows],
-            None if self.contrast_logprobs is None else self.contrast_logprobs[rows],
-            None if self.question_logprobs is None else self.question_logprobs[rows],
-            None if self.ablated_logprobs is None else self.ablated_logprobs[rows],
-            None if self.head_mass is None else self.head_mass[rows],
-            None if self.keep is None else self.keep[rows],
-        )
+        rest = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "reading"}
+        picked = {name: None if value is None else value[rows] for name, value in rest.items()}
+        return Evidence(self.reading.select(rows), **picked)
 
     @cached_property
     def repeated(self) -> Tensor:
         """[B, R, P] bool: where a response token and a prompt token are of the same word."""
         counts = self.response_words.unsqueeze(-1) != NO_WORD
         return (self.response_words.unsqueeze(-1) == self.prompt_words.unsqueeze(1)) & counts
+
+    @cached_property
+    def added(self) -> Tensor:
+        """[B, R] bool: content tokens of a response whose word the question does not say."""
+        return self.content & ~(self.repeated & self.question.unsqueeze(1)).any(-1)
 
     @cached_property
     def attention(self) -> Tensor:
@@ -229,6 +232,38 @@ def comprehensiveness(evidence: Evidence) -> Tensor:
     assert evidence.ablated_logprobs is not None, "no log-probs without the attended context were measured"
     gain = _floored(evidence.reading.logprobs) - _floored(evidence.ablated_logprobs)
     return masked_mean(gain, evidence.reading.response_mask)
+
+
+def question_reliance(evidence: Evidence) -> Tensor:
+    """What the question does for the response: mean log p(y_t|x) − log p(y_t|x without the question), nats. [B].
+
+    The mean runs over the content tokens that the question does not say: a question said again owes everything to the
+    question, and answers nothing. An answer to another question about the same passage gains nothing either. 0 where
+    no token is left. The counterpart of `reliance`, ours.
+    """
+    assert evidence.unasked_logprobs is not None, "no log-probs without the question were measured"
+    gain = _floored(evidence.reading.logprobs) - _floored(evidence.unasked_logprobs)
+    return masked_mean(gain, evidence.added)
+
+
+def agreement(evidence: Evidence) -> Tensor:
+    """Whether question and response look at the same sentences of the context: Σ_s q(s) a(s). [B] in [0, 1].
+
+    q(s) and a(s) are the shares of the copy heads' attention on sentence s, of the question's tokens and of the content
+    tokens of the response that the question does not say; each sums to 1 over the sentences. 0 where no token is left.
+    Ours.
+    """
+    reading = evidence.reading
+    assert reading.question_attention is not None and reading.copy_attention is not None
+    said = _by_sentence((reading.copy_attention * evidence.added.unsqueeze(-1)).sum(1), evidence.sentences)
+    return (said * _by_sentence(reading.question_attention, evidence.sentences)).sum(-1)
+
+
+def _by_sentence(attention: Tensor, sentences: Tensor) -> Tensor:
+    """Attention [B, P] as shares of the sentences of the context: [B, S], each row sums to 1, or is 0."""
+    mass = attention.new_zeros(len(attention), int(sentences.max()) + 2 if sentences.numel() else 1)
+    mass = mass.scatter_add(1, sentences + 1, attention)[:, 1:]  # what stands in no sentence goes to the first column
+    return mass / _positive(mass.sum(-1, keepdim=True))
 
 
 def heads(evidence: Evidence, weights: Mapping[str, float] | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Where a response comes from: for each of its sentences, the sentences of the documents that it was read from.
 
-The copy heads' attention, summed over the tokens of a response sentence, is shared out over the sentences of the prompt's
-documents. It takes no forward beside the one that scores.
+The copy heads' attention, summed over the tokens of a response sentence, is shared out over the sentences of the
+prompt's documents. It takes no forward beside the one that scores.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adhere.inspection.tokens import token_texts
+from adhere.reward.salience import TokenClass, classes_of, context_tokens
 from adhere.text import sentences
 from adhere.types import Prompts, Reading, Rollout
 
@@ -66,6 +67,18 @@ def document_sentences(prompts: Prompts, number: int) -> tuple[list[tuple[int, i
     for index, (document, start, end) in enumerate(found):
         places[(source[:, 0] == document) & (last >= start) & (last < end)] = index
     return found, places
+
+
+def context_sentences(prompts: Prompts, classes: Tensor) -> Tensor:
+    """The sentence of its context that each prompt token stands in: [N, P] int64, -1 outside. Those of documents; where
+    a prompt has none, what full stops and line ends part."""
+    context = context_tokens(prompts, classes)
+    stops = context & (classes_of(prompts.ids, classes) == TokenClass.STOP)
+    places = stops.long().cumsum(-1) - stops.long()  # a stop belongs to what it ends
+    for number, documents in enumerate(prompts.documents):
+        if documents:
+            places[number] = document_sentences(prompts, number)[1].to(places)
+    return places.masked_fill(~context, -1)
 
 
 def sentence_mass(attention: Tensor, places: Tensor, count: int) -> Tensor:
