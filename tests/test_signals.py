@@ -55,7 +55,7 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
     nowhere = torch.zeros(count, ids.shape[1], dtype=torch.bool)
     sentences = torch.full((count, ids.shape[1]), -1)
     return Evidence(
-        *(read, weight, counted, words, said, said, ~nowhere, nowhere, sentences),
+        *(read, weight, counted, words, said, said, ~nowhere, nowhere, ~nowhere, sentences),
         contrast_logprobs=zeros,
         question_logprobs=zeros,
         unasked_logprobs=zeros,
@@ -248,6 +248,7 @@ def reads(draw):
         reading=replace(reading, question_attention=attention[:, 0] * mask),
         context=mask & ~question,
         question=question,
+        written=mask,
         sentences=sentences,
         unasked_logprobs=-floats[6],
         contrast_logprobs=-floats[3],
@@ -285,6 +286,7 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
         wide(evidence.response_keys, 0, after, junk),
         wide(evidence.context, before, after, False),
         wide(evidence.question, before, after, False),
+        wide(evidence.written, before, after, False),
         wide(evidence.sentences, before, after, -1),
         wide(evidence.contrast_logprobs, 0, after),
         wide(evidence.question_logprobs, 0, after),
@@ -322,10 +324,14 @@ def test_the_order_of_prompt_positions_changes_nothing(evidence):
     moved = replace(prompts, ids=prompts.ids[:, order], roles=prompts.roles[:, order])
     maps = evidence.reading.attention[..., order]
     reading = replace(
-        evidence.reading, rollout=replace(evidence.reading.rollout, prompts=moved), attention=maps, copy_attention=maps
+        evidence.reading,
+        rollout=replace(evidence.reading.rollout, prompts=moved),
+        attention=maps,
+        copy_attention=maps,
+        question_attention=evidence.reading.question_attention[:, order],
     )
-    words = evidence.prompt_words[:, order]
-    other = replace(evidence, reading=reading, salience=evidence.salience[:, order], prompt_words=words)
+    by_place = ("salience", "prompt_words", "context", "question", "written", "sentences")
+    other = replace(evidence, reading=reading, **{name: getattr(evidence, name)[:, order] for name in by_place})
     for signal in READING:
         torch.testing.assert_close(signal(other), signal(evidence), msg=signal.__name__)
 
@@ -355,10 +361,10 @@ def test_question_reliance_counts_what_the_question_does_not_say():
 
 
 def test_agreement_is_the_overlap_of_two_shares_over_sentences():
-    # Tokens 6 and 4: 0.5 + 0.1 + 0.2 on the first sentence, 0.2 + 0.2 on the second. The question: 0.2 and 0.4.
-    torch.testing.assert_close(
-        signals.agreement(asked()), torch.tensor([0.8 / 1.2 * 0.2 / 0.6 + 0.4 / 1.2 * 0.4 / 0.6])
-    )
+    # Tokens 6 and 4: 0.5 + 0.1 + 0.2 on the first sentence, 0.2 + 0.2 on the second, 0.2 on the question.
+    # The question: 0.2 and 0.4.
+    expected = torch.tensor([0.8 / 1.4 * 0.2 / 0.6 + 0.4 / 1.4 * 0.4 / 0.6])
+    torch.testing.assert_close(signals.agreement(asked()), expected)
 
 
 def test_support_is_what_the_context_says_and_the_question_does_not():

@@ -23,6 +23,7 @@ from adhere.reward.salience import (
     response_content,
     salience,
     user_tokens,
+    written_tokens,
 )
 from adhere.reward.signals import Evidence
 from adhere.reward.sources import context_sentences
@@ -88,6 +89,7 @@ def gather(
         spelling.key(rollout.response_ids),
         context_tokens(rollout.prompts, classes)[rollout.prompt_index],
         question_tokens(rollout.prompts, classes)[rollout.prompt_index],
+        written_tokens(rollout.prompts, classes)[rollout.prompt_index],
         context_sentences(rollout.prompts, classes)[rollout.prompt_index],
         contrast_logprobs=_contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
         question_logprobs=_after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,

@@ -193,8 +193,21 @@ def _number(value: object) -> bool:
 
 
 _ATTENTION: dict[str, Any] = {
-    # In nats, so that a part speaks as loud as it is sure; z-scores would make a whisper as loud as a shout.
-    # `overlap` is the honest companion: copied words need no attention, and all other words need it (docs/reward.md).
+    # Shares of 1 carry it, nats correct it: a log-prob has no floor, and what is read off the prompt is always likely.
+    # Chosen on validation passages (docs/study/default.md).
+    "weights": {
+        "agreement": 10.0,
+        "support": 5.0,
+        "question_reliance": 1.0,
+        "coherence": 1.0,
+        "repetition": -5.0,
+        "grounding": 0.0,
+    },
+    "normalise": "none",
+    "gates": ("ended", "said"),
+}
+
+_ATTENTION_V1: dict[str, Any] = {
     "weights": {
         "coherence": 1.0,
         "comprehensiveness": 0.5,
@@ -210,6 +223,8 @@ _ATTENTION: dict[str, Any] = {
 
 NAMED: dict[str, RewardConfig] = {
     "attention": RewardConfig(**_ATTENTION),
+    # The default before; on real models it is gamed by the words of the question and of an example.
+    "attention-v1": RewardConfig(**_ATTENTION_V1),
     "paper": RewardConfig({"coverage": 1.0, "focus": 1.0, "repetition": -1.0}, scorer="policy", normalise="none"),
     # Both sources read the policy as it learns; Intuitor's reward breaks when a frozen copy gives it.
     "certainty": RewardConfig({"certainty": 1.0}, scorer="policy", normalise="none", gates=("said",)),

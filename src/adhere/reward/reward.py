@@ -181,7 +181,7 @@ class Reward:
     ) -> tuple[Rollout, Reading | None]:
         """Responses of `policy`, with its reading of them where the policy itself is the scorer: it is read as it
         samples, and scoring takes no forward of its own."""
-        if self.config.scorer != "policy" or self.config.reads == Reads.TEXT:
+        if self.config.scorer != "policy" or self.config.reads == Reads.TEXT or Reads.ASKING in self.config.reads:
             return policy.sample(prompts, num_samples, sampling=sampling, seed=seed), None
         maps, spread = maps_read(self.config, self.heads), spread_read(self.config)
         reading = policy.sample_and_read(prompts, num_samples, sampling, seed, maps, spread=spread)

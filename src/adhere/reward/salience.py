@@ -94,6 +94,11 @@ def user_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
     return prompts.current & (classes_of(prompts.ids, classes) != TokenClass.SPECIAL)
 
 
+def written_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
+    """[N, P] bool: all that somebody wrote: no template, no special token."""
+    return (prompts.roles > Role.TEMPLATE) & (classes_of(prompts.ids, classes) != TokenClass.SPECIAL)
+
+
 def question_tokens(prompts: Prompts, classes: Tensor) -> Tensor:
     """[N, P] bool: the question of each prompt.
 

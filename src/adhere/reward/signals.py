@@ -44,6 +44,8 @@ class Evidence:
     """[B, P] bool: the prompt tokens that are evidence (`salience.context_tokens`)."""
     question: Tensor
     """[B, P] bool: the prompt tokens that ask (`salience.question_tokens`)."""
+    written: Tensor
+    """[B, P] bool: the prompt tokens that somebody wrote, earlier turns included: no template, no special token."""
     sentences: Tensor
     """[B, P] int64: the sentence of the context that each prompt token stands in, -1 outside (`sources`)."""
     contrast_logprobs: Tensor | None = None
@@ -249,21 +251,22 @@ def question_reliance(evidence: Evidence) -> Tensor:
 def agreement(evidence: Evidence) -> Tensor:
     """Whether question and response look at the same sentences of the context: Σ_s q(s) a(s). [B] in [0, 1].
 
-    q(s) and a(s) are the shares of the copy heads' attention on sentence s, of the question's tokens and of the content
-    tokens of the response that the question does not say; each sums to 1 over the sentences. 0 where no token is left.
-    Ours.
+    q(s) is the share of the question's attention to the context that is on sentence s; a(s) that of the response's
+    attention to all that was written, so that what is read elsewhere, in an earlier turn, agrees with nothing. Both are
+    the copy heads', the response's from its content tokens that the question does not say; 0 where none is left. Ours.
     """
     reading = evidence.reading
     assert reading.question_attention is not None and reading.copy_attention is not None
-    said = _by_sentence((reading.copy_attention * evidence.added.unsqueeze(-1)).sum(1), evidence.sentences)
-    return (said * _by_sentence(reading.question_attention, evidence.sentences)).sum(-1)
+    said = (reading.copy_attention * evidence.added.unsqueeze(-1)).sum(1) * evidence.written
+    asked = _by_sentence(reading.question_attention, evidence.sentences)
+    shared = (_by_sentence(said, evidence.sentences) * asked).sum(-1)
+    return shared / _positive(said.sum(-1) * asked.sum(-1))
 
 
 def _by_sentence(attention: Tensor, sentences: Tensor) -> Tensor:
-    """Attention [B, P] as shares of the sentences of the context: [B, S], each row sums to 1, or is 0."""
+    """Attention [B, P] summed over the tokens of each sentence of the context: [B, S]."""
     mass = attention.new_zeros(len(attention), int(sentences.max()) + 2 if sentences.numel() else 1)
-    mass = mass.scatter_add(1, sentences + 1, attention)[:, 1:]  # what stands in no sentence goes to the first column
-    return mass / _positive(mass.sum(-1, keepdim=True))
+    return mass.scatter_add(1, sentences + 1, attention)[:, 1:]  # what stands in no sentence goes to the first column
 
 
 def heads(evidence: Evidence, weights: Mapping[str, float] | None = None) -> Tensor:
