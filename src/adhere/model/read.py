@@ -22,10 +22,13 @@ from adhere.model.head import Head
 from adhere.model.memory import TokenBudget
 from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
 from adhere.model.tokens import token_statistics
-from adhere.types import Reading, Rollout
+from adhere.progress import Progress
+from adhere.types import Chunk, Reading, Rollout
 
 # Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
 FORWARD_TOKENS = 16_384
+# A CPU is busy with far fewer, and slower with more: its caches overflow (SmolLM2 on two cores: a fifth slower).
+CPU_FORWARD_TOKENS = 2048
 
 Make = Callable[[prefix.Window], Sequence[Accumulator]]
 
@@ -37,7 +40,7 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.budget = TokenBudget(FORWARD_TOKENS)
+        self.budget = TokenBudget(CPU_FORWARD_TOKENS if network.device.type == "cpu" else FORWARD_TOKENS)
         self._active = active
         self._verified = False
         self._head: Head | None = None
@@ -61,7 +64,14 @@ class Reader:
                 capture.verify(self.network)
             self._verified = True
 
-    def read(self, rollout: Rollout, constraints: Constraints | None, maps: Maps, spread: Collection[str]) -> Reading:
+    def read(
+        self,
+        rollout: Rollout,
+        constraints: Constraints | None,
+        maps: Maps,
+        spread: Collection[str],
+        progress: Progress,
+    ) -> Reading:
         """Log-probs under `constraints`, those of `SPREAD` in `spread`, and the attention maps `maps`."""
         size, width = rollout.response_ids.shape
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("logprobs", *spread), (size, width))
@@ -69,7 +79,7 @@ class Reader:
 
         def work(max_tokens: int) -> Reading:
             whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in self._shown(progress, rollout, max_tokens):
                 padding = ~chunk.rollout.response_mask
                 for name, values in self._read(chunk.rollout, constraints, maps, spread).items():
                     if name in maps:
@@ -99,13 +109,13 @@ class Reader:
         return self.budget.run(work, _longest(rollout))
 
     @torch.no_grad()
-    def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
+    def head_mass(self, rollout: Rollout, salience: Tensor, progress: Progress) -> Tensor:
         """See `Policy.head_mass`."""
 
         def work(max_tokens: int) -> Tensor:
             every = torch.arange(len(rollout), device=salience.device)
             order, found = [], []
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in self._shown(progress, rollout, max_tokens):
                 mass = HeadMass(salience[chunk.rows, chunk.span], chunk.rollout.response_mask)
                 list(self.forwards(chunk.rollout, False, _always(mass)))
                 order.append(every[chunk.rows])
@@ -113,6 +123,11 @@ class Reader:
             return torch.cat(found)[torch.cat(order).argsort()]
 
         return self.budget.run(work, _longest(rollout))
+
+    def _shown(self, progress: Progress, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
+        """The chunks of a rollout, a response of them counting as one."""
+        pieces = chunks(self.network, rollout, max_tokens)
+        return progress(pieces, "reading", len(rollout), size=lambda chunk: len(chunk.rollout))
 
     def forwards(self, part: Rollout, share: bool, make: Make | None = None) -> Iterator[prefix.Predictions]:
         """The forward(s) of a chunk, each observed by the accumulators that `make(window)` returns."""

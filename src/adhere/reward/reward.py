@@ -216,7 +216,7 @@ class Reward:
             options = {option: getattr(self.config, where) for option, where in SIGNALS[name].options.items()}
             return partial(FORMULAS[name], **options)
         if name.startswith(PREFERENCE):
-            return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
+            return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device, self.policy.progress).signal
         return checked(name, self.functions[name]) if name in self.functions else user_function(name)
 
     def evidence(self, rollout: Rollout, scorer: Policy | None = None, reading: Reading | None = None) -> Evidence:
