@@ -264,6 +264,12 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert terminal.getvalue() == "train 0/4\n"
 
 
+def test_with_verbose_no_bar_is_drawn_among_what_libraries_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = opened(monkeypatch)
+    list(Console(verbose=True).track(range(4), "train", 4))
+    assert terminal.getvalue() == "train 0/4\n"
+
+
 def test_a_loop_that_fails_leaves_the_terminal_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = opened(monkeypatch)
     console = Console()

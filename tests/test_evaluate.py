@@ -210,8 +210,9 @@ def test_progress_counts_the_prompts_of_each_policy(
     for each in (policy, baseline):
         monkeypatch.setattr(each, "progress", seen)
     evaluate(policy, [Row(p) for p in PROMPTS], CONFIG, baseline)
-    assert seen.outer() == [("evaluating the baseline", 5, [4, 5]), ("evaluating", 5, [4, 5])]
-    assert {"reading prompts", "sampling", "reading"} == seen.titles() - {"evaluating the baseline", "evaluating"}
+    titles = ("encoding prompts", "evaluating the baseline", "encoding prompts", "evaluating")
+    assert seen.outer() == [(title, 5, [4, 5]) for title in titles]
+    assert {"reading prompts", "sampling", "reading"} == seen.titles() - set(titles)
 
 
 def test_a_prompt_that_cannot_be_read_is_called_by_its_line(policy: Policy) -> None:

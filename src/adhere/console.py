@@ -121,7 +121,8 @@ class Console:
         self, items: Iterable[T], title: str, total: int, *, size: Callable[[T], int] = one, done: int = 0
     ) -> Iterator[T]:
         """The `Progress` of the command line: in a terminal a live bar with the time left, and one below it for each
-        loop within; elsewhere a plain line for each kind of loop, and lines now and then for the outermost."""
+        loop within; elsewhere, and with `verbose`, a plain line for each kind of loop and now and then one more for the
+        outermost."""
         if self.quiet:
             yield from items
             return
@@ -158,7 +159,7 @@ class Console:
     def _open(self, loop: _Loop) -> None:
         outer = self._loops[0] if self._loops else None
         self._loops.append(loop)
-        if outer is None and self._err.is_terminal and not self._err.is_dumb_terminal:
+        if outer is None and self._draws:
             self._live = Live(
                 get_renderable=lambda: _bars(self._loops),
                 console=self._err,
@@ -172,6 +173,11 @@ class Console:
             self._say("", f"{outer.title}: {loop.title}", "")
         if outer is not None:
             outer.within.add(loop.title)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether a bar can be drawn over and over: not among the lines that libraries log."""
+        return self._err.is_terminal and not self._err.is_dumb_terminal and not self.verbose
 
     def _close(self, loop: _Loop) -> None:
         if loop not in self._loops:

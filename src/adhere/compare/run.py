@@ -35,7 +35,7 @@ def run_compare(
     _check_data(config, jobs)
     waiting = [job for job in jobs if not job.finished()]
     on_cpu = True
-    for model in config.models:
+    for model in progress(config.models, "preparing", len(config.models)):
         first = next(job for job in jobs if job.model == model)
         policy = load(first)
         on_cpu = on_cpu and policy.device.type == "cpu"

@@ -117,9 +117,10 @@ class Trainer:
         policy.prepare_training(config.dtype)
         if config.leaves_model and quantised(policy.model):
             raise UserError("an adapter cannot be merged into quantised weights", fix="use --save adapter")
-        self.prompts = policy.encode(
-            [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
-        )
+        with phase(policy.progress, "encoding prompts"):
+            self.prompts = policy.encode(
+                [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
+            )
         self._check_lengths(rows)
         spec = reward.config if reward is not None else config_of(config.reward)
         heads, own = (reward.heads, reward.functions) if reward is not None else (self._heads(resume), None)

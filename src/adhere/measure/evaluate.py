@@ -162,7 +162,8 @@ def _ask(
     starts = range(0, len(rows), config.batch_size)
     batches = [rows[start : start + config.batch_size] for start in starts]
     encoded = [
-        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some]) for some in batches
+        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some])
+        for some in policy.progress(batches, "encoding prompts", len(rows), size=len)
     ]
     found: dict[str, list[Any]] = {}
     parts = zip(starts, batches, encoded, strict=True)
