@@ -15,7 +15,18 @@ from adhere.data import Row
 ROOT = Path(__file__).parents[1]
 STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "limits", "rank", "train"))
 REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py")
-SCRIPTS = ("capture.py", "memory.py", "rank.py", "ray_data.py", "serve.py", "step.py", "trl_rollout.py", *REAL, *STUDY)
+SCRIPTS = (
+    "best_of_n.py",
+    "capture.py",
+    "memory.py",
+    "rank.py",
+    "ray_data.py",
+    "serve.py",
+    "step.py",
+    "trl_rollout.py",
+    *REAL,
+    *STUDY,
+)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +54,8 @@ def test_missing_data_is_one_line_and_exit_2(tmp_path: Path) -> None:
         done = run(script, "--data", str(tmp_path / "none"), "--output", str(tmp_path / "out"), *more)
         assert done.returncode == 2 and "babi" in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()
+    done = run("rank.py", "--data", str(tmp_path / "none"), "--model", str(tmp_path))
+    assert done.returncode == 2 and "squad_xquad" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_supporting_sentences_are_found_in_the_prompt() -> None:

@@ -24,6 +24,7 @@ from adhere.model.settings import Sampling
 from adhere.report.page import write_report
 from adhere.resume import JOURNAL
 from tests.families import save
+from tests.progress import Seen
 
 CONFIG = EvalConfig(num_samples=3, max_new_tokens=6, batch_size=4, seed=3)
 PROMPTS = ["mary is in the garden . where is mary ?", "w3 w4 ?", "the w7 is in the w9 . where is w7 ?", "w1", "w2 w2"]
@@ -202,10 +203,16 @@ def test_one_sample_a_prompt_leaves_consistency_out(policy: Policy) -> None:
     assert "consistency" not in found and "length" in found
 
 
-def test_progress_counts_prompts_of_both_policies(policy: Policy, baseline: Policy) -> None:
-    seen: list[tuple[int, int]] = []
-    evaluate(policy, [Row(p) for p in PROMPTS], CONFIG, baseline, lambda *now: seen.append(now))
-    assert seen == [(4, 10), (5, 10), (9, 10), (10, 10)]
+def test_progress_counts_the_prompts_of_each_policy(
+    policy: Policy, baseline: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen()
+    for each in (policy, baseline):
+        monkeypatch.setattr(each, "progress", seen)
+    evaluate(policy, [Row(p) for p in PROMPTS], CONFIG, baseline)
+    titles = ("encoding prompts", "evaluating the baseline", "encoding prompts", "evaluating")
+    assert seen.outer() == [(title, 5, [4, 5]) for title in titles]
+    assert {"reading prompts", "sampling", "reading"} == seen.titles() - set(titles)
 
 
 def test_a_prompt_that_cannot_be_read_is_called_by_its_line(policy: Policy) -> None:
@@ -317,10 +324,9 @@ def test_kept_batches_are_not_done_again_and_change_nothing(policy: Policy, base
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 2  # the settings, and two batches of either policy
     path.write_text("".join(lines[:3]) + lines[3][:40])  # killed while it wrote
-    done: list[int] = []
     cache = BatchCache.open(tmp_path, this, resume=True)
     assert len(cache.batches) == 2
-    again = evaluate(policy, rows, CONFIG, baseline, lambda now, _total: done.append(now), cache)
+    again = evaluate(policy, rows, CONFIG, baseline, cache)
     assert json.dumps(again.to_json()) == json.dumps(whole)
     assert len(path.read_text().splitlines()) == len(lines)
     with pytest.raises(UserError, match="add --resume"):

@@ -13,7 +13,19 @@ SRC = Path(adhere.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [
-    {"types", "errors", "text", "files", "resume", "options", "yaml_files", "config", "markup", "inspection"}
+    {
+        "types",
+        "errors",
+        "text",
+        "progress",
+        "files",
+        "resume",
+        "options",
+        "yaml_files",
+        "config",
+        "markup",
+        "inspection",
+    }
     | {"prompt", "data", "shards", "row_prompt", "row_files", "row_lists", "row_responses", "row_pairs"},
     {"model"},
     {"reward"},

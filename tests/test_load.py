@@ -433,7 +433,7 @@ def test_the_command_line_scores_nothing_with_a_model_that_is_not_whole(whole, t
         change, message = REFUSED[fault]
         folder = shutil.copytree(whole["llama"], tmp_path / fault.replace(" ", "-"))
         change(folder)
-        assert main(["score", "--model", str(folder), "--input", str(rows), "--output", str(out)]) == 2
+        assert main(["score", "--quiet", "--model", str(folder), "--input", str(rows), "--output", str(out)]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert len(said) == 1 and said[0].startswith("error: ") and str(folder) in said[0], message
         assert not out.exists()

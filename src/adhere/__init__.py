@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers see of the list below; a test compares t
     from adhere.api import rank as rank
     from adhere.api import score as score
     from adhere.api import train as train
+    from adhere.console import progress_bars as progress_bars
     from adhere.data import Row as Row
     from adhere.errors import RunFailed as RunFailed
     from adhere.errors import UnsupportedModel as UnsupportedModel
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adhere.api": ("audit", "evaluate", "rank", "score", "train"),
+    "adhere.console": ("progress_bars",),
     "adhere.data": ("Row",),
     "adhere.errors": ("RunFailed", "UnsupportedModel", "UserError"),
     "adhere.learn.settings": ("TrainConfig",),

@@ -31,7 +31,7 @@ from adhere.model.embedded import EMBEDDED
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.options import fields_of, name_of, options
-from adhere.ranking_settings import RankConfig
+from adhere.ranking_settings import RankConfig, bring_candidates
 from adhere.resume import new_run_dir
 from adhere.reward.heads import CopyHeads, load_heads
 from adhere.reward.named import NAMED, RewardConfig, config_of
@@ -149,7 +149,7 @@ def rank(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", *
     config, columns = _settings(given, {RankConfig: {}, Columns: {}}, apart=("keep", "margin"))
     rows = _rows(prompts, columns, config_of(_named(reward)))
     without = [row.where or f"row {number}" for number, row in enumerate(rows, 1) if not row.candidates]
-    brought = ranking.bring_candidates(len(rows) - len(without), len(rows), without[0] if without else "")
+    brought = bring_candidates(len(rows) - len(without), len(rows), without[0] if without else "")
     if not brought:
         config.check_draw()
     ranking.check(policy, rows, config)
@@ -157,7 +157,8 @@ def rank(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", *
     own = [name for name, _, _ in fields_of(Sampling) if name in chosen]
     draw = ranking.given_candidates(policy) if brought else ranking.sampled_candidates(policy, config, own)
     made = _bound(reward, policy)
-    return [ranked for batch in ranking.rank(made, rows, config, draw) for ranked in batch]
+    batches = policy.progress(ranking.rank(made, rows, config, draw), "ranking", len(rows), size=len)
+    return [ranked for batch in batches for ranked in batch]
 
 
 def audit(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", **given: Any) -> auditing.Verdict:

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.arguments(parser)
         options = parser.parse_args(given[1:])
         console = Console("json" in options, "quiet" in options, "verbose" in options)
-        with console.strays_aside():
+        with console.strays_aside(), console.logs():
             (hear_libraries if console.verbose else quieten_libraries)()
             return command.run(options, console)
     except SystemExit as ended:  # --help has been printed

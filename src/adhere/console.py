@@ -14,20 +14,25 @@ import sys
 import time
 import traceback
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from rich.console import Console as Rich
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from adhere.files import to_json
+from adhere.progress import Progress, one
 
+T = TypeVar("T")
 PLAIN_LINES = 20
-"""Progress lines of a whole run where standard error is no terminal."""
+"""Progress lines of a long loop, at most, where standard error is no terminal."""
+SHORT = 1.0
+"""Seconds. A loop that takes less leaves no bar behind, and no second plain line."""
+_TITLE_WIDTH, _BAR_WIDTH = 22, 24
 _PLAIN_WIDTH = 120
 # Unicode categories: control, format, surrogate.
 _CONTROL = ("Cc", "Cf", "Cs")
@@ -55,6 +60,8 @@ class Console:
         self._out, self._err = _rich(sys.stdout), _rich(sys.stderr)
         self._stdout = sys.stdout
         self._done = False
+        self._loops: list[_Loop] = []  # those under way, each within the one before it
+        self._live: Live | None = None
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table of results, on standard output; numbers to the right. With `json`, on standard error."""
@@ -110,24 +117,78 @@ class Console:
         with contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext():
             yield
 
-    @contextmanager
-    def progress(self, total: int, title: str) -> Iterator[Steps]:
-        """Show how far a loop of `total` steps is: a live bar in a terminal, else a plain line now and then."""
+    def track(
+        self, items: Iterable[T], title: str, total: int, *, size: Callable[[T], int] = one, done: int = 0
+    ) -> Iterator[T]:
+        """The `Progress` of the command line: in a terminal a live bar with the time left, and one below it for each
+        loop within; elsewhere, and with `verbose`, a plain line for each kind of loop and now and then one more for the
+        outermost."""
         if self.quiet:
-            yield Steps(total, title)
-        elif not self._err.is_terminal:
-            yield _Lines(total, title, self._err)
-        else:
-            bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
+            yield from items
+            return
+        loop = _Loop(title, total, done)
+        self._open(loop)
+        try:
+            for item in items:
+                yield item
+                loop.advance(size(item))
+                if self._live is None and loop is self._loops[0] and loop.line_is_due():
+                    self._say("", loop.line(), "")
+        finally:
+            self._close(loop)
+
+    def figures(self, **figures: float | str) -> None:
+        """Show `figures` beside the outermost loop, by their names, `_per_` as `/`."""
+        if self._loops:
+            self._loops[0].figures = figures
+
+    @contextmanager
+    def logs(self) -> Iterator[None]:
+        """What adhere logs is said here as long as the block runs: warnings; with `verbose` all else too."""
+        logger, handler = logging.getLogger("adhere"), _Logs(self)
+        before = logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if self.verbose else logging.WARNING)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.level, logger.propagate = before
+
+    def _open(self, loop: _Loop) -> None:
+        outer = self._loops[0] if self._loops else None
+        self._loops.append(loop)
+        if outer is None and self._draws:
+            self._live = Live(
+                get_renderable=lambda: _bars(self._loops),
                 console=self._err,
+                refresh_per_second=4,
+                redirect_stdout=False,
             )
-            steps = _Bar(total, title, bar)
-            with Live(steps, console=self._err, refresh_per_second=4, redirect_stdout=False):
-                yield steps
+            self._live.start(refresh=True)
+        elif outer is None:
+            self._say("", loop.line(), "")
+        elif self._live is None and loop.title not in outer.within:
+            self._say("", f"{outer.title}: {loop.title}", "")
+        if outer is not None:
+            outer.within.add(loop.title)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether a bar can be drawn over and over: not among the lines that libraries log."""
+        return self._err.is_terminal and not self._err.is_dumb_terminal and not self.verbose
+
+    def _close(self, loop: _Loop) -> None:
+        if loop not in self._loops:
+            return
+        place = self._loops.index(loop)
+        del self._loops[place + 1 :]  # those within it that were left half way
+        if place == 0 and self._live is not None:
+            self._live.transient = loop.seconds < SHORT
+            self._live.stop()
+            self._live = None
+        del self._loops[place:]
 
     def _say(self, prefix: str, text: str, style: str) -> None:
         self._err.print(Text(prefix, style=style) + Text(escaped(text)), soft_wrap=True)
@@ -153,51 +214,117 @@ def quieten_libraries() -> None:
         speech.disable_progress_bar()
 
 
-class Steps:
-    """What `Console.progress` gives to a loop; this one shows nothing."""
+def progress_bars() -> Progress:
+    """Progress on standard error, for the policy that is to show it: live bars in a terminal, plain lines elsewhere.
 
-    def __init__(self, total: int, title: str) -> None:
-        self.total, self.title = total, title
-
-    def update(self, step: int, **figures: float | str) -> None:
-        """`step` steps are done; `figures` are shown by their names, `_per_` as `/`."""
-
-
-class _Lines(Steps):
-    """A plain line for the first step, the last, and about twenty in all."""
-
-    def __init__(self, total: int, title: str, err: Rich) -> None:
-        super().__init__(total, title)
-        self._err, self._every, self._start = err, max(1, total // PLAIN_LINES), time.monotonic()
-        self._last = 0
-
-    def update(self, step: int, **figures: float | str) -> None:
-        first = self._last == 0
-        if first or step >= self.total or step // self._every > self._last // self._every:
-            seconds = time.monotonic() - self._start
-            left = f", {seconds / step * (self.total - step):.0f} s left" if 0 < step < self.total else ""
-            line = f"{self.title} {step}/{self.total}  {_figures(figures)}  {seconds:.0f} s{left}"
-            self._err.print(Text(escaped(line)), soft_wrap=True)
-        self._last = step
+    >>> from adhere import Policy, progress_bars
+    >>> from adhere.toy import model_path
+    >>> policy = Policy.load(model_path("causal"), device="cpu", progress=progress_bars())
+    """
+    return Console().track
 
 
-class _Bar(Steps):
-    """A bar, and the figures under it."""
+class _Logs(logging.Handler):
+    """Log records in the style of a console."""
 
-    def __init__(self, total: int, title: str, bar: Progress) -> None:
-        super().__init__(total, title)
-        self._bar, self._task = bar, bar.add_task(_line(title).plain, total=total)
-        self._text = Text("")
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
 
-    def update(self, step: int, **figures: float | str) -> None:
-        self._bar.update(self._task, completed=step)
-        self._text = Text(escaped(_figures(figures)), style="dim", overflow="ellipsis", no_wrap=True)
+    def emit(self, record: logging.LogRecord) -> None:
+        (self._console.warn if record.levelno >= logging.WARNING else self._console.note)(record.getMessage())
 
-    def __rich__(self) -> Table:
-        grid = Table.grid()
-        grid.add_row(self._bar)
-        grid.add_row(self._text)
-        return grid
+
+class _Loop:
+    """A loop under way: how far it is, and how long it may still take."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        self.title, self.total, self.done = title, total, done
+        self.figures: dict[str, float | str] = {}
+        self.within: set[str] = set()
+        """Titles of the loops that ran within it."""
+        self._first, self._start = done, time.monotonic()
+        self._advanced = self._told = self._start
+        self._told_at = done
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._start
+
+    @property
+    def counted(self) -> bool:
+        """Whether there is anything to count: a loop of one item is either running or over."""
+        return self.total > 1
+
+    def advance(self, size: int) -> None:
+        """`size` more are done."""
+        self.done, self._advanced = self.done + size, time.monotonic()
+
+    def left(self) -> float | None:
+        """Seconds to go at the pace so far; None before anything is done."""
+        passed = self.done - self._first
+        if passed <= 0:
+            return None
+        whole = (self._advanced - self._start) / passed * (self.total - self.done)
+        return max(0.0, whole - (time.monotonic() - self._advanced))
+
+    def line_is_due(self) -> bool:
+        """Whether a plain line should be written now: at the first step and the last, and about `PLAIN_LINES` times in
+        all, but none within `SHORT` seconds of another unless it brings the first figures."""
+        first, last = self._told_at == self._first, self.done >= self.total
+        every = max(1, self.total // PLAIN_LINES)
+        due = first or last or self.done // every > self._told_at // every
+        now = time.monotonic()
+        if not due or (now - self._told < SHORT and not (self.figures and (first or last))):
+            return False
+        self._told, self._told_at = now, self.done
+        return True
+
+    def line(self) -> str:
+        """How far it is, in a plain line."""
+        parts = [f"{self.title} {self.done}/{self.total}" if self.counted else self.title, _figures(self.figures)]
+        if self.done > self._first:
+            left = self.left()
+            parts.append(f"{self.seconds:.0f} s" + (f", {left:.0f} s left" if left and self.done < self.total else ""))
+        return "  ".join(part for part in parts if part)
+
+    def row(self, depth: int) -> tuple[Text, ProgressBar, str, Text]:
+        """How far it is, as the cells of a row: title, bar, count, time."""
+        running = self.done < self.total
+        left = self.left() if self.counted and running else None
+        bar = ProgressBar(self.total, self.done, _BAR_WIDTH)
+        if running and not self.counted:
+            bar = ProgressBar(None, 0, _BAR_WIDTH, pulse=True)
+        return (
+            Text("  " * depth) + _line(self.title),
+            bar,
+            f"{self.done}/{self.total}" if self.counted else "",
+            Text(_clock(self.seconds) if left is None else f"{_clock(left)} left", style="cyan"),
+        )
+
+
+def _bars(loops: Sequence[_Loop]) -> Table:
+    """The loops under way, each in a row, and the figures of the outermost below them."""
+    rows = Table.grid(padding=(0, 1))
+    rows.add_column(min_width=_TITLE_WIDTH)  # so that bars stay in place while loops within come and go
+    for depth, loop in enumerate(loops):
+        rows.add_row(*loop.row(depth))
+    whole = Table.grid()
+    whole.add_row(rows)
+    if loops and loops[0].figures:
+        whole.add_row(Text(escaped(_figures(loops[0].figures)), style="dim", overflow="ellipsis", no_wrap=True))
+    return whole
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any.
+
+    >>> _clock(7.2), _clock(3671)
+    ('0:07', '1:01:11')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def shown(value: object) -> str:

@@ -10,6 +10,7 @@ from adhere.files import atomic_write, to_json
 from adhere.learn.train import OnStep, Trained
 from adhere.measure.evaluate import Evaluation
 from adhere.model.policy import Policy
+from adhere.progress import Progress
 from adhere.report.card import write_card
 from adhere.report.page import write_report
 from adhere.toy import Split, make_rows
@@ -20,12 +21,12 @@ RESPONSE_TOKENS = 8
 
 
 def run_demo(
-    model: str, run: Path, *, steps: int, eval_prompts: int, seed: int, on_step: OnStep
+    model: str, run: Path, *, steps: int, eval_prompts: int, seed: int, on_step: OnStep, progress: Progress
 ) -> tuple[Trained, Evaluation]:
     """Write training prompts (no answers in them), train, evaluate on fresh prompts before and after, write it."""
     stories = [row for split in SPLITS for row in make_rows(split, "train", TRAIN_PROMPTS, seed)]
     write_jsonl(run / "prompts.jsonl", [{"prompt": row["prompt"]} for row in stories])
-    policy = Policy.load(model, device="cpu")
+    policy = Policy.load(model, device="cpu", progress=progress)
     before = policy.reference()
     trained = train(
         policy,

@@ -135,15 +135,6 @@ def served_candidates(policy: Policy, complete: Complete) -> Draw:
     return draw
 
 
-def bring_candidates(brought: int, total: int, without: str) -> bool:
-    """Whether rows bring their candidates, `brought` of `total` rows: all, or none. Raises `UserError` for some;
-    `without` is a row that has none."""
-    if 0 < brought < total:
-        what = f"no `candidates`, which {brought} of {total} rows bring"
-        raise UserError(what, where=without, fix="give candidates in every row or in none")
-    return brought > 0
-
-
 def _names(rows: Sequence[Row]) -> list[str]:
     return [row.where for row in rows]
 
@@ -240,13 +231,7 @@ def blank_between(policy: Policy) -> Callable[[str, str], str]:
     return between
 
 
-def score_rows(
-    reward: Reward,
-    rows: Sequence[Row],
-    *,
-    batch_size: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[dict[str, Any]]:
+def score_rows(reward: Reward, rows: Sequence[Row], *, batch_size: int = 64) -> list[dict[str, Any]]:
     """Each row as it was read, plus `reward`, `signals` and `evidence` (see `_figures`); in the order given.
 
     Rows with the same prompt form a group wherever they stand, so a group-normalised reward compares them. About
@@ -257,8 +242,7 @@ def score_rows(
         [row.prompt for row in rows], names=[row.where for row in rows]
     )  # all readable, or none scored
     scored: list[dict[str, Any]] = [{} for _ in rows]
-    done = 0
-    for places in _groups(rows, batch_size):
+    for places in reward.policy.progress(_groups(rows, batch_size), "scoring", len(rows), size=len):
         part = [rows[place] for place in places]
         rollout, back = reward.paired(
             [row.prompt for row in part], [row.response or "" for row in part], [row.answers for row in part]
@@ -266,8 +250,6 @@ def score_rows(
         figures_of = _figures(reward(rollout), reward.policy)
         for place, figures in zip(places, [figures_of[i] for i in back.tolist()], strict=True):
             scored[place] = {**rows[place].fields, **figures}
-        done += len(places)
-        progress(done)
     return scored
 
 

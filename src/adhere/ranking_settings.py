@@ -42,3 +42,12 @@ class RankConfig:
                 f"at temperature 0 all {self.num_samples} candidates are the same",
                 fix="set temperature above 0, or num_samples to 1",
             )
+
+
+def bring_candidates(brought: int, total: int, without: str) -> bool:
+    """Whether rows bring their candidates, `brought` of `total` rows: all, or none. Raises `UserError` for some;
+    `without` is a row that has none."""
+    if 0 < brought < total:
+        what = f"no `candidates`, which {brought} of {total} rows bring"
+        raise UserError(what, where=without, fix="give candidates in every row or in none")
+    return brought > 0

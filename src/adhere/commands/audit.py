@@ -59,18 +59,18 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     needs = any("exact" in spec.weights for spec in specs.values())
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit, need=("answers",) if needs else ())
 
+    policy = load_policy(options, console.track)
+
     from adhere.measure.audit import audit, summary, with_controls
     from adhere.report.audit import write_audit
     from adhere.report.tables import audit_tables
     from adhere.reward.reward import Reward
 
-    policy = load_policy(options)
     tell_prompting(console, policy, rows)
     heads = given_heads(options)
     own = {name: Reward(spec, policy, heads) for name, spec in specs.items()}
     rewards = with_controls(own, policy)
-    with console.progress(len(rows), "auditing") as progress:
-        verdicts = audit(policy, rows, rewards, config, progress.update)
+    verdicts = audit(policy, rows, rewards, config)
     found = summary(options.model, len(rows), verdicts, config)
     atomic_write(options.output / "audit.json", to_json(found, indent=2))
     page = write_audit(options.output)

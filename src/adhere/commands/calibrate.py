@@ -73,8 +73,8 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
 
     from adhere.preferences.calibrate import calibrate
 
-    with console.progress(len(rows), "reading pairs") as progress:
-        found = calibrate(load_policy(options), rows, config.seed, progress.update, given_heads(options), console.warn)
+    policy = load_policy(options, console.track)
+    found = calibrate(policy, rows, config.seed, given_heads(options), console.warn)
     found.save(options.output)
     weights = found.reward()["weights"]
     console.table(
@@ -97,9 +97,8 @@ def _suggest(options: argparse.Namespace, console: Console) -> int:
     from adhere.preferences.suggest import suggest
     from adhere.reward.reward import Reward
 
-    policy = load_policy(options)
-    with console.progress(len(rows), "sampling") as progress:
-        pairs = suggest(policy, Reward(spec, policy, given_heads(options)), rows, config, progress.update)
+    policy = load_policy(options, console.track)
+    pairs = suggest(policy, Reward(spec, policy, given_heads(options)), rows, config)
     write_jsonl(options.output, pairs)
     answering = f"adhere calibrate --answer {options.output} --output pairs.jsonl"
     console.note(f"{len(pairs)} pairs in {options.output}; answer them: {answering}")

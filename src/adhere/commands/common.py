@@ -15,6 +15,7 @@ from adhere.data import Columns, Row
 from adhere.errors import UserError
 from adhere.model.embedded import EMBEDDED, located
 from adhere.model.settings import ChatOptions
+from adhere.progress import Progress, phase, silent
 from adhere.prompt import AnnotatedText
 from adhere.resume import require_new
 from adhere.reward.named import CALIBRATED, NAMED, RewardConfig, config_of
@@ -105,9 +106,10 @@ def check_new_folder(path: Path, mark: str = "*", what: str = "files") -> None:
         raise UserError(f"already holds {what}", where=str(path), fix="choose another --output")
 
 
-def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy:
-    """The policy that `model_arguments` describe; `model` in its place, loaded alike."""
-    from adhere.model.policy import Policy
+def load_policy(options: argparse.Namespace, progress: Progress = silent, model: str | None = None) -> Policy:
+    """The policy that `model_arguments` describe; `model` in its place, loaded alike. `progress` shows what it does."""
+    with phase(progress, "loading torch"):  # seconds, where it was not needed before
+        from adhere.model.policy import Policy
 
     return Policy.load(
         model or options.model,
@@ -115,6 +117,7 @@ def load_policy(options: argparse.Namespace, model: str | None = None) -> Policy
         device=options.device,
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
+        progress=progress,
         **asdict(load_config(ChatOptions, None, flags_given(options, ChatOptions))),
     )
 

@@ -38,13 +38,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     from adhere.report.compare import write_compare
     from adhere.report.tables import compare_tables
 
-    total = len(config.models) * len(config.arms) * len(config.seeds)
-    with console.progress(total, "comparing") as progress:
-
-        def on_run(done: int, name: str) -> None:
-            progress.update(done, last=name)
-
-        found: dict[str, Any] = run_compare(config, options.output, on_run)
+    found: dict[str, Any] = run_compare(config, options.output, console.track, lambda name: console.figures(last=name))
     page = write_compare(options.output)
     for table in compare_tables(found):
         console.table(*table)

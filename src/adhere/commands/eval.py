@@ -71,13 +71,10 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
         **to_dict(config),
     }
     cache = BatchCache.open(options.output, settings, resume=options.resume)
-    policy = load_policy(options)
+    policy = load_policy(options, console.track)
     tell_prompting(console, policy, rows)
-    baseline = load_policy(options, options.baseline) if options.baseline else None
-    with console.progress(len(rows) * (2 if baseline else 1), "evaluating") as progress:
-        evaluation = evaluate(
-            policy, rows, config, baseline, lambda done, _total: progress.update(done), cache, given_heads(options)
-        )
+    baseline = load_policy(options, console.track, options.baseline) if options.baseline else None
+    evaluation = evaluate(policy, rows, config, baseline, cache, given_heads(options))
     atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
     cache.close()
     page = write_report(options.output)

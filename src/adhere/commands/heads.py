@@ -42,7 +42,7 @@ def _heads(options: argparse.Namespace, console: Console) -> int:
 
     from adhere.reward.heads import copy_heads, measure_on_answers, save_heads
 
-    policy = load_policy(options)
+    policy = load_policy(options, console.track)
     if rows:
         prompts = policy.encode([row.prompt for row in rows], names=[row.where for row in rows])
         found = measure_on_answers(policy, prompts)

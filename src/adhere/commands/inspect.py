@@ -65,15 +65,14 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     from adhere.report.inspection import write_inspections
     from adhere.reward.reward import Reward
 
-    policy = load_policy(options)
+    policy = load_policy(options, console.track)
     look = policy.inspect
     if spec is not None:
         look = Reward(spec, policy, given_heads(options)).inspect
-    found = []
-    with console.progress(len(rows), "inspecting") as progress:
-        for row in rows:
-            found.append(look(row.prompt, row.response, max_new_tokens=options.max_new_tokens, name=row.where))
-            progress.update(len(found))
+    found = [
+        look(row.prompt, row.response, max_new_tokens=options.max_new_tokens, name=row.where)
+        for row in console.track(rows, "inspecting", len(rows))
+    ]
     write_inspections(found, options.model, options.output)
     means = {name: mean([inspection.figures[name] for inspection in found]) for name in found[0].figures}
     title = f"{len(found)} response{'s' * (len(found) > 1)} inspected"

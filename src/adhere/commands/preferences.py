@@ -71,8 +71,7 @@ def _make(options: argparse.Namespace, console: Console) -> int:
 
     from adhere.preferences.pairs import make_pairs
 
-    with console.progress(len(rows), "making pairs") as progress:
-        pairs = make_pairs(load_policy(options), rows, config, progress.update)
+    pairs = make_pairs(load_policy(options, console.track), rows, config)
     if not pairs:
         raise UserError("no prompt gave a pair", where=options.prompts, fix="raise --max-new-tokens, or give answers")
     write_jsonl(options.output, pairs)
@@ -91,7 +90,7 @@ def _fit(options: argparse.Namespace, console: Console) -> int:
     from adhere.measure.stats import bootstrap
     from adhere.preferences.fit import fit
 
-    fitted = fit(config, rows, console.warn)
+    fitted = fit(config, rows, console.warn, console.track)
     found: dict[str, object] = {"pairs": fitted.pairs, "output": config.output, "accuracy": None}
     words = f"{fitted.pairs} pairs learned"
     if fitted.accuracy:

@@ -33,7 +33,7 @@ from adhere.config import flags_given, load_config, to_dict
 from adhere.console import Console
 from adhere.data import iter_rows, writable
 from adhere.errors import UserError
-from adhere.ranking_settings import RankConfig
+from adhere.ranking_settings import RankConfig, bring_candidates
 from adhere.resume import GrowingRows
 
 if TYPE_CHECKING:
@@ -98,22 +98,23 @@ def _rank(options: argparse.Namespace, console: Console) -> int:
         return _in_shards(options, console, config, spec, rows, total, brought, settings)
     output = GrowingRows(options.output, settings, resume=options.resume)
 
+    policy = load_policy(options, console.track)
+
     from adhere.ranking import NO_TALLY, blank_between, check, lines_of, rank
     from adhere.reward.reward import Reward
 
-    policy = load_policy(options)
     tell_prompting(console, policy, list(islice(rows(), 1000)))
-    check(policy, rows(), config)
+    check(policy, console.track(rows(), "checking prompts", total), config)
     draw = _draw(options, policy, config, brought, console.warn)
     reward = Reward(spec, policy, given_heads(options))
     blank = blank_between(policy)
     first, tally = output.done, {**NO_TALLY, **output.tally}
     try:
-        with console.progress(total - first, "ranking") as progress:
-            for batch in rank(reward, islice(rows(), first, None), config, draw, first):
-                lines = lines_of(batch, config, blank, tally)
-                output.add(lines, output.done + len(batch), tally)
-                progress.update(output.done - first, reward=tally["best"] / output.done)
+        batches = rank(reward, islice(rows(), first, None), config, draw, first)
+        for batch in console.track(batches, "ranking", total, size=len, done=first):
+            lines = lines_of(batch, config, blank, tally)
+            output.add(lines, output.done + len(batch), tally)
+            console.figures(reward=tally["best"] / output.done)
     except KeyboardInterrupt:
         on = "the same command with --resume goes on" if output.done else "nothing is written yet"
         console.note(f"interrupted at prompt {output.done} of {total}; {on}")
@@ -150,10 +151,10 @@ def _in_shards(
     output = ShardedRows(options.output, settings, resume=options.resume)
 
     def fits(policy: Policy) -> None:
-        check(policy, rows(), config)
+        check(policy, console.track(rows(), "checking prompts", total), config)
         _draw(options, policy, config, brought)
 
-    heads = copy_heads(options, spec, fits)
+    heads = copy_heads(options, spec, fits, console.track)
     make = partial(ranker, options, config, spec, heads, brought, output.rows_file(options.prompts), output.folder)
     starts = range(0, total, size)
     if ended := do_all(options, console, output, make, options.prompts, starts, total, "ranking"):
@@ -202,9 +203,6 @@ def _survey(rows: Rows) -> tuple[int, bool, str]:
         brought += bool(row.candidates)
         without = without or ("" if row.candidates else row.where)
         digest.update(writable(row).encode("utf-8", "backslashreplace"))
-
-    from adhere.ranking import bring_candidates
-
     return total, bring_candidates(brought, total, without), digest.hexdigest()
 
 

@@ -84,14 +84,14 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
     for row in rows:
         writable(row)
 
+    policy = load_policy(options, console.track)
+
     from adhere.ranking import score_rows
     from adhere.reward.reward import Reward
 
-    policy = load_policy(options)
     tell_prompting(console, policy, rows)
     reward = Reward(spec, policy, given_heads(options))
-    with console.progress(len(rows), "scoring") as progress:
-        scored = score_rows(reward, rows, batch_size=options.batch_size, progress=progress.update)
+    scored = score_rows(reward, rows, batch_size=options.batch_size)
     write_jsonl(options.output, scored)
     names = ["reward", *scored[0]["signals"]]
     means = {name: mean([{"reward": row["reward"], **row["signals"]}[name] for row in scored]) for name in names}
@@ -127,7 +127,7 @@ def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig
         "shard_rows": size,
     }
     output = ShardedRows(options.output, settings, resume=options.resume)
-    heads = copy_heads(options, spec, lambda policy: _check(policy, rows()))
+    heads = copy_heads(options, spec, lambda policy: _check(policy, rows()), console.track)
     starts, groups = group_starts(rows(), options.batch_size, size)
     make = partial(scorer, options, spec, heads, output.rows_file(options.input), output.folder)
     if ended := do_all(options, console, output, make, options.input, starts, total, "scoring"):

@@ -25,6 +25,7 @@ from adhere.commands.parser import Parser
 from adhere.config import flags_given, load_config
 from adhere.console import Console
 from adhere.errors import UserError
+from adhere.progress import silent
 from adhere.serve.config import ServeConfig
 
 TOKEN = "ADHERE_TOKEN"
@@ -54,8 +55,9 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
     from adhere.reward.reward import Reward
 
     listener = _listener(options.host, options.port)
-    policy = load_policy(options)
+    policy = load_policy(options, console.track)
     reward = Reward(spec, policy, given_heads(options))
+    policy.progress = silent  # what requests ask for is not shown
     token = os.environ.get(TOKEN) or None
     if options.host not in LOOPBACK and token is None:
         console.warn(f"anyone who reaches {options.host} can use this server; set {TOKEN} to ask for a bearer token")

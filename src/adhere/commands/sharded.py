@@ -13,6 +13,7 @@ from adhere.commands.train import INTERRUPTED
 from adhere.console import Console
 from adhere.errors import UserError
 from adhere.integrations.ray import Work
+from adhere.progress import Progress, silent
 from adhere.shards import ShardedRows
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def copy_heads(
     options: argparse.Namespace,
     spec: RewardConfig,
     check: Callable[[Policy], None] = lambda policy: None,
+    progress: Progress = silent,
 ) -> CopyHeads | None:
     """The copy heads that `spec` reads, measured here, once: every worker scores by the same.
 
@@ -59,7 +61,7 @@ def copy_heads(
     """
     from adhere.reward.reward import Reward
 
-    policy = load_policy(options)
+    policy = load_policy(options, progress)
     options.device = policy.device.type
     check(policy)
     found = Reward(spec, policy, given_heads(options)).heads
@@ -91,10 +93,9 @@ def do_all(
             each = share(options.workers, gpu)  # refused before anything is written
             console.note(f"workers: {options.workers}, each with {'1 GPU' if gpu else str(each['num_cpus']) + ' CPU'}")
             parts = output.begin(source, starts, total)
-            before = output.rows_done()
-            with console.progress(total - before, title) as progress:
-                for done in do_shards(make, parts, output, options.workers, gpu) if parts else ():
-                    progress.update(done - before)
+            work = do_shards(make, parts, output, options.workers, gpu) if parts else ()
+            for _ in console.track(work, title, total, size=int, done=output.rows_done()):
+                pass
     except KeyboardInterrupt:
         on = "the same command with --resume goes on" if output.folder.exists() else "nothing is written yet"
         console.note(f"interrupted at row {output.rows_done()} of {total}; {on}")

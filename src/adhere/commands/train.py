@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,10 +30,12 @@ from adhere.learn.settings import TrainConfig
 from adhere.learn.trackers import check_login
 from adhere.measure.settings import AuditConfig
 from adhere.model.embedded import EMBEDDED
+from adhere.progress import phase
 from adhere.resume import new_run_dir
 from adhere.reward.named import config_of
 
 if TYPE_CHECKING:
+    from adhere.learn.train import Trained
     from adhere.model.policy import Policy
 
 COMMON = (
@@ -75,6 +77,36 @@ def _train_arguments(parser: Parser) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> int:
+    config = _config(options)
+    need = ("answers",) if "exact" in config_of(config.reward).weights else ()
+    check_models(config.model)
+    rows = read_rows(config.prompts, config.columns, need=need, limit=config.limit)
+    run = new_run_dir(config.output, options.resume)
+    repo: str | None = None
+
+    def on_start() -> None:
+        nonlocal repo
+        if config.push_to_hub and main:
+            from adhere.integrations import hub
+
+            repo = hub.create(config.push_to_hub, public=config.hub_public)
+
+    with _no_trace(run):
+        main = _is_main(config, console)
+        if not main:  # of a distributed run one process speaks, asks and writes
+            console = Console(quiet=True)
+        policy = _load(config, console)
+        tell_prompting(console, policy, rows)
+        if main and not options.resume and not options.skip_audit:
+            _audit_briefly(config, policy, rows, run, console)
+        trained, steps = _run(config, policy, rows, run, options.resume, on_start, console)
+    if not main:
+        return INTERRUPTED if trained.interrupted else 0
+    return _tell(config, rows, run, trained, steps, repo, console)
+
+
+def _config(options: argparse.Namespace) -> TrainConfig:
+    """The options, those of the run that is resumed included. Raises `UserError` where a service is not to be had."""
     flags = flags_given(options, TrainConfig)
     file = options.config
     if options.resume and file is None and "output" in flags:
@@ -86,17 +118,22 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         from adhere.integrations import hub
 
         hub.check(config.push_to_hub)
-    need = ("answers",) if "exact" in config_of(config.reward).weights else ()
-    check_models(config.model)
-    rows = read_rows(config.prompts, config.columns, need=need, limit=config.limit)
+    return config
 
-    from accelerate import PartialState
 
-    from adhere.integrations import hub
-    from adhere.learn.train import train
+def _is_main(config: TrainConfig, console: Console) -> bool:
+    """Whether this process is the first of those that train together."""
+    with phase(console.track, "loading torch"):
+        from accelerate import PartialState
+
+        from adhere.model.load import pick_device
+
+    return bool(PartialState(cpu=pick_device(config.device).type == "cpu").is_main_process)
+
+
+def _load(config: TrainConfig, console: Console) -> Policy:
+    """The policy that is to be trained."""
     from adhere.model.policy import Policy
-    from adhere.report.card import AUDIT, write_card
-    from adhere.report.page import write_report
 
     policy = Policy.load(
         config.model,
@@ -106,47 +143,71 @@ def _train(options: argparse.Namespace, console: Console) -> int:
         attention=config.attention,
         trust_remote_code=config.trust_remote_code,
         train=True,
+        progress=console.track,
         **asdict(config.prompting),
     )
-    main = PartialState(cpu=policy.device.type == "cpu").is_main_process
-    if not main:  # of a distributed run one process speaks, asks and writes
-        console = Console(quiet=True)
     if not policy.shares_prefixes:
         family = policy.network.config.model_type
         console.note(f"{family}: its cache cannot be expanded, so a prompt is computed for each of its samples")
-    run = new_run_dir(config.output, options.resume)
-    tell_prompting(console, policy, rows)
-    repo: str | None = None
+    return policy
 
-    def on_start() -> None:
-        nonlocal repo
-        if config.push_to_hub and main:
-            repo = hub.create(config.push_to_hub, public=config.hub_public)
 
+@contextmanager
+def _no_trace(run: Path) -> Iterator[None]:
+    """Where training fails before it has begun, leave nothing of it in `run` but what was there before."""
     try:
-        if main and not options.resume and not options.skip_audit:
-            _audit_briefly(config, policy, rows, run, console)
-        with console.progress(config.steps, f"training on {reward_name(config.reward)}") as progress:
-            seen: list[Mapping[str, float]] = []
-
-            def on_step(metrics: Mapping[str, float]) -> None:
-                progress.update(int(metrics["step"]), **shown(metrics))
-                seen.append(metrics)
-                if len(seen) == FLAT_STEPS and mean([row["frac_reward_zero_std"] for row in seen]) >= FLAT_SHARE:
-                    console.warn(_flat(seen, config))
-
-            trained = train(config, policy, rows, run, resume=options.resume, on_start=on_start, on_step=on_step)
+        yield
     except UserError:
-        if not (run / "config.yaml").exists():  # training has not begun: leave no trace, but what was there before
+        from adhere.report.card import AUDIT
+
+        if not (run / "config.yaml").exists():
             (run / AUDIT).unlink(missing_ok=True)
             with suppress(OSError):
                 run.rmdir()
         raise
-    if not main:
-        return INTERRUPTED if trained.interrupted else 0
+
+
+def _run(
+    config: TrainConfig,
+    policy: Policy,
+    rows: Sequence[Row],
+    run: Path,
+    resume: bool,
+    on_start: Callable[[], None],
+    console: Console,
+) -> tuple[Trained, list[Mapping[str, float]]]:
+    """Train, showing the figures of each step and warning once of flat groups; how it ended, and the metrics of all
+    steps."""
+    from adhere.learn.train import train
+
+    steps: list[Mapping[str, float]] = []
+
+    def on_step(metrics: Mapping[str, float]) -> None:
+        console.figures(**shown(metrics))
+        steps.append(metrics)
+        if len(steps) == FLAT_STEPS and mean([row["frac_reward_zero_std"] for row in steps]) >= FLAT_SHARE:
+            console.warn(_flat(steps, config))
+
+    console.note(f"training on {reward_name(config.reward)}")
+    return train(config, policy, rows, run, resume=resume, on_start=on_start, on_step=on_step), steps
+
+
+def _tell(
+    config: TrainConfig,
+    rows: Sequence[Row],
+    run: Path,
+    trained: Trained,
+    steps: Sequence[Mapping[str, float]],
+    repo: str | None,
+    console: Console,
+) -> int:
+    """Write report and model card, push to `repo`, and say what came of it; the exit code."""
+    from adhere.report.card import write_card
+    from adhere.report.page import write_report
+
     page = write_report(run)
-    if any(row["frac_reward_zero_std"] for row in seen):
-        console.note(_flat(seen, config))
+    if any(row["frac_reward_zero_std"] for row in steps):
+        console.note(_flat(steps, config))
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
     if trained.interrupted:
@@ -160,7 +221,10 @@ def _train(options: argparse.Namespace, console: Console) -> int:
     found = {"steps": trained.steps, "stopped": trained.stopped, "model": model or None, "adapter": adapter or None,
              "report": page}  # fmt: skip
     if repo:
-        found["hub"] = hub.push(model or run / "adapter", repo, f"{trained.steps} steps of adhere train")
+        from adhere.integrations import hub
+
+        with phase(console.track, f"pushing to {repo}"):
+            found["hub"] = hub.push(model or run / "adapter", repo, f"{trained.steps} steps of adhere train")
         console.note(f"pushed to {found['hub']}")
     console.result(found)
     return 0
@@ -229,15 +293,15 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
         "place, and leans on that even when a story says otherwise (conflict).\n"
         "Now it trains on prompts alone: no answers, no reward model, only its attention to the prompt."
     )
-    with console.progress(options.steps, "training on attention") as progress:
-        trained, evaluation = run_demo(
-            options.model,
-            run,
-            steps=options.steps,
-            eval_prompts=options.eval_prompts,
-            seed=options.seed,
-            on_step=lambda m: progress.update(int(m["step"]), **shown(m)),
-        )
+    trained, evaluation = run_demo(
+        options.model,
+        run,
+        steps=options.steps,
+        eval_prompts=options.eval_prompts,
+        seed=options.seed,
+        on_step=lambda metrics: console.figures(**shown(metrics)),
+        progress=console.track,
+    )
     if trained.stopped:
         console.warn(f"stopped early at step {trained.steps}: {trained.stopped}")
     for split, results in evaluation.by_split.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,15 +16,17 @@ from adhere.config import dump_yaml, to_dict
 from adhere.data import read_rows
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_write, to_json
-
-OnProgress = Callable[[int, str], None]
-"""Called with the number of finished runs and the name of the arm that finished."""
+from adhere.progress import Progress, silent
 
 
 def run_compare(
-    config: CompareConfig, output: Path, on_progress: OnProgress = lambda done, name: None
+    config: CompareConfig,
+    output: Path,
+    progress: Progress = silent,
+    on_run: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Run every arm that has not finished, write `output`/compare.json, and return what is in it.
+    """Run every arm that has not finished, write `output`/compare.json, and return what is in it. `progress` counts the
+    runs; `on_run` gets the name of each arm that finishes.
 
     Runs that finished in an earlier call are not done again. Raises `UserError` for every fault of the configuration
     before anything is written, and `RunFailed` when a run fails; the finished ones stay.
@@ -33,13 +35,15 @@ def run_compare(
     _check_data(config, jobs)
     waiting = [job for job in jobs if not job.finished()]
     on_cpu = True
-    for model in config.models:
+    for model in progress(config.models, "preparing", len(config.models)):
         first = next(job for job in jobs if job.model == model)
         policy = load(first)
         on_cpu = on_cpu and policy.device.type == "cpu"
         share_data(model, config.data, first.data, policy)
     atomic_write(output / "config.yaml", dump_yaml(config))
-    _run(waiting, len(jobs) - len(waiting), processes(config, on_cpu), on_progress)
+    finished = _run(waiting, processes(config, on_cpu))
+    for name in progress(finished, "comparing", len(jobs), done=len(jobs) - len(waiting)):
+        on_run(name)
     rows = read_rows(jobs[0].data / "evaluation.jsonl")
     splits: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -67,8 +71,9 @@ def _check_data(config: CompareConfig, jobs: Sequence[Job]) -> None:
             raise UserError("arms that learn from labels need `pairs`", where="data", fix="give a file of pairs")
 
 
-def _run(jobs: Sequence[Job], done: int, count: int, on_progress: OnProgress) -> None:
-    """Do `jobs`, `count` at a time, each in a process of its own. The first failure stops what has not begun."""
+def _run(jobs: Sequence[Job], count: int) -> Iterator[str]:
+    """Do `jobs`, `count` at a time, each in a process of its own, and give the name of each that is done. The first
+    failure stops what has not begun."""
     # Spawned, not forked: a fork would copy the threads' locks of libraries that have started some.
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
         running: dict[Future[None], Job] = {pool.submit(perform, job): job for job in jobs}
@@ -84,8 +89,7 @@ def _run(jobs: Sequence[Job], done: int, count: int, on_progress: OnProgress) ->
                         raise RunFailed(
                             f"{type(error).__name__}: {error}", where=f"arm {job.name}, seed {job.seed}"
                         ) from error
-                    done += 1
-                    on_progress(done, job.name)
+                    yield job.name
         finally:
             for future in running:
                 future.cancel()

@@ -103,7 +103,7 @@ def share(workers: int, gpu: bool) -> dict[str, Any]:
 def do_shards(
     make: Callable[[], Work], shards: Sequence[Shard], output: ShardedRows, workers: int, gpu: bool
 ) -> Iterator[int]:
-    """Do `parts` on `workers` actors, each of which calls `make` once; the rows done after each part that comes back.
+    """Do `parts` on `workers` actors, each of which calls `make` once; how many rows each part has that comes back.
 
     Raises what a worker raised as a `UserError`; `RunFailed` where a part fails `TRIES` times, or Ray itself.
     """
@@ -129,8 +129,9 @@ def do_shards(
             told = json.loads(row["told"])
             if "error" in told:
                 raise _error(told["error"])
+            before = output.rows_done()
             output.add(told)
-            yield output.rows_done()
+            yield output.rows_done() - before
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # Ray has dozens of classes for its troubles

@@ -32,6 +32,7 @@ class Learner(nn.Module):
         self.network = policy.network
         self.share = policy.shares_prefixes
         self.device, self.compute = policy.device, policy.compute
+        self.progress = policy.progress
         self.constraints, self.head = policy.constraints, policy.reader.head
         self.value_head: nn.Linear | None = None
         if value_head:

@@ -38,6 +38,7 @@ from adhere.learn.update import totals_of, update, values_of
 from adhere.model import adapters
 from adhere.model.policy import Policy
 from adhere.model.precision import quantised
+from adhere.progress import phase
 from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
 from adhere.reward.named import Reads, config_of
 from adhere.reward.reward import Reward
@@ -80,7 +81,10 @@ def train(
     stopped, done = None, False
     try:
         with _ctrl_c() as pressed:
-            while trainer.state.step < config.steps and not stopped and not pressed:
+            first = trainer.state.step
+            for _ in policy.progress(range(first, config.steps), "training", config.steps, done=first):
+                if stopped or pressed:
+                    break
                 on_step(trainer.step())
                 stopped = reason_to_stop(trainer.log.history, config.stopping)
                 if trainer.state.step % config.save_every == 0:
@@ -113,9 +117,10 @@ class Trainer:
         policy.prepare_training(config.dtype)
         if config.leaves_model and quantised(policy.model):
             raise UserError("an adapter cannot be merged into quantised weights", fix="use --save adapter")
-        self.prompts = policy.encode(
-            [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
-        )
+        with phase(policy.progress, "encoding prompts"):
+            self.prompts = policy.encode(
+                [row.prompt for row in rows], [row.answers for row in rows], [row.where for row in rows]
+            )
         self._check_lengths(rows)
         spec = reward.config if reward is not None else config_of(config.reward)
         heads, own = (reward.heads, reward.functions) if reward is not None else (self._heads(resume), None)
@@ -169,7 +174,8 @@ class Trainer:
         folder = self.run / "checkpoints" / f"step-{self.state.step}"
         if self.accelerator.is_main_process and not folder.exists():
             require_space(self.run, 3 * sum(p.numel() * p.element_size() for p in self.parameters.values()))
-            checkpoint.save(folder, self.parameters, self.optimizer, self.state)
+            with phase(self.policy.progress, "saving a checkpoint"):
+                checkpoint.save(folder, self.parameters, self.optimizer, self.state)
             checkpoint.prune(self.run, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -178,7 +184,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.config.leaves_model:
                 require_space(self.run, 4 * sum(p.numel() for p in self.policy.network.parameters()))
-                with atomic_dir(self.run / "model") as building:
+                with phase(self.policy.progress, "saving the model"), atomic_dir(self.run / "model") as building:
                     self.policy.save(building)
             if self.config.leaves_adapter and isinstance(self.policy.model, PeftModel):
                 with atomic_dir(self.run / "adapter") as building:

@@ -30,7 +30,8 @@ def update(
     def gradients(max_tokens: int) -> dict[str, Tensor]:
         optimizer.zero_grad()  # of a pass that memory did not suffice for
         metrics: dict[str, Tensor] = {}
-        for chunk in rollout.chunks(max_tokens):
+        pieces = rollout.chunks(max_tokens)
+        for chunk in learner.progress(pieces, "updating", len(rollout), size=lambda chunk: len(chunk.rollout)):
             now: Outputs = learner(chunk.rollout)
             loss, own = loss_of(config.algorithm, batch.part(chunk), now)
             accelerator.backward(loss)

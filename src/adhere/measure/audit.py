@@ -7,7 +7,7 @@ ended properly. A degenerate response that joins the K and gets more than the be
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -140,7 +140,6 @@ def audit(
     rows: Sequence[Row],
     rewards: Mapping[str, Reward],
     config: AuditConfig | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Verdict]:
     """A verdict on each of `rewards` (bound to `policy`), all on the same responses.
 
@@ -154,16 +153,16 @@ def audit(
     starts = list(range(0, len(rows), config.batch_size))
     if len(rows) - starts[-1] < 2:
         starts.pop()  # the last prompt alone would have no other prompt beside it
-    for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
+    spans = zip(starts, [*starts[1:], len(rows)], strict=True)
+    for first, last in policy.progress(spans, "auditing", len(rows), size=lambda span: span[1] - span[0]):
         part = rows[first:last]
         prompts = policy.encode([r.prompt for r in part], [r.answers for r in part], [r.where for r in part])
         policy.check_room(prompts, config.max_new_tokens, [row.where for row in part])
         batch = _AuditBatch.of(
             policy, prompts, config, words, next(iter(rewards.values())).classes, config.seed + first
         )
-        for name, reward in rewards.items():
-            _score_batch(tallies[name], reward, policy, batch, part)
-        progress(last)
+        for name in policy.progress(rewards, "scoring", len(rewards)):
+            _score_batch(tallies[name], rewards[name], policy, batch, part)
     return {name: tally.verdict() for name, tally in tallies.items()}
 
 

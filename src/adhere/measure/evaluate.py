@@ -28,8 +28,6 @@ from adhere.text import words
 from adhere.types import Prompts
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with answered prompts and all prompts to answer (twice the rows where there is a baseline)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,6 @@ def evaluate(
     rows: Sequence[Row],
     config: EvalConfig | None = None,
     baseline: Policy | None = None,
-    progress: Progress | None = None,
     cache: BatchCache | None = None,
     heads: CopyHeads | None = None,
 ) -> Evaluation:
@@ -123,24 +120,14 @@ def evaluate(
     config = config or EvalConfig()
     if config.judge and baseline is None:
         raise UserError("`judge` compares with a baseline", fix="give a baseline, or no judge")
-    total = len(rows) * (1 if baseline is None else 2)
-
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, total)
-
     cache = cache or BatchCache()
     embedder = Embedder(config.embedder) if config.embedder else None
     reader = baseline or policy
     before = None
     if baseline is not None:
-        said = _ask(baseline, rows, config, None, reader, report, partial(cache.get, "before"))
+        said = _ask(baseline, rows, config, None, reader, "evaluating the baseline", partial(cache.get, "before"))
         before = _responses(rows, said, embedder)
-
-    def after_report(done: int) -> None:
-        report(done + total - len(rows))
-
-    said = _ask(policy, rows, config, baseline, reader, after_report, partial(cache.get, "after"))
+    said = _ask(policy, rows, config, baseline, reader, "evaluating", partial(cache.get, "after"))
     after = _responses(rows, said, embedder)
     if config.judge and baseline is not None and before is not None:
         won = wins(Reward(config_of(config.judge), baseline, heads), rows, after.greedy, before.greedy)
@@ -166,7 +153,7 @@ def _ask(
     config: EvalConfig,
     baseline: Policy | None,
     reader: Policy,
-    report: Callable[[int], None],
+    title: str,
     cached: Callable[[int, Callable[[], Columns]], Columns],
 ) -> dict[str, list[Any]]:
     """All of `rows` answered, batch by batch; `baseline` and `reader` only read what `policy` said."""
@@ -175,14 +162,15 @@ def _ask(
     starts = range(0, len(rows), config.batch_size)
     batches = [rows[start : start + config.batch_size] for start in starts]
     encoded = [
-        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some]) for some in batches
+        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some])
+        for some in policy.progress(batches, "encoding prompts", len(rows), size=len)
     ]
     found: dict[str, list[Any]] = {}
-    for start, some, prompts in zip(starts, batches, encoded, strict=True):
+    parts = zip(starts, batches, encoded, strict=True)
+    for start, some, prompts in policy.progress(parts, title, len(rows), size=lambda part: len(part[1])):
         make = partial(_batch, policy, some, prompts, config, compared, reader, config.seed + start)
         for name, values in cached(start, make).items():
             found.setdefault(name, []).extend(values)
-        report(start + len(some))
     return found
 
 

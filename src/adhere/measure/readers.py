@@ -76,7 +76,8 @@ def follow_up(reader: Policy, rows: Sequence[Row], responses: Sequence[str]) -> 
 def wins(reward: Reward, rows: Sequence[Row], ours: Sequence[str], theirs: Sequence[str]) -> list[float]:
     """For each row 1 where a reward prefers our response to theirs, ½ for a tie, else 0."""
     found: list[float] = []
-    for start in range(0, len(rows), BATCH):
+    starts = range(0, len(rows), BATCH)
+    for start in reward.policy.progress(starts, "judging", len(starts)):
         places = range(start, min(start + BATCH, len(rows)))
         prompts = [rows[n].prompt for n in places for _ in range(2)]
         answers = [rows[n].answers for n in places for _ in range(2)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as speech
 
 from adhere.errors import UnsupportedModel, UserError
 from adhere.model import adapters
@@ -37,6 +39,7 @@ from adhere.model.checkpoint_files import (
     require_whole,
 )
 from adhere.model.embedded import located
+from adhere.progress import Progress, silent
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADABLE = "give a folder or hub id that transformers can load"
@@ -61,7 +64,13 @@ def pick_device(device: str) -> torch.device:
 
 
 def load(
-    path: str, *, dtype: str = "auto", device: str = "auto", attention: str = "auto", trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load `path` (a folder, a hub id or `toy-causal`, `toy-encdec`), causal or encoder–decoder as its configuration
     says, in evaluation mode.
@@ -78,6 +87,7 @@ def load(
         device=device,
         attention=attention,
         trust_remote_code=trust_remote_code,
+        progress=progress,
     )
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     _fit(model, tokenizer, path)
@@ -93,6 +103,7 @@ def load_network(
     device: str = "cpu",
     attention: str = "auto",
     trust_remote_code: bool = False,
+    progress: Progress = silent,
     **settings: Any,
 ) -> PreTrainedModel:
     """The network at `path`, in evaluation mode, of the auto class that `kind` picks from its configuration.
@@ -110,18 +121,19 @@ def load_network(
             "device": device,
             "attention": attention,
             "trust_remote_code": trust_remote_code,
+            "progress": progress,
         }
         load_base = partial(load_network, base, kind, other_head=other_head, **named, **settings)
         return adapters.merge(_base_of(path, base, load_base), path, adapter)
     if Path(path).is_dir():
         require_model(Path(path))
     place = pick_device(device)
-    try:
+    with _damage_named(path):
         with one_line("cannot be loaded", _config_of(path), _remedy(trust_remote_code)):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
             written, _ = PreTrainedConfig.get_config_dict(path)
         _choose_attention(config, attention, written, path)
-        with one_line(*_refusal(config, path)):
+        with one_line(*_refusal(config, path)), in_place_of_bars(progress):
             network, found = kind(config).from_pretrained(
                 path,
                 config=config,
@@ -133,13 +145,7 @@ def load_network(
                 trust_remote_code=trust_remote_code,
                 **({"device_map": {"": place}} if _quantiser(config) else {}),
             )
-    except UnsupportedModel:
-        if (cached := _cached(path)) is not None:
-            require_whole(cached)  # names the file
-        raise
-    if written.get("tie_word_embeddings") is False and _is_tied(network):  # T5 ties a head that is not in the file
-        found["missing_keys"].add("lm_head.weight")
-    _require_every_weight(network, found, path, other_head)
+    _require_every_weight(network, found, written, path, other_head)
     if not _quantiser(config):
         torch.nn.Module.to(network, place)
     if adapter is not None:
@@ -147,6 +153,35 @@ def load_network(
     network.eval()
     assert isinstance(network, PreTrainedModel)
     return network
+
+
+@contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """Where what was fetched of a hub id cannot be loaded because a file is damaged, say which."""
+    try:
+        yield
+    except UnsupportedModel:
+        if (cached := _cached(path)) is not None:
+            require_whole(cached)
+        raise
+
+
+@contextmanager
+def in_place_of_bars(progress: Progress) -> Iterator[None]:
+    """As long as the block runs, `progress` shows the loops that transformers would draw bars of its own for: weights
+    that are loaded, files that are written."""
+
+    def shown(bar: Callable[..., Any], given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        items = given[0] if given else named.get("iterable")
+        if not isinstance(items, Collection):
+            return bar(*given, **named)
+        return progress(items, str(named.get("desc", "loading")).lower(), len(items))
+
+    before = speech.set_tqdm_hook(shown)
+    try:
+        yield
+    finally:
+        speech.set_tqdm_hook(before)
 
 
 def _base_of(path: str, base: str, load_base: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -238,11 +273,15 @@ def _remedy(trust_remote_code: bool) -> str:
     return LOADABLE if trust_remote_code else f"{LOADABLE}; --trust-remote-code runs code that comes with a model"
 
 
-def _require_every_weight(network: PreTrainedModel, found: dict[str, Any], where: str, other_head: bool) -> None:
+def _require_every_weight(
+    network: PreTrainedModel, found: dict[str, Any], written: Mapping[str, Any], where: str, other_head: bool
+) -> None:
     """Raise `UnsupportedModel` unless the file gave every weight its value, and each of its own had a place.
 
     Weights that are tied, and those that a family is known to store needlessly, transformers has left out already."""
     fix = "give the whole checkpoint, with the config.json that belongs to it"
+    if written.get("tie_word_embeddings") is False and _is_tied(network):  # T5 ties a head that is not in the file
+        found["missing_keys"].add("lm_head.weight")
     if found["mismatched_keys"]:
         name, stored, wanted = min(found["mismatched_keys"], key=lambda key: str(key[0]))
         more = len(found["mismatched_keys"]) - 1

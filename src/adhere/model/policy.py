@@ -23,13 +23,14 @@ from adhere.model.encode import Prompt, context_length, encode_prompts
 from adhere.model.endings import Endings
 from adhere.model.families import attention_layers
 from adhere.model.fingerprint import fingerprint
-from adhere.model.load import load
+from adhere.model.load import in_place_of_bars, load
 from adhere.model.logits import SPREAD
 from adhere.model.observe import DrawReader
 from adhere.model.read import Reader
 from adhere.model.responses import given_rollout
 from adhere.model.sampling import draw
 from adhere.model.settings import CHAT, ChatMode, ChatOptions, Lora, Sampling
+from adhere.progress import Progress, silent
 from adhere.prompt import prompt_key
 from adhere.types import Prompts, Reading, Rollout
 
@@ -53,6 +54,7 @@ class Policy:
         eager: bool = False,
         folder: Path | None = None,
         compute: torch.dtype | None = None,
+        progress: Progress = silent,
     ) -> None:
         takes_chat(tokenizer, chat)  # at once, not at the first prompt
         self.model = model
@@ -65,6 +67,8 @@ class Policy:
         self.eager = eager
         self.compute = compute
         """What forwards are cast to; None where they compute in the dtype of the weights."""
+        self.progress = progress
+        """Shows how far sampling, reading and every loop over prompts are. Assign another whenever you like."""
         self._adapter = adapter
         self.reader = Reader(network, eager, self._active)
 
@@ -82,10 +86,12 @@ class Policy:
         chat: ChatMode = "auto",
         system: str | None = None,
         stop: Sequence[str] = (),
+        progress: Progress = silent,
     ) -> Policy:
         """Load a folder or hub id. `attention="eager"` reads attention from `output_attentions`, for families that
         bypass transformers' attention interface; `train`: its weights are to be trained, in float32 whatever `dtype`
-        it computes in; `chat`, `system`, `stop`: see `ChatOptions`. Raises `UnsupportedModel` (see
+        it computes in; `chat`, `system`, `stop`: see `ChatOptions`; `progress` shows how far loading is, and later what
+        the policy does (`adhere.progress_bars`). Raises `UnsupportedModel` (see
         `adhere.model.load`), also for decoding constraints that sampling does not obey."""
         options = ChatOptions(chat, system, tuple(stop))
         model, tokenizer = load(
@@ -94,6 +100,7 @@ class Policy:
             device=device,
             attention=attention,
             trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         Constraints.of(model, ())  # one that is refused, at once
         folder = Path(located(str(path)))
@@ -103,6 +110,7 @@ class Policy:
             chat=options,
             eager=attention == "eager",
             folder=folder if folder.is_dir() else None,
+            progress=progress,
         )
         if train:
             policy.prepare_training(dtype)
@@ -175,6 +183,7 @@ class Policy:
             eager=self.eager,
             folder=self.folder,
             compute=self.compute,
+            progress=self.progress,
         )
 
     def encode(
@@ -290,7 +299,7 @@ class Policy:
         if copy_weights is not None:
             maps["copy_attention"] = copy_weights
         assert question is None or copy_weights is not None, "the question is read with the copy heads"
-        return self.reader.read(rollout, self.constraints, maps, spread, question)
+        return self.reader.read(rollout, self.constraints, maps, spread, self.progress, question)
 
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
@@ -334,7 +343,7 @@ class Policy:
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
         """[B, L, H] float32: attention of each head to the salient prompt, Σ_i s_i a[t, i], the mean over response
         tokens. `salience` is [B, P]."""
-        return self.reader.head_mass(rollout, salience)
+        return self.reader.head_mass(rollout, salience, self.progress)
 
     def save(self, folder: Path) -> None:
         """Write weights (adapters merged, in float32) and tokenizer so that AutoModel loads them without adhere.
@@ -342,7 +351,8 @@ class Policy:
         Raises `RunFailed` where a weight is not finite."""
         precision.require_finite(self.model.named_parameters())
         network = adapters.merged(self.model) if isinstance(self.model, PeftModel) else self.network
-        network.save_pretrained(folder)
+        with in_place_of_bars(self.progress):
+            network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _draw(
@@ -360,6 +370,7 @@ class Policy:
                 seed,
                 watch,
                 self.constraints,
+                self.progress,
             )
         said = self.tokenizer.batch_decode(
             [row[keep] for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True

@@ -22,10 +22,13 @@ from adhere.model.head import Head
 from adhere.model.memory import TokenBudget
 from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
 from adhere.model.tokens import token_statistics
-from adhere.types import Reading, Rollout
+from adhere.progress import Progress
+from adhere.types import Chunk, Reading, Rollout
 
 # Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
 FORWARD_TOKENS = 16_384
+# A CPU is busy with far fewer, and slower with more: its caches overflow (SmolLM2 on two cores: a fifth slower).
+CPU_FORWARD_TOKENS = 2048
 
 Make = Callable[[prefix.Window], Sequence[Accumulator]]
 
@@ -37,7 +40,7 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.budget = TokenBudget(FORWARD_TOKENS)
+        self.budget = TokenBudget(CPU_FORWARD_TOKENS if network.device.type == "cpu" else FORWARD_TOKENS)
         self._active = active
         self._verified = False
         self._head: Head | None = None
@@ -67,6 +70,7 @@ class Reader:
         constraints: Constraints | None,
         maps: Maps,
         spread: Collection[str],
+        progress: Progress,
         question: Tensor | None = None,
     ) -> Reading:
         """Log-probs under `constraints`, those of `SPREAD` in `spread`, the attention maps `maps`, and the attention of
@@ -79,7 +83,7 @@ class Reader:
 
         def work(max_tokens: int) -> Reading:
             whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in self._shown(progress, rollout, max_tokens):
                 padding = ~chunk.rollout.response_mask
                 asked = None if question is None else question[rollout.prompt_index[chunk.rows].unique()][:, chunk.span]
                 for name, values in self._read(chunk.rollout, constraints, maps, spread, asked).items():
@@ -112,13 +116,13 @@ class Reader:
         return self.budget.run(work, _longest(rollout))
 
     @torch.no_grad()
-    def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
+    def head_mass(self, rollout: Rollout, salience: Tensor, progress: Progress) -> Tensor:
         """See `Policy.head_mass`."""
 
         def work(max_tokens: int) -> Tensor:
             every = torch.arange(len(rollout), device=salience.device)
             order, found = [], []
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in self._shown(progress, rollout, max_tokens):
                 mass = HeadMass(salience[chunk.rows, chunk.span], chunk.rollout.response_mask)
                 list(self.forwards(chunk.rollout, False, _always(mass)))
                 order.append(every[chunk.rows])
@@ -126,6 +130,11 @@ class Reader:
             return torch.cat(found)[torch.cat(order).argsort()]
 
         return self.budget.run(work, _longest(rollout))
+
+    def _shown(self, progress: Progress, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
+        """The chunks of a rollout, a response of them counting as one."""
+        pieces = chunks(self.network, rollout, max_tokens)
+        return progress(pieces, "reading", len(rollout), size=lambda chunk: len(chunk.rollout))
 
     def forwards(
         self, part: Rollout, share: bool, make: Make | None = None, question: Tensor | None = None

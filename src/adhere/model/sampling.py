@@ -18,6 +18,7 @@ from adhere.model.observe import DrawReader
 from adhere.model.prefix import Window, extend, prefill, restart
 from adhere.model.rope import draws, original_frequencies, outdated
 from adhere.model.settings import Sampling
+from adhere.progress import Progress, phase, silent
 from adhere.types import Prompts
 
 
@@ -32,6 +33,7 @@ def draw(
     seed: int,
     watch: DrawReader | None = None,
     constraints: Constraints | None = None,
+    progress: Progress = silent,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`num_samples` responses to each prompt.
 
@@ -52,7 +54,7 @@ def draw(
         rows = (places[:, None] * num_samples + torch.arange(num_samples, device=device)).flatten()
         whole = len(places) == len(prompts)
         asked = prompts if whole else prompts.select(places).trimmed()[0]
-        _decode(model, asked, num_samples, sampling, constraints, drawn, rows, generator, watch)
+        _decode(model, asked, num_samples, sampling, constraints, drawn, rows, generator, watch, progress)
     width = int(drawn.mask.sum(-1).max())
     return drawn.ids[:, :width], drawn.mask[:, :width], drawn.ended, drawn.logprobs[:, :width]
 
@@ -100,6 +102,7 @@ def _decode(
     rows: Tensor,
     generator: torch.Generator,
     watch: DrawReader | None,
+    progress: Progress,
 ) -> None:
     """Fill the responses `rows` ([n · num_samples] int64) of `drawn`, which answer `prompts`."""
     index = torch.arange(len(prompts), device=rows.device).repeat_interleave(num_samples)
@@ -108,11 +111,11 @@ def _decode(
     asked = prompts if share else prompts.select(index)
     last = 0 if model.config.is_encoder_decoder else places - 1
     with original_frequencies(model):
-        with _watched(watch, slice(last, last + 1), places, len(asked), 0):
+        with phase(progress, "reading prompts"), _watched(watch, slice(last, last + 1), places, len(asked), 0):
             prefix, logits = prefill(model, asked, expandable=share)
         if share:
             prefix, logits = prefix.select(index), logits[index]
-        for step in range(sampling.max_new_tokens):
+        for step in progress(range(sampling.max_new_tokens), "sampling", sampling.max_new_tokens):
             final = step + 1 == sampling.max_new_tokens
             logits = _sound(logits.float())
             if constraints is not None:

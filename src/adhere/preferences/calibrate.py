@@ -146,7 +146,6 @@ def calibrate(
     policy: Policy,
     rows: Sequence[Row],
     seed: int = 0,
-    on_progress: Callable[[int], None] = lambda done: None,
     heads: CopyHeads | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Calibration:
@@ -160,22 +159,17 @@ def calibrate(
     sound = sound_pairs(rows, warn)
     if len(sound) < 4 or len({prompt_key(row.prompt) for row in sound}) < 2:
         raise UserError(f"{len(sound)} pairs cannot be cross-validated", fix="give four or more, of several prompts")
-    return fit_weights(features_of(policy, sound, on_progress, heads), policy.kind, seed)
+    return fit_weights(features_of(policy, sound, heads), policy.kind, seed)
 
 
-def features_of(
-    policy: Policy,
-    rows: Sequence[Row],
-    on_progress: Callable[[int], None] = lambda done: None,
-    heads: CopyHeads | None = None,
-) -> Features:
+def features_of(policy: Policy, rows: Sequence[Row], heads: CopyHeads | None = None) -> Features:
     """Every feature of every pair; one forward, and one more for each ablated or shortened prompt."""
     config = RewardConfig(dict.fromkeys((*SIGNALS, "length", "heads"), 1.0), normalise="none", renormalise=True)
     reward = Reward(config, policy, heads)
     default = Reward(NAMED[BASE], policy, reward.heads)
     names, values, base, length = list(SIGNALS), list[Floats](), list[Floats](), list[Floats]()
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
+    batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+    for batch in policy.progress(batches, "reading pairs", len(rows), size=len):
         texts = [str(text) for row in batch for text in (row.chosen, row.rejected)]
         rollout = policy.paired([row.prompt for row in batch for _ in range(2)], texts)
         evidence = reward.evidence(rollout, policy)
@@ -190,7 +184,6 @@ def features_of(
         base.append(scores[::2] - scores[1::2])
         words = found["length"].cpu().numpy().astype(float)
         length.append(words[::2] - words[1::2])
-        on_progress(start + len(batch))
     prompts = tuple(str(row.prompt) for row in rows)
     return Features(tuple(names), np.concatenate(values), np.concatenate(base), np.concatenate(length), prompts)
 

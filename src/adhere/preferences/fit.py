@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from adhere.learn.launch import refuse_environment
 from adhere.model.chat import render
 from adhere.model.load import load_network, load_tokenizer
 from adhere.preferences.settings import PreferenceConfig
+from adhere.progress import Progress, silent
 from adhere.reward.preference import CARD, PreferenceModel, check_lengths, logits, pair_ids
 from adhere.row_pairs import sound_pairs
 
@@ -42,7 +44,12 @@ class Fitted:
     """Of each held-out pair, 1 where the chosen response gets more, ½ for a tie; in the order of the rows."""
 
 
-def fit(config: PreferenceConfig, rows: Sequence[Row], warn: Callable[[str], None] = warnings.warn) -> Fitted:
+def fit(
+    config: PreferenceConfig,
+    rows: Sequence[Row],
+    warn: Callable[[str], None] = warnings.warn,
+    progress: Progress = silent,
+) -> Fitted:
     """Fit a reward model to `rows` (prompt, chosen, rejected) and write it to `config.output`.
 
     Pairs that teach nothing are left out, and `warn` is told (see `adhere.row_pairs`).
@@ -55,7 +62,7 @@ def fit(config: PreferenceConfig, rows: Sequence[Row], warn: Callable[[str], Non
     rows = sound_pairs(rows, warn)
     torch.manual_seed(config.seed)
     network = load_network(config.model, lambda _: AutoModelForSequenceClassification, other_head=True,
-                           device=config.device, dtype="float32", num_labels=1)  # fmt: skip
+                           device=config.device, dtype="float32", progress=progress, num_labels=1)  # fmt: skip
     tokenizer = load_tokenizer(config.model)
     network.config.pad_token_id = tokenizer.pad_token_id
     training, held_out = split(rows, config.held_out, config.seed)
@@ -65,7 +72,8 @@ def fit(config: PreferenceConfig, rows: Sequence[Row], warn: Callable[[str], Non
              for row in training]  # fmt: skip
     check_lengths(network, [ids for pair in pairs for ids in pair])
     learn = _loop if network.config.is_encoder_decoder else _with_trl
-    learn(config, network, tokenizer, [(one, other) for one, other in pairs])
+    steps = progress(range(config.steps), "fitting", config.steps)
+    learn(config, network, tokenizer, [(one, other) for one, other in pairs], steps)
     if any(not bool(torch.isfinite(weight).all()) for weight in network.parameters()):
         raise RunFailed("the reward model's weights are not finite", fix="lower learning_rate")
     model = PreferenceModel(network.eval(), tokenizer)
@@ -104,12 +112,13 @@ def _loop(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Ids, Ids]],
+    steps: Iterator[int],
 ) -> None:
     """AdamW on batches drawn without replacement, epoch after epoch; warm-up, then down to zero. Dropout stays off."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0.0)
     rng, order = random.Random(config.seed), list[tuple[Ids, Ids]]()
     warmup = max(1, round(WARMUP * config.steps))
-    for step in range(config.steps):
+    for step in steps:
         if len(order) < min(config.batch_size, len(pairs)):
             order = rng.sample(list(pairs), len(pairs))
         batch, order = order[: config.batch_size], order[config.batch_size :]
@@ -128,17 +137,25 @@ def _with_trl(
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[Ids, Ids]],
+    steps: Iterator[int],
 ) -> None:
     """TRL's trainer on ids that are ready, so that training and scoring read the same."""
     try:
         from datasets import Dataset
-        from transformers import PrinterCallback
+        from transformers import PrinterCallback, TrainerCallback
         from trl.trainer.reward_config import RewardConfig
         from trl.trainer.reward_trainer import RewardTrainer
     except ImportError as error:
         fix = "pip install 'adhere[trl]'"
         raise UserError("a reward model on a decoder-only backbone needs TRL", fix=fix) from error
     refuse_environment()
+
+    class Counted(TrainerCallback):
+        """Takes a step of `steps` where the trainer begins one."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            next(steps, None)
+
     ready = Dataset.from_dict({"chosen_ids": [pair[0] for pair in pairs], "rejected_ids": [pair[1] for pair in pairs]})
     with tempfile.TemporaryDirectory() as folder:
         arguments = RewardConfig(
@@ -161,7 +178,9 @@ def _with_trl(
         )
         trainer = RewardTrainer(network, arguments, train_dataset=ready, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)  # standard output is the caller's
+        trainer.add_callback(Counted)
         trainer.train()
+        next(steps, None)  # the last one is done
 
 
 def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,7 +7,7 @@ Chosen is the row's own answer where there is one, or else the likeliest sample 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +42,6 @@ def make_pairs(
     policy: Policy,
     rows: Sequence[Row],
     config: PairConfig | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """`{"prompt", "chosen", "rejected", "corruption"}` rows; a prompt without any corruption that differs gives none.
 
@@ -60,7 +59,8 @@ def make_pairs(
     if len(rows) - starts[-1] < 2:
         starts.pop()  # the last prompt alone would have no other prompt beside it
     pairs: list[dict[str, Any]] = []
-    for first, last in zip(starts, [*starts[1:], len(rows)], strict=True):
+    spans = zip(starts, [*starts[1:], len(rows)], strict=True)
+    for first, last in policy.progress(spans, "making pairs", len(rows), size=lambda span: span[1] - span[0]):
         batch = rows[first:last]
         cases = _cases(policy, batch, config, classes, config.seed + first)
         for place, (row, case) in enumerate(zip(batch, cases, strict=True)):
@@ -74,7 +74,6 @@ def make_pairs(
                 if rejected and count < config.pairs_per_prompt and pair_fault(pair) is None:
                     pairs.append({"prompt": row.prompt, "chosen": chosen, "rejected": rejected, "corruption": name})
                     count += 1
-        on_progress(last)
     return pairs
 
 

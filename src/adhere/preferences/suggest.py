@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from adhere.data import Row
@@ -18,7 +18,6 @@ def suggest(
     reward: Reward,
     rows: Sequence[Row],
     config: SuggestConfig | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """`{"prompt", "response_a", "response_b", "margin"}`, the smallest margin of the reward first (uncertainty
     sampling, Lewis & Gale 1994): of each prompt the two best different responses, so that the answer is about what is
@@ -29,8 +28,8 @@ def suggest(
     config = config or SuggestConfig()
     rows = list({str(row.prompt): row for row in rows}.values())  # a prompt given twice is asked about once
     found: list[dict[str, Any]] = []
-    for start in range(0, len(rows), config.batch_size):
-        batch = rows[start : start + config.batch_size]
+    batches = [(start, rows[start : start + config.batch_size]) for start in range(0, len(rows), config.batch_size)]
+    for start, batch in policy.progress(batches, "sampling pairs", len(rows), size=lambda part: len(part[1])):
         prompts = policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
         sampling = Sampling(max_new_tokens=config.max_new_tokens)
         rollout = policy.sample(prompts, config.num_samples, sampling=sampling, seed=config.seed + start)
@@ -49,7 +48,6 @@ def suggest(
                 found.append(
                     {"prompt": row.prompt, "response_a": sides[0], "response_b": sides[1], "margin": high - low}
                 )
-        on_progress(start + len(batch))
     if not found:
         raise UserError("no prompt has two different responses", fix="raise --num-samples or --max-new-tokens")
     return sorted(found, key=lambda pair: float(pair["margin"]))[: config.suggest]

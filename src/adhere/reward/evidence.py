@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adhere.errors import UserError
+from adhere.progress import phase
 from adhere.reward import controls
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import PREFERENCE, SIGNALS, Reads, RewardConfig
@@ -28,7 +29,7 @@ from adhere.reward.salience import (
 from adhere.reward.signals import Evidence
 from adhere.reward.sources import context_sentences
 from adhere.reward.words import Spelling
-from adhere.types import Reading, Rollout
+from adhere.types import Prompts, Reading, Rollout
 
 if TYPE_CHECKING:
     from adhere.model.policy import Policy
@@ -114,13 +115,15 @@ def _without_attended(reading: Reading, scorer: Policy, classes: Tensor, share: 
     prompts = reading.rollout.prompts
     dropped = attended(reading, reading.copy_attention, classes, share)
     rest = prompts.only(prompts.mask & ~dropped, left=not scorer.is_encoder_decoder)
-    return scorer.read(replace(reading.rollout, prompts=rest), attention=False, spread=()).logprobs
+    with phase(scorer.progress, "ablated prompts"):
+        return _logprobs(scorer, reading.rollout, rest)
 
 
 def _after_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tensor:
     """[B, R] log-probs of the responses after the question alone."""
     asked, _ = question_only(rollout.prompts, classes, left=not scorer.is_encoder_decoder)
-    return scorer.read(replace(rollout, prompts=asked), attention=False, spread=()).logprobs
+    with phase(scorer.progress, "the question alone"):
+        return _logprobs(scorer, rollout, asked)
 
 
 def _without_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tensor:
@@ -130,7 +133,8 @@ def _without_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tens
     keep = prompts.mask & ~question_tokens(prompts, classes)
     keep = torch.where((keep & context_tokens(prompts, classes)).any(-1, keepdim=True), keep, prompts.mask)
     unasked = prompts.only(keep, left=not scorer.is_encoder_decoder)
-    return scorer.read(replace(rollout, prompts=unasked), attention=False, spread=()).logprobs
+    with phase(scorer.progress, "without the question"):
+        return scorer.read(replace(rollout, prompts=unasked), attention=False, spread=()).logprobs
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
@@ -143,4 +147,10 @@ def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
     count = len(texts)
     other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
     moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
-    return scorer.read(replace(rollout, prompts=moved), attention=False, spread=()).logprobs
+    with phase(scorer.progress, "another prompt"):
+        return _logprobs(scorer, rollout, moved)
+
+
+def _logprobs(scorer: Policy, rollout: Rollout, prompts: Prompts) -> Tensor:
+    """[B, R] log-probs of the responses after other prompts."""
+    return scorer.read(replace(rollout, prompts=prompts), attention=False, spread=()).logprobs

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adhere.errors import UnsupportedModel, UserError
 from adhere.files import atomic_write
+from adhere.progress import phase
 from adhere.reward.passages import PASSAGES, repeated
 from adhere.reward.salience import response_content, token_classes, user_tokens
 from adhere.reward.signals import NO_WORD
@@ -42,6 +43,8 @@ _LEAD = 2
 _READABLE = 0.95
 # On models that repeat (135M to 270M parameters) the best head scores above 0.9; untrained ones stay below 0.1.
 _LEAST_SCORE = 0.3
+# Tokens of a piece, padding included: each is shown as it is done, and a forward of fewer takes no longer a token.
+_PIECE_TOKENS = 2048
 # Enough samples to tell a copy head (0.4 of its tokens) from the rest (0.05) on a few prompts.
 ANSWERS = 4
 
@@ -78,11 +81,12 @@ def copy_heads(policy: Policy, *, cache: bool = True) -> CopyHeads:
 
     Raises `UserError` where the model does not repeat what it reads.
     """
-    model = policy.fingerprint()
-    places = ([policy.folder / FILE_NAME] if policy.folder is not None else []) + ([cached(model)] if cache else [])
-    for place in places:
-        if place.is_file() and (found := load_heads(place)).model == model:
-            return found
+    with phase(policy.progress, "looking up copy heads"):  # the fingerprint reads every weight
+        model = policy.fingerprint()
+        places = ([policy.folder / FILE_NAME] if policy.folder is not None else []) + ([cached(model)] if cache else [])
+        for place in places:
+            if place.is_file() and (found := load_heads(place)).model == model:
+                return found
     measured = measure_by_copying(policy)
     if cache:
         save_heads(places[-1], measured)
@@ -187,9 +191,17 @@ def check_shape(heads: CopyHeads, policy: Policy) -> None:
 
 
 def _measured(policy: Policy, rollout: Rollout, counted: Tensor, copied: Tensor, method: Method) -> CopyHeads:
-    hits, logprob = policy.copy_hits(rollout, counted, copied)
-    tokens = int(counted.sum())
-    return CopyHeads((hits.double() / tokens).float().cpu(), method, tokens, logprob, policy.fingerprint())
+    hits = torch.zeros(policy.attention_shape, dtype=torch.long)
+    total, tokens = 0.0, int(counted.sum())
+    pieces = rollout.chunks(_PIECE_TOKENS)
+    title = "measuring copy heads"
+    for piece in policy.progress(pieces, title, len(rollout), size=lambda piece: len(piece.rollout)):
+        here = counted[piece.rows, piece.columns]
+        if not here.any():
+            continue
+        own, logprob = policy.copy_hits(piece.rollout, here, copied[piece.rows, piece.columns, piece.span])
+        hits, total = hits + own.cpu(), total + logprob * int(here.sum())
+    return CopyHeads((hits.double() / tokens).float(), method, tokens, total / tokens, policy.fingerprint())
 
 
 def _repeating(policy: Policy) -> tuple[Rollout, Tensor] | None:

@@ -18,6 +18,7 @@ from adhere.errors import UserError
 from adhere.model.encode import context_length
 from adhere.model.load import load_network, load_tokenizer
 from adhere.model.rope import alike, original_frequencies
+from adhere.progress import Progress, silent
 from adhere.reward.signals import Evidence
 
 CARD = "preference.json"
@@ -32,14 +33,18 @@ class PreferenceModel:
         self.network, self.tokenizer = network, tokenizer
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> PreferenceModel:
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", progress: Progress = silent
+    ) -> PreferenceModel:
         """A folder that `adhere preferences fit` wrote. Raises `UserError` where it did not."""
         folder, fix = Path(folder), "give the folder that `adhere preferences fit` wrote"
         try:
             json.loads((folder / CARD).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"no reward model ({error})", where=str(folder), fix=fix) from error
-        network = load_network(str(folder), lambda _: AutoModelForSequenceClassification, device=str(device))
+        network = load_network(
+            str(folder), lambda _: AutoModelForSequenceClassification, device=str(device), progress=progress
+        )
         tokenizer = load_tokenizer(str(folder))
         if network.config.num_labels != 1:
             raise UserError(f"a head of {network.config.num_labels} labels, not 1", where=str(folder), fix=fix)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adhere.errors import RunFailed, UserError, unknown_name
 from adhere.inspection.inspection import Inspection
+from adhere.progress import phase
 from adhere.prompt import prompt_key
 from adhere.reward import controls, signals
 from adhere.reward.custom import checked, user_function
@@ -93,8 +94,9 @@ class Reward:
         self.config = config
         self.policy = policy
         self.reference = reference if config.scorer == "reference" else None
-        self.classes = token_classes(policy.tokenizer)
-        self.spelling = Spelling.of(policy.tokenizer)
+        with phase(policy.progress, "reading the vocabulary"):
+            self.classes = token_classes(policy.tokenizer)
+            self.spelling = Spelling.of(policy.tokenizer)
         self.functions = functions or {}
         self._functions = {name: self._function(name) for name in config.weights}
         if heads is not None:
@@ -226,7 +228,7 @@ class Reward:
             options = {option: getattr(self.config, where) for option, where in SIGNALS[name].options.items()}
             return partial(FORMULAS[name], **options)
         if name.startswith(PREFERENCE):
-            return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device).signal
+            return PreferenceModel.load(name.removeprefix(PREFERENCE), self.policy.device, self.policy.progress).signal
         return checked(name, self.functions[name]) if name in self.functions else user_function(name)
 
     def evidence(self, rollout: Rollout, scorer: Policy | None = None, reading: Reading | None = None) -> Evidence:

@@ -8,7 +8,7 @@ the controls that read no attention at all are in `controls`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -63,9 +63,9 @@ class Evidence:
 
     def select(self, rows: Tensor) -> Evidence:
         """The responses `rows` ([n] int64, ascending)."""
-        rest = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "reading"}
-        picked = {name: None if value is None else value[rows] for name, value in rest.items()}
-        return Evidence(self.reading.select(rows), **picked)
+        tensors = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "reading"}
+        picked = {name: value[rows] for name, value in tensors.items() if value is not None}
+        return replace(self, reading=self.reading.select(rows), **picked)
 
     @cached_property
     def repeated(self) -> Tensor:
