@@ -39,6 +39,17 @@ _POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _NEGATIVE = re.compile(r"[\W_]*-[^\w-]*\d")
 _SIGNS = re.compile(r"(?:[^\w\s]|_)+")
 
+# Signs that end a sentence before a blank, those that end one wherever they stand, and what may close it after them.
+_END = re.compile(r"(?:[.!?…؟।]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[\"'”’»)\]」』）]*)|\n+")
+_SHORTENED = """
+mr mrs ms dr prof st sr jr gen col capt lt sgt rev hon gov sen rep pres vs etc cf al eg ie e.g i.e approx ca no nos vol
+pp ed eds fig jan feb mar apr jun jul aug sep sept oct nov dec inc ltd co corp mt ft u.s u.k u.n bzw usw nr
+"""
+_ABBREVIATIONS = frozenset(_SHORTENED.split())
+_LONGEST = 20
+"""Characters before a full stop that are looked at."""
+_LAST_WORD = re.compile(r"[^\s(\[\"'“‘«]*$")
+
 
 def normalise_answer(text: str) -> str:
     """Case-folded, without punctuation and English articles, with single blanks (SQuAD, Rajpurkar et al. 2016).
@@ -79,6 +90,16 @@ def is_answer(text: str, accepted: Iterable[str]) -> bool:
     return normalise_answer(text) in {normalise_answer(answer) for answer in accepted}
 
 
+def contains_answer(text: str, accepted: Iterable[str]) -> bool:
+    """Whether one of the accepted answers stands in `text`, word for word, once both are normalised.
+
+    >>> contains_answer("It was the red car.", ["Red car"]), contains_answer("It was a red carpet.", ["red car"])
+    (True, False)
+    """
+    whole = f" {' '.join(answer_words(text))} "
+    return any(f" {' '.join(answer_words(answer))} " in whole for answer in accepted)
+
+
 def answer_words(text: str) -> list[str]:
     """The normalised answer in pieces, for F1: words, and single characters of scripts that put no blanks between them.
 
@@ -97,6 +118,31 @@ def words(text: str) -> list[str]:
     ["don't", 'the', '2nd', 'café', '東', '京']
     """
     return _WORD.findall(fold(text))
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Character spans of the sentences of `text`, in order, without the blanks around them.
+
+    A sentence ends at . ! ? … ؟ । before a blank or the end, at 。！？ anywhere, and at a line end. A full stop ends
+    none after an initial or a common (mostly English) abbreviation.
+
+    >>> text = "Dr. A. Ives paid 3.50 in 1921. Why? 花园。好"
+    >>> [text[start:end] for start, end in sentences(text)]
+    ['Dr. A. Ives paid 3.50 in 1921.', 'Why?', '花园。', '好']
+    """
+    ends = [found.end() for found in _END.finditer(text) if _ends_sentence(text, found)]
+    pieces = zip([0, *ends], [*ends, len(text)], strict=True)
+    trimmed = ((end - len(text[start:end].lstrip()), start + len(text[start:end].rstrip())) for start, end in pieces)
+    return [(start, end) for start, end in trimmed if start < end]
+
+
+def _ends_sentence(text: str, found: re.Match[str]) -> bool:
+    """Whether what looks like the end of a sentence is one; only a single full stop may be none."""
+    if found[0] != ".":
+        return True
+    before = _LAST_WORD.search(text, max(0, found.start() - _LONGEST), found.start())
+    word = before[0] if before is not None else ""
+    return not ((len(word) == 1 and word.isupper()) or word.lower() in _ABBREVIATIONS)
 
 
 def fold(text: str) -> str:
