@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from adhere import __version__
 from adhere.commands.common import (
     ROWS,
     Command,
@@ -101,7 +100,7 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
             progress=progress.update,
             cache=cache,
         )
-    about = {"adhere": __version__, "fingerprint": policy.fingerprint(), "file": options.data, "settings": settings}
+    about = {"fingerprint": policy.fingerprint(), "file": options.data, "settings": settings}
     written = {**about, **found.to_json()}
     write_jsonl(options.output / "rows.jsonl", found.records)
     atomic_write(options.output / "bench.json", to_json(written, indent=2))

@@ -195,7 +195,8 @@ def _records(
     most holds the answer."""
     if not items:
         return []
-    items.sort(key=lambda item: (item.asked.number, item.case.context))  # equal prompts become neighbours
+    # Equal prompts become neighbours, the passage as it is first.
+    items.sort(key=lambda i: (i.asked.number, i.case.context != i.asked.question.context, i.case.context))
     groups = [
         Group(item.row.prompt, item.responses, [True] * len(item.responses), item.case.answers, item.row.where)
         for item in items

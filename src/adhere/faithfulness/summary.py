@@ -39,6 +39,8 @@ Values = dict[str, dict[str, dict[int, float]]]
 
 PAIRS = ("swapped", "distractor", "unanswerable", "same kind", "elsewhere", "empty", "samples", "swapped-samples")
 CHOICES = ("best of n", "accuracy", "swapped best of n", "swapped accuracy", "correction", "agreement", "resistance")
+LOOKED = {"unchanged": "answer", "swapped": "swapped answer", "samples": "samples"}
+"""Split → whose evidence is told of it: the right answer's, or the samples' (their mean)."""
 GREEDY, SAMPLE = "greedy", "sample"
 """The model's responses without a reward that chooses."""
 
@@ -76,7 +78,7 @@ def summarise(records: Sequence[Record], seed: int = 0) -> Bench:
     """All figures with 95 % intervals, bootstrapped over passages (questions on one passage are not independent)."""
     pairs: Values = {name: {} for name in PAIRS}
     choices: Values = {name: {} for name in CHOICES}
-    evidence: Values = {}
+    evidence: Values = {name: {} for name in LOOKED.values()}
     for record in records:
         _add_pairs(pairs, record)
         _add_evidence(evidence, record)
@@ -164,15 +166,13 @@ def _add_choices(values: Values, record: Record) -> None:
 
 
 def _add_evidence(values: Values, record: Record) -> None:
-    """Of the right answer as it was made, and of the model's own samples (their mean)."""
     about = record["bench"]
-    kind = {"unchanged": "answer", "swapped": "swapped answer", "samples": "samples"}.get(about["split"])
     told = [c["evidence"] for c in record["candidates"] if "evidence" in c and (c["right"] or c["kind"] == "sample")]
-    if kind is None or not told:
+    if about["split"] not in LOOKED or not told:
         return
     found = {heads: sum(one[heads] for one in told) / len(told) for heads in told[0]}
     for name, value in (found | {"chance": about["holding"]}).items():
-        values.setdefault(kind, {}).setdefault(name, {})[about["question"]] = value
+        values[LOOKED[about["split"]]].setdefault(name, {})[about["question"]] = value
 
 
 def _less(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:

@@ -71,11 +71,13 @@ def bench_tables(found: Bench, names: Sequence[str], own: Sequence[str]) -> list
     """The figures of the rewards `names`, and how far those of `own` are ahead of the others."""
     drawn, heads = ["greedy", "sample"], ["copy heads", "all heads", "chance"]
     tables = _figures("pairs in order, right before wrong (0.5 = chance)", found.pairs, PAIRS, names)
-    tables += _figures("the best of n samples", found.choices, CHOICES, [*drawn, *names])
+    tables += _figures("the sample that the reward likes best", found.choices, CHOICES, [*drawn, *names])
     tables += _figures("the sentence looked at most holds the answer", found.evidence, list(found.evidence), heads)
     for name in own:
         others = [*drawn, *(other for other in names if other != name)]
-        tables += _figures(f"{name} less the other", found.differences[name], COMPARED, others, "+")
+        tables += _figures(
+            f"{name}: how far ahead, question by question, of", found.differences[name], COMPARED, others, "+"
+        )
     return tables
 
 
@@ -85,14 +87,13 @@ def _figures(title: str, figures: Figures, shown: Sequence[str], names: Sequence
     tables: list[Table] = []
     for start in range(0, len(there), ACROSS):
         part = there[start : start + ACROSS]
-        counts = [max(estimate.n for estimate in figures[figure].values()) for figure in part]
-        columns = ["", *(f"{figure}, n {count}" for figure, count in zip(part, counts, strict=True))]
         rows: list[list[object]] = [
             [name, *(_short(figures[figure].get(name), sign) for figure in part)]
             for name in names
             if any(name in figures[figure] for figure in part)
         ]
-        tables.append((title, columns, rows))
+        counts = [str(max(estimate.n for estimate in figures[figure].values())) for figure in part]
+        tables.append((title, ["", *part], [*rows, ["questions", *counts]]))
     return tables
 
 
@@ -100,8 +101,11 @@ def _short(figure: Estimate | None, sign: str = "") -> str:
     """A share and its interval in a few signs: .57 [.49, .65]."""
     if figure is None:
         return ""
-    mean, low, high = (f"{value:{sign}.2f}".replace("0.", ".", 1) for value in (figure.mean, figure.low, figure.high))
-    return f"{mean} [{low}, {high}]"
+    shown = [
+        f"{value:{sign}.2f}".replace("0.", ".").replace("1.00", "1.0")
+        for value in (figure.mean, figure.low, figure.high)
+    ]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def _shares(title: str, columns: list[str], rows: Mapping[str, Sequence[Estimate | None]]) -> Table:
