@@ -193,6 +193,15 @@ def test_a_table_fits_a_terminal_of_80_columns(tmp_path: Path, capsys: pytest.Ca
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
+def test_it_is_said_when_most_samples_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", ROWS)
+    more = ["--max-new-tokens", "1", "--splits", "samples", "--json"]
+    assert main(arguments(data, tmp_path / "out", *more)) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["cut_off"] == 1.0
+    assert "warning: 100% of the samples were cut off" in captured.err
+
+
 def refused(capsys: pytest.CaptureFixture[str], output: Path, *told: str) -> None:
     error = capsys.readouterr().err
     assert [words for words in told if words not in error] == [], error

@@ -183,7 +183,8 @@ def test_every_table_has_the_default_and_the_controls() -> None:
 
 
 def record(question: int, split: str, scored: list[tuple[str, bool, dict[str, float]]], **about: object) -> dict:
-    candidates = [{"response": "", "kind": kind, "right": ok, "true": ok, "scores": s} for kind, ok, s in scored]
+    marks = {"response": "", "ended": True}
+    candidates = [{**marks, "kind": kind, "right": ok, "true": ok, "scores": scores} for kind, ok, scores in scored]
     passage = f"p{question // 2}"  # two questions a passage
     return {"candidates": candidates, "bench": {"question": question, "passage": passage, "split": split, **about}}
 
@@ -230,6 +231,8 @@ def test_correction_agreement_and_resistance_by_hand() -> None:
     assert found["resistance"] == {"a": 0.0, "greedy": 1.0, "sample": 0.5}
     assert found["swapped best of n"] == {"a": 1.0, "greedy": 0.0, "sample": 0.5}
     assert found["accuracy"] == {"a": 1.0, "greedy": 0.5, "sample": 0.5}
+    records[0]["candidates"][0]["ended"] = False
+    assert summarise(records).cut_off == pytest.approx(1 / 6)
 
 
 def test_best_of_n_is_over_questions_that_leave_a_choice() -> None:

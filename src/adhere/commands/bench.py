@@ -30,6 +30,9 @@ from adhere.files import atomic_write, to_json
 from adhere.resume import fingerprint
 from adhere.reward.named import SIGNALS
 
+CUT_OFF = 0.5
+"""Share of samples cut off from which on it is said."""
+
 
 def _arguments(parser: Parser) -> None:
     model_arguments(parser)
@@ -107,6 +110,11 @@ def _bench(options: argparse.Namespace, console: Console) -> int:
     cache.close()
     for table in bench_tables(found, list(rewards), list(dict.fromkeys(options.reward))):
         console.table(*table)
+    if found.cut_off is not None and found.cut_off >= CUT_OFF:
+        console.warn(
+            f"{found.cut_off:.0%} of the samples were cut off, which a reward with the gate `ended` cannot tell apart: "
+            "raise --max-new-tokens, or show the model an example of a short answer"
+        )
     console.note(f"every candidate with its scores in {options.output / 'rows.jsonl'}")
     console.result(written)
     return 0

@@ -182,7 +182,11 @@ def _sampled(
     for place, (one, case) in enumerate(cases):
         mine = (samples.prompt_index == place).nonzero().flatten().tolist()
         ids = [samples.response_ids[n][samples.response_mask[n]].tolist() for n in mine]
-        said = [{"kind": "sample", **judged(samples.responses[n], case, one)} for n in mine]
+        ended = samples.ended[mine].tolist()
+        said = [
+            {"kind": "sample", **judged(samples.responses[n], case, one), "ended": whole}
+            for n, whole in zip(mine, ended, strict=True)
+        ]
         told = {"greedy": judged(likeliest[place], case, one), "prior": judged(prior[one.number], case, one)}
         items.append(_Item(one, rows[place], case, ids, said, told))
     return items

@@ -60,6 +60,8 @@ class Bench:
     """Evidence hits: kind of response → heads."""
     differences: Mapping[str, Figures]
     """Reward → figure → another reward → how much more the first has, question by question."""
+    cut_off: float | None
+    """Share of the samples that did not end by themselves; None without samples."""
     records: Sequence[Record]
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +69,7 @@ class Bench:
         return {
             "questions": self.questions,
             "cases": dict(self.cases),
+            "cut_off": self.cut_off,
             "pairs": _json(self.pairs),
             "choices": _json(self.choices),
             "evidence": _json(self.evidence),
@@ -109,7 +112,17 @@ def summarise(records: Sequence[Record], seed: int = 0) -> Bench:
     }
     splits = [record["bench"]["split"] for record in records]
     cases = {split: splits.count(split) for split in dict.fromkeys(splits)}
-    return Bench(len(passages), cases, estimates(pairs), estimates(choices), estimates(evidence), differences, records)
+    ended = [c["ended"] for record in records for c in record["candidates"] if c["kind"] == "sample"]
+    return Bench(
+        len(passages),
+        cases,
+        estimates(pairs),
+        estimates(choices),
+        estimates(evidence),
+        differences,
+        1 - sum(ended) / len(ended) if ended else None,
+        records,
+    )
 
 
 def in_order(right: Iterable[float], wrong: Iterable[float]) -> float | None:
