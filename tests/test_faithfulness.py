@@ -81,6 +81,8 @@ def test_what_has_no_place_in_a_split_is_not_in_it() -> None:
     assert list(cases(implicit, [*QUESTIONS, implicit])) == ["unchanged", "distractor"]
     assert list(cases(alone, [alone])) == ["unchanged", "unanswerable"]
     assert wrong(cases(alone, [alone])["unchanged"]) == {"empty": ""}
+    named = Question("Ann sat in the garden. Garden paths are wet.", "Where?", ("the garden",))
+    assert "swapped" not in cases(named, [*QUESTIONS, named])  # the old answer would still be there
     short = Question("Only this.", "What?", ("Only this",))
     assert "unanswerable" not in cases(short, [short])  # nothing would be left to read
 
