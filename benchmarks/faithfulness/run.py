@@ -1,9 +1,12 @@
 """`adhere bench` on three data sets of real questions, with one example of a short answer before each.
 
-    python benchmarks/faithfulness/run.py --data ../shared/data --model MODEL --output runs/faithfulness --limit 200
+    python benchmarks/faithfulness/run.py --data ../shared/data --model SMOLLM2 --output runs/faithfulness/smollm2 \\
+        --limit 200 --max-new-tokens 32
+    python benchmarks/faithfulness/run.py --data ../shared/data --model GEMMA3 --base --output runs/faithfulness/gemma3 \\
+        --limit 200
 
-Without an example a small model talks past the question and is cut off. A chat model gets it as an earlier turn; with
-`--base`, it stands in the text before the question, and a line end ends a response. All else that is given goes to
+A chat model gets the example as an earlier turn; SmolLM2 answers in sentences all the same, hence the 32 tokens. With
+`--base`, the example stands in the text before the question, and a line end ends a response. All else that is given goes to
 `adhere bench` (`--reward`, `--splits`, `--num-samples`, `--resume`, …).
 """
 
@@ -19,7 +22,7 @@ from adhere.data import read_rows, write_jsonl
 
 SETS = {"squad_xquad": "validation", "adversarialqa": "validation", "fairytaleqa": "validation"}
 """Data set → the part that is read; its test part is for the last run alone."""
-ASK = "{context}\n\nAnswer in a few words from the text above.\nQuestion: {question}"
+ASK = "{context}\n\nQuestion: {question}\nAnswer:"
 EXAMPLE = (
     "The Marlow Valley railway opened in 1868. Its chief engineer was Edith Crane, who designed the stone viaduct at "
     "Fenwick. The line closed in 1954.",
@@ -34,7 +37,7 @@ def prepared(source: Path, target: Path, base: bool) -> None:
     context, question, answer = EXAMPLE
     shown = ASK.replace("{context}", context).replace("{question}", question)
     if base:
-        asked: dict[str, object] = {"prompt": f"{shown}\nAnswer: {answer}\n\n{ASK}\nAnswer:"}
+        asked: dict[str, object] = {"prompt": f"{shown} {answer}\n\n{ASK}"}
     else:
         turns = (("user", shown), ("assistant", answer), ("user", ASK))
         asked = {"messages": [{"role": role, "content": text} for role, text in turns]}
