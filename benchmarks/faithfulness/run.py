@@ -1,12 +1,9 @@
 """`adhere bench` on three data sets of real questions, with one example of a short answer before each.
 
-    python benchmarks/faithfulness/run.py --data ../shared/data --model SMOLLM2 --output runs/faithfulness/smollm2 \\
-        --limit 200 --max-new-tokens 32
-    python benchmarks/faithfulness/run.py --data ../shared/data --model GEMMA3 --base --output runs/faithfulness/gemma3 \\
-        --limit 200
+    python benchmarks/faithfulness/run.py --data ../shared/data --model MODEL --output runs/faithfulness --limit 200
 
-A chat model gets the example as an earlier turn; SmolLM2 answers in sentences all the same, hence the 32 tokens. With
-`--base`, the example stands in the text before the question, and a line end ends a response. All else that is given goes to
+A chat model gets the example as an earlier turn (SmolLM2-135M answers in sentences all the same: `--max-new-tokens 32`).
+With `--base` it stands in the text before the question, and a line end ends a response. All else that is given goes to
 `adhere bench` (`--reward`, `--splits`, `--num-samples`, `--resume`, …).
 """
 
