@@ -123,8 +123,8 @@ def test_records_hold_what_score_says_and_what_the_rows_know(policy: Policy) -> 
             if votes:
                 assert candidate["right"] == contains_answer(candidate["response"], record["answers"])
                 assert candidate["true"] == contains_answer(candidate["response"], ROWS[about["question"]]["answers"])
-            if "evidence" in candidate:
-                assert candidate["evidence"].keys() == HEADS.keys()
+            if "evidence_hit" in candidate:
+                assert candidate["evidence_hit"].keys() == HEADS.keys()
     again = summarise(json.loads(json.dumps(found.records)))
     assert again.to_json() == found.to_json()
 

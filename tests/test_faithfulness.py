@@ -251,7 +251,7 @@ def test_best_of_n_is_over_questions_that_leave_a_choice() -> None:
 def test_evidence_counts_the_right_answer_and_the_samples() -> None:
     def looked(record: dict, *hits: bool) -> dict:
         for candidate, hit in zip(record["candidates"], hits, strict=True):
-            candidate["evidence"] = {"copy heads": hit, "all heads": False}
+            candidate["evidence_hit"] = {"copy heads": hit, "all heads": False}
         return record
 
     scored = [("right", True, {"a": 0.0}), ("empty", False, {"a": 0.0})]

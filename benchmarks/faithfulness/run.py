@@ -2,7 +2,7 @@
 
     python benchmarks/faithfulness/run.py --data ../shared/data --model MODEL --output runs/faithfulness --limit 200
 
-A chat model gets the example as an earlier turn (SmolLM2-135M answers in sentences all the same: `--max-new-tokens 32`).
+A chat model gets the example as an earlier turn (SmolLM2 answers in sentences all the same: `--max-new-tokens 32`).
 With `--base` it stands in the text before the question, and a line end ends a response. All else that is given goes to
 `adhere bench` (`--reward`, `--splits`, `--num-samples`, `--resume`, …).
 """

@@ -218,7 +218,7 @@ def _records(
         candidates = []
         for row, candidate in enumerate(item.candidates, first):
             looked = {name: (top := found[row]) is not None and holds[top] for name, found in tops.items()}
-            more = {"evidence": looked} if any(holds) else {}
+            more = {"evidence_hit": looked} if any(holds) else {}
             candidates.append({**candidate, "scores": {name: found[row] for name, found in told.items()}, **more})
         first += len(candidates)
         passage = blake2b(item.asked.question.context.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
