@@ -180,7 +180,8 @@ def _add_choices(values: Values, record: Record) -> None:
 
 def _add_evidence(values: Values, record: Record) -> None:
     about = record["bench"]
-    told = [c["evidence_hit"] for c in record["candidates"] if "evidence_hit" in c and (c["right"] or c["kind"] == "sample")]
+    counted = [c for c in record["candidates"] if c["right"] or c["kind"] == "sample"]
+    told = [c["evidence_hit"] for c in counted if "evidence_hit" in c]
     if about["split"] not in LOOKED or not told:
         return
     found = {heads: sum(one[heads] for one in told) / len(told) for heads in told[0]}
