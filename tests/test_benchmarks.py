@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import runpy
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from adhere.data import Row
+from adhere.data import Row, read_rows
+from adhere.faithfulness.run import questions_of
+from adhere.prompt import Role
 
 ROOT = Path(__file__).parents[1]
 STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas", "limits", "rank", "train"))
-REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py")
+REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py", "faithfulness/run.py")
 SCRIPTS = (
     "best_of_n.py",
     "capture.py",
@@ -56,6 +59,21 @@ def test_missing_data_is_one_line_and_exit_2(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
     done = run("rank.py", "--data", str(tmp_path / "none"), "--model", str(tmp_path))
     assert done.returncode == 2 and "squad_xquad" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_bench_of_faithfulness_shows_an_example_and_keeps_the_roles(tmp_path: Path) -> None:
+    done = run("faithfulness/run.py", "--data", str(tmp_path), "--model", "m", "--output", str(tmp_path / "out"))
+    assert done.returncode == 2 and "fairytaleqa" in done.stderr and not (tmp_path / "out").exists()
+    prepared = runpy.run_path(str(ROOT / "benchmarks" / "faithfulness" / "run.py"))["prepared"]
+    row = {"context": "Ann sat.", "question": "Who sat?", "answers": ["Ann"], "title": "t"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    for base in (False, True):
+        prepared(tmp_path / "rows.jsonl", tmp_path / "out.jsonl", base)
+        (found,) = read_rows(tmp_path / "out.jsonl")
+        last = found.prompt if base else found.prompt[-1]["content"]
+        assert [part.text for part in last.parts if part.role == Role.DOCUMENT] == ["Ann sat."]
+        assert [part.text for part in last.parts if part.role == Role.QUESTION] == ["Who sat?"]
+        assert found.answers == ("Ann",) and found.fields["title"] == "t" and questions_of([found])
 
 
 def test_supporting_sentences_are_found_in_the_prompt() -> None:

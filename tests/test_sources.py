@@ -1,22 +1,18 @@
-"""Sentences, and the sentences of documents that a response rests on."""
+"""The sentences of documents that each sentence of a response rests on."""
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from adhere import Policy, rank, score
 from adhere.cli import main
 from adhere.data import rows_of
 from adhere.reward.heads import copy_heads
 from adhere.reward.sources import LEAST_SHARE, cite, document_sentences, sentence_mass, token_spans
-from adhere.text import sentences
 from adhere.toy import model_path
 
 STORY = "mary went to the garden . john is in the office ."
@@ -31,39 +27,6 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def cut(text: str) -> list[str]:
-    return [text[start:end] for start, end in sentences(text)]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("She paid $3.50. He did not.", ["She paid $3.50.", "He did not."]),
-        ("Dr. J. K. No (c. 1455) sat. “Who?” “Me.”", ["Dr. J. K. No (c. 1455) sat.", "“Who?”", "“Me.”"]),
-        ("花园。他在哪里？「好。」然后走了。", ["花园。", "他在哪里？", "「好。」", "然后走了。"]),
-        ("वह गया। वह आया।", ["वह गया।", "वह आया।"]),
-        ("1. First\n2. Second", ["1. First", "2. Second"]),
-        ("In 1999. Then", ["In 1999.", "Then"]),
-        ("Wait... what?! Yes", ["Wait... what?!", "Yes"]),
-        ("It rained . It poured .", ["It rained .", "It poured ."]),
-        ("...", []),
-        ("", []),
-    ],
-)
-def test_sentences_end_where_a_reader_ends_them(text: str, expected: list[str]) -> None:
-    assert cut(text) == expected
-
-
-@given(st.text(alphabet=st.sampled_from("aB1 .!?。\n\"'”)…,é花"), max_size=40))
-def test_sentences_are_in_order_and_hold_every_letter(text: str) -> None:
-    spans = sentences(text)
-    assert all(start < end for start, end in spans)
-    assert all(one[1] <= other[0] for one, other in pairwise(spans))
-    inside = {place for start, end in spans for place in range(start, end)}
-    assert all(place in inside for place, character in enumerate(text) if character.isalnum())
-    assert all(text[start:end] == text[start:end].strip() for start, end in spans)
 
 
 def test_every_word_of_a_document_is_in_its_sentence(policy: Policy) -> None:

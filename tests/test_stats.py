@@ -193,3 +193,16 @@ def test_holm_keeps_the_order_and_lowers_nothing(ps: list[float]) -> None:
     assert all(p <= q <= 1 for p, q in zip(ps, adjusted, strict=True))
     order = sorted(range(len(ps)), key=lambda place: ps[place])
     assert [adjusted[place] for place in order] == sorted(adjusted)
+
+
+def test_clusters_are_drawn_whole() -> None:
+    """Two clusters, means 0 and 1 but of unequal size: a draw is one of (0, 0), (0, 1), (1, 1), so a mean is 0,
+    3 · 1 / 4, or 1; over values drawn one by one it would seldom be 0 or 1."""
+    found = bootstrap([0.0, 1.0, 1.0, 1.0], clusters=["a", "b", "b", "b"])
+    assert (found.mean, found.low, found.high, found.n) == (0.75, 0.0, 1.0, 4)
+    values = [0.1 * n for n in range(20)]
+    assert bootstrap(values, clusters=range(20)) == bootstrap(values)
+    wide, narrow = bootstrap(values, clusters=[n // 5 for n in range(20)]), bootstrap(values)
+    assert wide.high - wide.low > narrow.high - narrow.low
+    with pytest.raises(UserError, match="2 values in 1 clusters"):
+        bootstrap([1.0, 2.0], clusters=["a"])

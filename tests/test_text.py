@@ -6,13 +6,14 @@ import json
 import re
 import string
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adhere.text import answer_words, fold, is_answer, normalise_answer, words
+from adhere.text import answer_words, contains_answer, fold, is_answer, normalise_answer, sentences, words
 
 XQUAD = Path(__file__).parents[2] / "shared" / "data" / "squad_xquad"
 WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)} | {0x20: 0x3000}
@@ -192,3 +193,47 @@ def test_words_are_found_in_any_script() -> None:
 
 def test_folding_keeps_blanks_and_punctuation() -> None:
     assert fold("“ＡＢ”\tStraße\u200b, ½") == '"ab"\tstrasse, 1/2'
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("Ann left. Bo stayed.", ["Ann left.", "Bo stayed."]),
+        ("mary slept . john left .", ["mary slept .", "john left ."]),
+        ("It cost 3.50 in 1.5 hours. Why?", ["It cost 3.50 in 1.5 hours.", "Why?"]),
+        ("Dr. J. R. Ives et al. wrote it, e.g. No. 5. He", ["Dr. J. R. Ives et al. wrote it, e.g. No. 5.", "He"]),
+        ("“Stop!” he said. (No.) Yes…", ["“Stop!”", "he said.", "(No.)", "Yes…"]),
+        ("One line\nanother\n\nthird", ["One line", "another", "third"]),
+        ("花园。市场！好", ["花园。", "市场！", "好"]),
+        ("هل هو هنا؟ نعم. लोग आए। वे गए।", ["هل هو هنا؟", "نعم.", "लोग आए।", "वे गए।"]),
+        ("She paid $3.50. He did not.", ["She paid $3.50.", "He did not."]),
+        ("Dr. J. K. No (c. 1455) sat. “Who?” “Me.”", ["Dr. J. K. No (c. 1455) sat.", "“Who?”", "“Me.”"]),
+        ("他在哪里？「好。」然后走了。", ["他在哪里？", "「好。」", "然后走了。"]),
+        ("1. First\n2. Second", ["1. First", "2. Second"]),
+        ("In 1999. Then", ["In 1999.", "Then"]),
+        ("Wait... what?! Yes", ["Wait... what?!", "Yes"]),
+        ("...", []),
+        ("", []),
+        (" \n ", []),
+    ],
+)
+def test_sentences_end_where_a_reader_ends_them(text: str, parts: list[str]) -> None:
+    assert [text[start:end] for start, end in sentences(text)] == parts
+
+
+@given(st.text(st.sampled_from("aB1 .!?。\n\"'”)…,é花"), max_size=40))
+def test_sentences_are_in_order_and_hold_every_letter(text: str) -> None:
+    spans = sentences(text)
+    assert all(start < end for start, end in spans)
+    assert all(one[1] <= other[0] for one, other in pairwise(spans))
+    inside = {place for start, end in spans for place in range(start, end)}
+    assert all(place in inside for place, character in enumerate(text) if character.isalnum())
+    assert all(text[start:end] == text[start:end].strip() for start, end in spans)
+
+
+def test_an_answer_is_contained_word_for_word() -> None:
+    assert contains_answer("She moved to New York in 1999.", ["new york"])
+    assert not contains_answer("She moved to New Yorkshire.", ["New York"])
+    assert not contains_answer("York is new", ["New York"])
+    assert contains_answer("他在花园里。", ["花园"])
+    assert not contains_answer("", ["x"]) and not contains_answer("x", [])

@@ -1,4 +1,5 @@
-"""The public functions: `train`, `score`, `rank`, `audit`, `evaluate`, for programs as the commands are for a shell.
+"""The public functions: `train`, `score`, `rank`, `audit`, `bench`, `evaluate`: for programs, as the commands are for a
+shell.
 
 Each takes a policy, then prompts in any form: a path or hub id, as the commands take them, or what a program holds
 (texts, mappings, `Row`s, a `datasets.Dataset`). A reward is a name, a mapping or `RewardConfig`, a `module:function`, a
@@ -9,7 +10,7 @@ of the fields of its settings (`sampling=Sampling(…)`). Bad input raises `User
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,9 @@ from adhere import ranking
 from adhere.config import load_config, to_dict
 from adhere.data import Columns, Row, read_rows, rows_of
 from adhere.errors import UserError, unknown_name
+from adhere.faithfulness import run as benching
+from adhere.faithfulness.settings import BenchConfig, reward_of, with_controls
+from adhere.faithfulness.summary import Bench
 from adhere.learn import train as training
 from adhere.learn.settings import TrainConfig
 from adhere.measure import audit as auditing
@@ -33,7 +37,7 @@ from adhere.model.settings import Sampling
 from adhere.options import fields_of, name_of, options
 from adhere.ranking_settings import RankConfig, bring_candidates
 from adhere.resume import new_run_dir
-from adhere.reward.heads import CopyHeads, load_heads
+from adhere.reward.heads import CopyHeads, copy_heads, load_heads
 from adhere.reward.named import NAMED, RewardConfig, config_of
 from adhere.reward.reward import Reward
 from adhere.reward.signals import Evidence
@@ -177,6 +181,42 @@ def audit(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", 
     config, columns = _settings(given, {AuditConfig: {}, Columns: {}}, apart=("max_hack_rate",))
     rows = _rows(prompts, columns, config_of(_named(reward)))
     return auditing.audit(policy, rows, {"": _bound(reward, policy)}, config)[""]
+
+
+def bench(
+    policy: Policy,
+    rows: Prompts,
+    *,
+    rewards: Sequence[str] | Mapping[str, AnyReward] = ("attention",),
+    limit: int | None = None,
+    **given: Any,
+) -> Bench:
+    """Whether rewards prefer what the passage supports, beside the default and the controls (docs/bench.md).
+
+    `rows` bring `context`, `question` and `answers`; the first `limit` of them are measured, and the others lend their
+    answers. `rewards`: names of rewards or signals, or any rewards by names of your own; `policy` reads for all of
+    them. Options are the fields of `adhere.faithfulness.settings.BenchConfig` and `adhere.data.Columns`.
+
+    >>> from adhere import Policy, bench
+    >>> from adhere.toy import model_path
+    >>> policy = Policy.load(model_path("causal"), device="cpu")
+    >>> story = "mary went to the garden . john is in the office ."
+    >>> asked = {"mary": "garden", "john": "office"}
+    >>> rows = [{"context": story, "question": f"where is {who} ?", "answers": [at]} for who, at in asked.items()]
+    >>> found = bench(policy, rows, splits=["distractor"], template="{context} {question} answer :")
+    >>> found.pairs["distractor"]["coherence"].mean  # the office is not where mary is, nor the garden where john is
+    1.0
+    """
+    config, columns = _settings(given, {BenchConfig: {}, Columns: {}}, also=("limit", "rewards"))
+    named = rewards if isinstance(rewards, Mapping) else {name: name for name in rewards}
+    heads = copy_heads(policy)
+    made = {
+        name: _bound(reward_of(spec) if isinstance(spec, str | Mapping) else spec, policy, heads)
+        for name, spec in named.items()
+    }
+    every = with_controls({name: reward.config for name, reward in made.items()})
+    made = {name: made.get(name) or Reward(spec, policy, heads) for name, spec in every.items()}
+    return benching.bench(policy, _rows(rows, columns), made, heads, config, columns=columns, limit=limit)
 
 
 def evaluate(

@@ -42,60 +42,14 @@ _SIGNS = re.compile(r"(?:[^\w\s]|_)+")
 # What may end a sentence: full stops of scripts with blanks, which need one after them; of scripts without; a line.
 _END = re.compile(r"[.!?…؟।॥]+[\"'”’»)\]]*(?=\s|$)|[。！？｡]+[\"'”’」』）]*|\n+")
 _SHORT = re.compile(r"(?:^|[\s(\[\"'“‘])((?:\w\.)+\w|\w+)\.$")
-_ABBREVIATIONS = frozenset(
-    [
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "prof",
-        "st",
-        "mt",
-        "ft",
-        "jr",
-        "sr",
-        "gen",
-        "col",
-        "lt",
-        "sgt",
-        "capt",
-        "rev",
-        "hon",
-        "gov",
-        "sen",
-        "rep",
-        "no",
-        "nos",
-        "vol",
-        "fig",
-        "figs",
-        "eq",
-        "ch",
-        "pp",
-        "ca",
-        "approx",
-        "vs",
-        "cf",
-        "al",
-        "e.g",
-        "i.e",
-        "u.s",
-        "u.k",
-        "jan",
-        "feb",
-        "mar",
-        "apr",
-        "jun",
-        "jul",
-        "aug",
-        "sep",
-        "sept",
-        "oct",
-        "nov",
-        "dec",
-    ]
-)
+_SHORTENED = """
+mr mrs ms dr prof st mt ft jr sr gen col lt sgt capt rev hon gov sen rep eq ca approx vs cf al
+e.g i.e u.s u.k jan feb mar apr jun jul aug sep sept oct nov dec
+"""
+_ABBREVIATIONS = frozenset(_SHORTENED.split())
 """English words that a full stop shortens."""
+_BEFORE_NUMBERS = frozenset(["no", "nos", "vol", "fig", "figs", "ch", "p", "pp"])
+"""Those that are words of their own, or end a sentence, unless a number follows."""
 
 
 def normalise_answer(text: str) -> str:
@@ -135,6 +89,16 @@ def is_unspaced(character: str) -> bool:
 def is_answer(text: str, accepted: Iterable[str]) -> bool:
     """Whether `text` is one of the accepted answers, once both are normalised."""
     return normalise_answer(text) in {normalise_answer(answer) for answer in accepted}
+
+
+def contains_answer(text: str, accepted: Iterable[str]) -> bool:
+    """Whether one of the accepted answers stands in `text`, word for word, once both are normalised.
+
+    >>> contains_answer("It was the red car.", ["Red car"]), contains_answer("It was a red carpet.", ["red car"])
+    (True, False)
+    """
+    whole = f" {' '.join(answer_words(text))} "
+    return any(f" {' '.join(answer_words(answer))} " in whole for answer in accepted)
 
 
 def answer_words(text: str) -> list[str]:
@@ -183,6 +147,8 @@ def _ends(text: str, mark: re.Match[str]) -> bool:
     word = short[1]
     if word.isdecimal():  # the number of an item of a list
         return bool(text[: short.start(1)].rpartition("\n")[2].strip())
+    if word.casefold() in _BEFORE_NUMBERS:
+        return not after.isdigit()
     return not (word.casefold() in _ABBREVIATIONS or (len(word) == 1 and word != "I"))
 
 

@@ -6,6 +6,7 @@ A command returns its exit code: 0 done, 3 an audit that found the reward gameab
 from __future__ import annotations
 
 from adhere.commands.audit import AUDIT
+from adhere.commands.bench import BENCH
 from adhere.commands.calibrate import CALIBRATE
 from adhere.commands.common import Command
 from adhere.commands.compare import COMPARE
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Command] = {
     "demo": DEMO,
     "train": TRAIN,
     "audit": AUDIT,
+    "bench": BENCH,
     "score": SCORE,
     "rank": RANK,
     "inspect": INSPECT,

@@ -6,7 +6,7 @@ distribution but that prompts are exchangeable. Where many p-values stand togeth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,29 +36,42 @@ class Estimate:
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
 
-def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = 10_000, level: float = 0.95) -> Estimate:
+def bootstrap(
+    values: Sequence[float],
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+) -> Estimate:
     """Mean of `values` [n] (one a prompt) with its percentile bootstrap interval.
 
     Draw n values with replacement, `resamples` times; the interval runs from the (1 − level)/2 to the
     (1 + level)/2 quantile of the means (Efron & Tibshirani 1993, section 13.3). With fewer than about twenty
     prompts it is too narrow, and with one it is a point: `n` comes along so that nobody overlooks it.
 
+    `clusters` [n]: values with the same mark depend on each other (questions on one passage), so whole clusters are
+    drawn, and each mean is over the values in them (Davison & Hinkley 1997, section 3.8).
+
     >>> bootstrap([1.0, 1.0, 1.0])
     Estimate(mean=1.0, low=1.0, high=1.0, n=3)
 
-    Raises `UserError`: no values, a value that is not finite, `resamples` < 1, `level` outside (0, 1).
+    Raises `UserError`: no values, a value that is not finite, `resamples` < 1, `level` outside (0, 1), or another
+    number of clusters.
     """
     sample = _finite(values, "values")
     _check_resamples(resamples)
     if not 0 < level < 1:
         raise UserError(f"level is {level}", fix="set it in (0, 1), for example 0.95")
-    size, generator = len(sample), np.random.default_rng(seed)
+    if clusters is not None and len(clusters) != len(sample):
+        raise UserError(f"{len(sample)} values in {len(clusters)} clusters", fix="name the cluster of each value")
+    sums, counts = _by_cluster(sample, clusters)
+    size, generator = len(sums), np.random.default_rng(seed)
     means = np.empty(resamples)
     for start, stop in _chunks(resamples, size):
         draws = generator.integers(0, size, size=(stop - start, size), dtype=np.int32)
-        means[start:stop] = sample[draws].mean(axis=1)
+        means[start:stop] = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(sample.mean()), float(low), float(high), size)
+    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
 
 
 def paired_bootstrap(
@@ -119,6 +132,15 @@ def holm(ps: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def _by_cluster(sample: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
+    """The sum and the number of the values of each cluster; without clusters, each value is one."""
+    if clusters is None:
+        return sample, np.ones_like(sample)
+    places = {mark: place for place, mark in enumerate(dict.fromkeys(clusters))}
+    index = np.array([places[mark] for mark in clusters])
+    return np.bincount(index, sample).astype(np.float64), np.bincount(index).astype(np.float64)
 
 
 def _chunks(resamples: int, size: int) -> list[tuple[int, int]]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adhere.faithfulness.summary import CHOICES, PAIRS, Bench, Figures
 from adhere.measure.audit import Verdict
 from adhere.measure.evaluate import Result
 from adhere.measure.stats import Estimate
 from adhere.report.compare import metrics_of
 
 Table = tuple[str, list[str], list[list[object]]]
+COMPARED = ("swapped", "distractor", "unanswerable", "samples", "best of n", "swapped best of n")
+"""Figures of a bench whose differences are shown; the file has those of all."""
+ACROSS = 3
+"""Figures with intervals beside each other that 80 columns have room for."""
 
 
 def results_table(title: str, results: Mapping[str, Result]) -> Table:
@@ -60,6 +65,47 @@ def compare_tables(found: Mapping[str, Any]) -> list[Table]:
             rows.append([name, *shown, "" if arm["kl"] is None else f"{arm['kl']:.2f}", f"{arm['seconds']:.0f}"])
         tables.append((f"{model}: {found['prompts']} fresh prompts", ["arm", *names, "KL", "seconds"], rows))
     return tables
+
+
+def bench_tables(found: Bench, names: Sequence[str], own: Sequence[str]) -> list[Table]:
+    """The figures of the rewards `names`, and how far those of `own` are ahead of the others."""
+    drawn, heads = ["greedy", "sample"], ["copy heads", "all heads", "chance"]
+    tables = _figures("pairs in order, right before wrong (0.5 = chance)", found.pairs, PAIRS, names)
+    tables += _figures("the sample that the reward likes best", found.choices, CHOICES, [*drawn, *names])
+    tables += _figures("the sentence looked at most holds the answer", found.evidence, list(found.evidence), heads)
+    for name in own:
+        others = [*drawn, *(other for other in names if other != name)]
+        tables += _figures(
+            f"{name}: how far ahead, question by question, of", found.differences[name], COMPARED, others, "+"
+        )
+    return tables
+
+
+def _figures(title: str, figures: Figures, shown: Sequence[str], names: Sequence[str], sign: str = "") -> list[Table]:
+    """A table for every `ACROSS` of the figures `shown` that there are: a row a name, and the number of questions."""
+    there = [figure for figure in shown if figures.get(figure)]
+    tables: list[Table] = []
+    for start in range(0, len(there), ACROSS):
+        part = there[start : start + ACROSS]
+        rows: list[list[object]] = [
+            [name, *(_short(figures[figure].get(name), sign) for figure in part)]
+            for name in names
+            if any(name in figures[figure] for figure in part)
+        ]
+        counts = [str(max(estimate.n for estimate in figures[figure].values())) for figure in part]
+        tables.append((title, ["", *part], [*rows, ["questions", *counts]]))
+    return tables
+
+
+def _short(figure: Estimate | None, sign: str = "") -> str:
+    """A share and its interval in a few signs: .57 [.49, .65]."""
+    if figure is None:
+        return ""
+    shown = [
+        f"{value:{sign}.2f}".replace("0.", ".").replace("1.00", "1.0")
+        for value in (figure.mean, figure.low, figure.high)
+    ]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def _shares(title: str, columns: list[str], rows: Mapping[str, Sequence[Estimate | None]]) -> Table:

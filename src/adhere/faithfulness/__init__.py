@@ -1,0 +1,1 @@
+"""The bench of faithfulness: does a reward prefer what the passage supports?"""
