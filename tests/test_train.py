@@ -189,12 +189,12 @@ def test_training_holds_no_network_that_nothing_reads(family, reward, kl_coef, f
     model = save(family, tmp_path / "model")
     policy = Policy.load(model, device="cpu")
     gc.collect()
-    before = sum(isinstance(held, type(policy.network)) for held in gc.get_objects())
+    before = sum(type(held) is type(policy.network) for held in gc.get_objects())
     settings = config(model, tmp_path, reward=reward, algorithm=GRPO(kl_coef=kl_coef))
     trainer = Trainer(settings, policy, rows(), tmp_path / "run")
     metrics = trainer.step()
     gc.collect()
-    assert sum(isinstance(held, type(policy.network)) for held in gc.get_objects()) - before == frozen
+    assert sum(type(held) is type(policy.network) for held in gc.get_objects()) - before == frozen
     assert ("kl" in metrics) == bool(frozen), "KL from the start costs nothing more where the start is held"
 
 
