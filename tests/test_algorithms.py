@@ -22,8 +22,8 @@ from tests.families import save
 
 INF, NAN = float("inf"), float("nan")
 EVERY = [PPO(), PPO(kl_in="loss"), Reinforce(), Reinforce(kl_in="loss"), RLOO(), RLOO(kl_in="loss"), DPO()]
-EVERY += [GRPO(), GRPO(kl_in="reward"), GRPO(scale="batch")]
-EVERY += [GRPO(loss_over="sequence", scale="none", clip_high=0.28)]
+EVERY += [GRPO(), GRPO(kl_in="reward"), GRPO(scale_rewards="batch"), GRPO(loss="grpo", epsilon_high=0.28)]
+EVERY += [GRPO(loss="dr_grpo", scale_rewards="none"), GRPO(loss="gspo", epsilon=0.1), GRPO(loss="cispo")]
 MASK = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
 LOGPROBS = torch.tensor([[-1.0, -2.0], [-1.0, 0.0], [-3.0, -1.0], [-1.0, -1.0]])
 REFERENCE = torch.tensor([[-2.0, -2.0], [-2.0, 0.0], [-2.0, -3.0], [-1.0, -1.0]])
@@ -40,6 +40,7 @@ def batch(**changes):
         "values": torch.zeros(4, 2),
         "kl_coef": 0.5,
         "totals": Totals(7, 4, 2),
+        "max_new_tokens": 5,
     }
     return Batch(**{**settings, **changes})
 
@@ -63,6 +64,7 @@ def some_batch(seed=0, padding=0.0):
         values=noise().masked_fill(~mask, padding),
         kl_coef=0.1,
         totals=Totals(int(mask.sum()), 8, 3),
+        max_new_tokens=7,
     )
     assert scored.values is not None
     now = ((old + noise(0.3)).masked_fill(~mask, padding), (scored.values + noise(0.3)).masked_fill(~mask, padding))
@@ -160,8 +162,8 @@ def test_grpo_targets_by_hand():
     # KL stays out of the rewards. Centred −1, 1, 2, −2; deviations with Bessel √2 and √8.
     found = with_advantages(GRPO(), batch()).advantages[:, 0].tolist()
     assert found == pytest.approx([-1 / math.sqrt(2), 1 / math.sqrt(2), 1 / math.sqrt(2), -1 / math.sqrt(2)], rel=1e-3)
-    assert with_advantages(GRPO(scale="none"), batch()).advantages[:, 0].tolist() == [-1, 1, 2, -2]
-    assert with_advantages(GRPO(scale="none", kl_in="reward"), batch()).advantages[:, 0].tolist() == [
+    assert with_advantages(GRPO(scale_rewards="none"), batch()).advantages[:, 0].tolist() == [-1, 1, 2, -2]
+    assert with_advantages(GRPO(scale_rewards="none", kl_in="reward"), batch()).advantages[:, 0].tolist() == [
         -1,
         1,
         1.75,
@@ -206,23 +208,56 @@ def test_kl_enters_once_where_kl_in_says(algorithm):
 
 def test_the_kl_term_is_brought_together_as_the_policy_term():
     # Responses of 1 and 3 tokens; k3 is 0 in the first and 1 at every token of the second, where d = log π_ref − log π
-    # solves e^d − d − 1 = 1. β = 0.1: over tokens 0.1 · 3/4, over means 0.1 · 1/2, over sums (RLOO) 0.1 · 3/2.
+    # solves e^d − d − 1 = 1. β = 0.1: over tokens 0.1 · 3/4, over means 0.1 · 1/2, over sums (RLOO) 0.1 · 3/2, over
+    # sums by the 5 tokens that a response may have (Dr. GRPO) 0.1 · 3/10.
     reference = torch.tensor([[0.0], [1.1461932206205825]]).expand(2, 3)
     mask, zeros = torch.tensor([[True, False, False], [True, True, True]]), torch.zeros(2, 3)
     scored = Batch(zeros[:, 0], torch.tensor([0, 0]), mask, zeros, Totals(4, 2, 1), reference, kl_coef=0.1)
-    scored = replace(scored, advantages=zeros)
-    cases = [(GRPO(), 0.075), (GRPO(loss_over="sequence"), 0.05), (Reinforce(kl_in="loss"), 0.075)]
+    scored = replace(scored, advantages=zeros, max_new_tokens=5)
+    cases = [(GRPO(), 0.075), (GRPO(loss="grpo"), 0.05), (GRPO(loss="gspo"), 0.05), (GRPO(loss="cispo"), 0.075)]
+    cases += [(GRPO(loss="dr_grpo"), 0.03), (Reinforce(kl_in="loss"), 0.075)]
     for algorithm, wanted in [*cases, (RLOO(kl_in="loss"), 0.15)]:
         assert loss_of(algorithm, scored, said(zeros))[0].item() == pytest.approx(wanted, rel=1e-5), algorithm
 
 
-@pytest.mark.parametrize(("over", "wanted"), [("token", -7 / 4), ("sequence", -3 / 2)])
-def test_grpo_brings_the_policy_term_together_as_told(over, wanted):
-    # Responses of 1 and 3 tokens with advantages 1 and 2, ratio 1: −(1 + 3 · 2)/4, or −(1 + 2)/2.
+@pytest.mark.parametrize(
+    ("loss", "wanted"), [("dapo", -7 / 4), ("grpo", -3 / 2), ("dr_grpo", -7 / 10), ("gspo", -3 / 2), ("cispo", 0.0)]
+)
+def test_each_loss_brings_the_policy_term_together_in_its_way(loss, wanted):
+    # Responses of 1 and 3 tokens with advantages 1 and 2, ratio 1: −(1 + 3 · 2)/4 over tokens, −(1 + 2)/2 over
+    # responses, −(1 + 3 · 2)/(2 · 5) where a response may have 5. CISPO's value is A log π, and log π is 0 here.
     mask, zeros = torch.tensor([[True, False, False], [True, True, True]]), torch.zeros(2, 3)
     gains = torch.tensor([[1.0], [2.0]]).expand(2, 3)
-    scored = Batch(zeros[:, 0], torch.tensor([0, 0]), mask, zeros, Totals(4, 2, 1), advantages=gains)
-    assert loss_of(GRPO(loss_over=over), scored, said(zeros))[0].item() == pytest.approx(wanted)
+    scored = Batch(zeros[:, 0], torch.tensor([0, 0]), mask, zeros, Totals(4, 2, 1), max_new_tokens=5, advantages=gains)
+    assert loss_of(GRPO(loss=loss), scored, said(zeros))[0].item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("one", "other"), [("grpo", "gspo"), ("dapo", "cispo")])
+def test_in_the_first_pass_losses_differ_in_what_they_are_a_mean_over_alone(one, other):
+    """Every ratio is 1 then: docs/train.md says so."""
+    scored, _ = some_batch()
+    now = (scored.logprobs, scored.values)
+    left, right = (losses_of(GRPO(loss=loss), scored, now, WHOLE)[2] for loss in (one, other))
+    assert left.abs().max() > 1e-3 and torch.allclose(left, right, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "clip"),
+    [
+        (GRPO(), (0.2, 0.2)),
+        (GRPO(loss="gspo"), (3e-4, 4e-4)),
+        (GRPO(loss="cispo"), (1.0, 4.0)),
+        (GRPO(loss="cispo", epsilon_high=1.0), (1.0, 1.0)),
+        (GRPO(loss="gspo", epsilon=0.01), (0.01, 0.01)),
+        (GRPO(epsilon_high=0.28), (0.2, 0.28)),
+        (GRPO(epsilon=0.1, epsilon_high=0.3), (0.1, 0.3)),
+        (PPO(epsilon=0.1), (0.1, 0.1)),
+        (RLOO(epsilon_high=0.3), (0.2, 0.3)),
+    ],
+    ids=str,
+)
+def test_epsilon_holds_above_too_unless_epsilon_high_says_otherwise(options, clip):
+    assert options.clip == clip
 
 
 def test_next_kl_coef_by_hand():
@@ -268,15 +303,19 @@ def test_every_option_says_what_it_does(cls):
     ("make", "message"),
     [
         (lambda: PPO(epochs=0), "epochs is 0; set it to 1 or above"),
-        (lambda: PPO(clip_low=0.0), "clip_low is 0.0; set it above 0, at most 1"),
-        (lambda: RLOO(clip_low=1.5), "clip_low is 1.5; set it above 0, at most 1"),
-        (lambda: GRPO(clip_high=-0.1), "clip_high is -0.1; set it above 0"),
+        (lambda: PPO(epsilon=0.0), "epsilon is 0.0; set it above 0, at most 1"),
+        (lambda: RLOO(epsilon=1.5), "epsilon is 1.5; set it above 0, at most 1"),
+        (lambda: GRPO(epsilon_high=-0.1), "epsilon_high is -0.1; set it above 0"),
         (lambda: PPO(gamma=1.01), "gamma is 1.01; set it to 0 or above, at most 1"),
         (lambda: PPO(gae_lambda=NAN), "gae_lambda is nan; set it to 0 or above, at most 1"),
         (lambda: PPO(value_coef=-1.0), "value_coef is -1.0; set it to 0 or above"),
         (lambda: PPO(value_clip=-1.0), "value_clip is -1.0; set it to 0 or above"),
-        (lambda: GRPO(scale="batches"), "unknown `scale` 'batches'; did you mean batch?"),
-        (lambda: GRPO(loss_over="tokens"), "unknown `loss_over` 'tokens'; did you mean token?"),
+        (lambda: GRPO(scale_rewards="batches"), "unknown `scale_rewards` 'batches'; did you mean batch?"),
+        (lambda: GRPO(loss="drgrpo"), "unknown `loss` 'drgrpo'; did you mean dr_grpo or grpo or gspo?"),
+        (
+            lambda: GRPO(loss="cispo", epsilon=0.2),
+            "epsilon is no option of cispo, which bounds the ratio from above alone; set epsilon_high",
+        ),
         (lambda: Reinforce(kl_in="both"), "unknown `kl_in` 'both'; choose one of loss, reward"),
         (lambda: DPO(beta=0.0), "beta is 0.0; set it above 0"),
         (lambda: RLOO(kl_coef=-0.1), "kl_coef is -0.1; set it to 0 or above, finite"),
@@ -339,16 +378,29 @@ def logprobs_of(model, scored):
     return logits.log_softmax(-1).gather(-1, scored["completion_ids"][..., None])[..., 0]
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_advantage_and_loss_are_those_of_trls_trainer(name, tmp_path):
+CASES = [
+    ("RLOO", RLOO(), {}),
+    ("GRPO", GRPO(), {"loss_type": "dapo"}),
+    ("GRPO", GRPO(loss="grpo", scale_rewards="batch"), {"loss_type": "grpo", "scale_rewards": "batch"}),
+    ("GRPO", GRPO(loss="dr_grpo", scale_rewards="none"), {"loss_type": "dr_grpo", "scale_rewards": False}),
+    ("GRPO", GRPO(loss="gspo"), {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
+    ("GRPO", GRPO(loss="cispo", epsilon_high=0.02), {"loss_type": "cispo"}),
+]
+"""What docs/train.md says TRL calls each loss."""
+
+
+@pytest.mark.parametrize(("name", "algorithm", "called"), CASES, ids=lambda case: getattr(case, "loss", None))
+def test_advantage_and_loss_are_those_of_trls_trainer(name, algorithm, called, tmp_path):
     """A real trainer of TRL samples, scores and computes its loss after the policy has moved on: ours are the same."""
     trl = pytest.importorskip("trl", reason="trl is not installed: whole algorithms are not compared with TRL's")
     # TRL's default weighs the KL term with the probability ratio (DeepSeek-V3.2); ours is the GRPO paper's, without.
-    options = {"use_bias_correction_kl": False} if name == "GRPO" else {}
+    options = {"use_bias_correction_kl": False, **called} if name == "GRPO" else called
+    low, high = algorithm.clip
+    # TRL's bound of CISPO is the ratio itself; ours, as in all other losses and in its paper, the distance from 1.
+    bounds = {"epsilon_high": 1 + high} if "cispo" in called.values() else {"epsilon": low, "epsilon_high": high}
     trainer, scored, rewards = in_trl(
-        getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config"), tmp_path, beta=0.2, epsilon=0.2, **options
+        getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config"), tmp_path, beta=0.2, **bounds, **options
     )
-    algorithm = {"GRPO": GRPO(), "RLOO": RLOO()}[name]
     mask = scored["completion_mask"].bool()
     assert mask.sum(-1).unique().numel() > 1, "responses of several lengths"
     assert rewards.unique().numel() > 2
@@ -356,6 +408,7 @@ def test_advantage_and_loss_are_those_of_trls_trainer(name, tmp_path):
         old, reference = (logprobs_of(model, scored) for model in (trainer.model, trainer.ref_model))
     group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     scored_here = Batch(rewards, group, mask, old, Totals(int(mask.sum()), 8, 2), reference, kl_coef=0.2)
+    scored_here = replace(scored_here, max_new_tokens=trainer.max_completion_length)
     ours = with_advantages(algorithm, scored_here)
     assert ours.advantages[:, 0].tolist() == pytest.approx(scored["advantages"].tolist(), abs=2e-5)
 

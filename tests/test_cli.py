@@ -66,12 +66,12 @@ def test_train_reads_a_reward_and_an_algorithm_from_yaml(model, prompts, tmp_pat
     config = tmp_path / "run.yaml"
     config.write_text(
         "reward:\n  weights: {coherence: 1.0, repetition: -0.5}\n  gates: [ended]\n"
-        "algorithm: {name: rloo, clip_high: 0.3}\nlearning_rate: 1e-4\n"
+        "algorithm: {name: rloo, epsilon_high: 0.3}\nlearning_rate: 1e-4\n"
     )
     assert train(model, prompts, tmp_path / "run", "--config", str(config)) == 0
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     kl = {"kl_coef": 0.04, "kl_target": None, "kl_in": "reward"}
-    assert kept["algorithm"] == {"name": "rloo", **kl, "epochs": 1, "clip_low": 0.2, "clip_high": 0.3}
+    assert kept["algorithm"] == {"name": "rloo", **kl, "epochs": 1, "epsilon": 0.2, "epsilon_high": 0.3}
     assert kept["reward"]["weights"] == {"coherence": 1.0, "repetition": -0.5} and kept["learning_rate"] == 1e-4
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert {"signals/coherence", "signals/repetition"} <= row.keys()

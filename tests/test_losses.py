@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,10 @@ from torch import nn
 from adhere.learn.batch import Batch, Outputs, Totals
 from adhere.learn.losses import (
     aggregate,
+    cispo_loss,
     clipped_loss,
     dpo_loss,
+    gspo_loss,
     kl_penalty,
     pairs,
     policy_gradient_loss,
@@ -39,6 +42,7 @@ def given_inputs(mask, now=None, now_values=None, **changes):
         **dict.fromkeys(OF_BATCH, zeros),
         "rewards": torch.zeros(len(mask)),
         "group": torch.zeros(len(mask), dtype=torch.long),
+        "max_new_tokens": 9,
     }
     settings |= {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in changes.items()}
     totals = Totals(int(mask.sum()), len(mask), int(settings["group"].unique().numel()))
@@ -93,6 +97,7 @@ def test_policy_gradient_by_hand():
         # Terms 1, 3 | −0.25; what each token weighs.
         ("token", 3.75 / 3, [1 / 3, 1 / 3, 1 / 3]),
         ("sequence", (2 - 0.25) / 2, [1 / 4, 1 / 4, 1 / 2]),
+        ("limit", 3.75 / 18, [1 / 18, 1 / 18, 1 / 18]),
         ("sum", 3.75 / 2, [1 / 2, 1 / 2, 1 / 2]),
     ],
 )
@@ -133,14 +138,44 @@ def test_the_sequence_clipped_loss_by_hand():
     assert (float(metrics["clip_ratio/low_mean"]), float(metrics["clip_ratio/high_mean"])) == (0.0, 0.5)
 
 
+def test_the_gspo_loss_by_hand():
+    # Geometric means of the ratios: (2 · 0.5 · 1.331)^⅓ = 1.1, and 0.64^½ = 0.8, with A = 1 and −1, clip 0.3 and 0.05:
+    #   −min(1.1, 1.05) = −1.05, clipped                 −min(−0.8, −0.8) = 0.8: gradient ρ / 2 tokens = 0.4 at each
+    # Mean over 2 responses: −0.125. Single tokens are far outside of [0.7, 1.05].
+    logprobs = torch.tensor([[2.0, 0.5, 1.331], [1.6, 0.4, 5.0]]).log().requires_grad_()
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 3)
+    loss, metrics = gspo_loss(*given_inputs(mask, now=logprobs, advantages=advantages), 0.3, 0.05)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.125)
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0, 0, 0, 0.2, 0.2, 0])
+    assert (float(metrics["clip_ratio/low_mean"]), float(metrics["clip_ratio/high_mean"])) == (0.0, 0.5)
+
+
+def test_the_cispo_loss_by_hand():
+    # log π = −1, old −1 − log ρ with ρ = 1.5, 0.5, 1.5, 0.5 and A = 1, 1, −2, −2; weights at most 1.2, no bound below:
+    #   −w A log π = 1.2, 0.5, −2.4, −1, and the gradient of each is −w A: −1.2, −0.5, 2.4, 1, none is 0. Over 4 tokens.
+    logprobs = torch.full((1, 4), -1.0, requires_grad=True)
+    old = -1 - torch.tensor([[1.5, 0.5, 1.5, 0.5]]).log()
+    batch, now = given_inputs(ONE_EACH, now=logprobs, logprobs=old, advantages=[[1.0, 1.0, -2.0, -2.0]])
+    loss, metrics = cispo_loss(batch, now, 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx((1.2 + 0.5 - 2.4 - 1) / 4)
+    assert logprobs.grad.flatten().tolist() == pytest.approx([-0.3, -0.125, 0.6, 0.25])
+    assert {name: float(value) for name, value in metrics.items()} == {"cispo_clip_ratio": 0.25}
+
+
 @pytest.mark.parametrize(
     ("loss_of", "over"),
     [
+        (lambda batch, now: gspo_loss(batch, now, 0.2, 0.2), "sequence"),
+        (lambda batch, now: cispo_loss(batch, now, 0.2), "token"),
+        (lambda batch, now: clipped_loss(batch, now, 0.2, 0.2, "limit"), "limit"),
         (lambda batch, now: clipped_loss(batch, now, 0.2, 0.2), "token"),
         (lambda batch, now: clipped_loss(batch, now, 0.2, 0.2, "sequence"), "sequence"),
         (lambda batch, now: sequence_clipped_loss(batch, now, 0.2, 0.2), "sum"),
     ],
-    ids=["token", "sequence mean", "whole response"],
+    ids=["gspo", "cispo", "dr. grpo", "token", "sequence mean", "whole response"],
 )
 def test_on_policy_the_clipped_losses_have_the_policy_gradient(loss_of, over):
     batch, now = random_inputs([3, 1, 4, 2], drift=0.0)
@@ -260,7 +295,10 @@ LOSSES = {
     "policy gradient": policy_gradient_loss,
     "clipped": lambda batch, now: clipped_loss(batch, now, 0.2, 0.2),
     "sequence mean": lambda batch, now: clipped_loss(batch, now, 0.2, 0.2, "sequence"),
+    "over the limit": lambda batch, now: clipped_loss(batch, now, 0.2, 0.2, "limit"),
     "whole response": lambda batch, now: sequence_clipped_loss(batch, now, 0.2, 0.2),
+    "gspo": lambda batch, now: gspo_loss(batch, now, 0.2, 0.2),
+    "cispo": lambda batch, now: cispo_loss(batch, now, 0.2),
     "kl": lambda batch, now: (
         aggregate(kl_penalty(now.logprobs, batch.ref_logprobs, batch.mask), batch, "token"),
         {},
@@ -307,13 +345,14 @@ def test_nothing_but_padding_is_a_loss_of_zero(name):
     assert now.logprobs.grad is None or now.logprobs.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("loss_of", [LOSSES["clipped"], LOSSES["whole response"]], ids=["token", "whole response"])
-def test_a_ratio_beyond_float32_leaves_finite_numbers(loss_of):
+@pytest.mark.parametrize("name", ["clipped", "whole response", "gspo", "cispo"])
+def test_a_ratio_beyond_float32_leaves_finite_numbers(name):
     """exp(200) is inf in float32, and inf times an advantage of 0 would be NaN for the whole batch."""
     logprobs = torch.zeros(3, 2, requires_grad=True)
     advantages = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0]])
     mask = torch.ones(3, 2, dtype=torch.bool)
-    loss, _ = loss_of(*given_inputs(mask, now=logprobs, logprobs=torch.full((3, 2), -200.0), advantages=advantages))
+    given = given_inputs(mask, now=logprobs, logprobs=torch.full((3, 2), -200.0), advantages=advantages)
+    loss, _ = LOSSES[name](*given)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logprobs.grad).all()
 
@@ -355,13 +394,24 @@ def gradient(loss, now):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize(("kind", "over"), [("dapo", "token"), ("grpo", "sequence")])
-def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
-    batch, now = random_inputs([4, 2, 5, 1, 6, 6], seed=1, drift=0.5)
+@pytest.mark.parametrize(
+    ("loss_of", "over", "kind", "level", "bound"),
+    [
+        (clipped_loss, "token", "dapo", "token", 0.28),
+        (partial(clipped_loss, over="sequence"), "sequence", "grpo", "token", 0.28),
+        (partial(clipped_loss, over="limit"), "limit", "dr_grpo", "token", 0.28),
+        (gspo_loss, "sequence", "grpo", "sequence", 0.28),
+        # TRL bounds the ratio of CISPO by epsilon_high itself, we and its paper by 1 + epsilon_high.
+        (lambda batch, now, low, high: cispo_loss(batch, now, high), "token", "cispo", "token", 1.28),
+    ],
+    ids=["dapo", "grpo", "dr_grpo", "gspo", "cispo"],
+)
+def test_every_loss_is_the_one_of_trl(trl, loss_of, over, kind, level, bound, beta):
+    batch, now = random_inputs([4, 2, 5, 1, 6, 6], seed=1, drift=0.8)
     trainer = bare(
         trl.GRPOTrainer,
-        **{"loss_type": kind, "beta": beta, "epsilon_low": 0.2, "epsilon_high": 0.28, "max_completion_length": 9},
-        **{"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "importance_sampling_level": "token"},
+        **{"loss_type": kind, "beta": beta, "epsilon_low": 0.2, "epsilon_high": bound, "max_completion_length": 9},
+        **{"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "importance_sampling_level": level},
         **{"use_vllm": False, "_entropy_bonus_enabled": False, "current_gradient_accumulation_steps": 1},
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
     )
@@ -373,7 +423,7 @@ def test_the_clipped_loss_is_the_one_of_trl(trl, kind, over, beta):
     theirs = trainer._compute_loss(
         None, in_trl(batch, old_per_token_logps=batch.logprobs, ref_per_token_logps=batch.ref_logprobs)
     )
-    ours, metrics = clipped_loss(batch, now, 0.2, 0.28, over)
+    ours, metrics = loss_of(batch, now, 0.2, 0.28)
     penalty = kl_penalty(now.logprobs, batch.ref_logprobs, batch.mask)
     ours = ours + beta * aggregate(penalty, batch, over)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)

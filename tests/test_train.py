@@ -3,6 +3,7 @@ was killed and resumed ends bit-equal to an unbroken one, runs stop with a reaso
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -28,6 +29,8 @@ from adhere.model.policy import Policy
 from adhere.model.settings import Lora, Sampling
 from adhere.options import options
 from adhere.reward.heads import FILE_NAME, load_heads
+from adhere.reward.named import config_of
+from adhere.reward.reward import Reward
 from adhere.toy import make_rows, model_path
 from adhere.types import Prompts, Role, Rollout
 from tests.families import save
@@ -62,6 +65,12 @@ def says_garden(evidence):
     reading = evidence.reading
     word = (reading.response_ids == 19) & reading.response_mask
     return word.float().sum(-1) / reading.response_mask.sum(-1).clamp(min=1)
+
+
+def says_w7(evidence):
+    """1 where w7 was said: few groups of an untrained model tell their samples apart."""
+    reading = evidence.reading
+    return ((reading.response_ids == 19) & reading.response_mask).any(-1).float()
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
@@ -166,6 +175,38 @@ def test_the_heads_that_a_run_began_with_stay_with_it(tmp_path):
     assert torch.equal(kept[0].scores, kept[1].scores)
 
 
+COHERENCE = {"weights": {"coherence": 1.0}, "normalise": "none"}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize(
+    ("reward", "kl_coef", "frozen"),
+    [("overlap", 0.0, 0), ("certainty", 0.0, 0), (COHERENCE, 0.0, 1), ("overlap", 0.04, 1), (COHERENCE, 0.04, 1)],
+    ids=["text", "the policy reads", "the start reads", "text and KL", "the start reads, and KL"],
+)
+def test_training_holds_no_network_that_nothing_reads(family, reward, kl_coef, frozen, tmp_path):
+    """A frozen start where the reward is read by it or KL is charged, one for both; else none."""
+    model = save(family, tmp_path / "model")
+    policy = Policy.load(model, device="cpu")
+    gc.collect()
+    before = sum(type(held) is type(policy.network) for held in gc.get_objects())
+    settings = config(model, tmp_path, reward=reward, algorithm=GRPO(kl_coef=kl_coef))
+    trainer = Trainer(settings, policy, rows(), tmp_path / "run")
+    metrics = trainer.step()
+    gc.collect()
+    assert sum(type(held) is type(policy.network) for held in gc.get_objects()) - before == frozen
+    assert ("kl" in metrics) == bool(frozen), "KL from the start costs nothing more where the start is held"
+
+
+def test_a_reference_that_a_reward_brings_is_not_read_where_nothing_asks_for_it(tmp_path):
+    model = save("llama", tmp_path / "model")
+    policy = Policy.load(model, device="cpu")
+    reward = Reward(config_of("overlap"), policy, reference=policy.reference())
+    settings = config(model, tmp_path, reward="overlap", algorithm=GRPO(kl_coef=0.0))
+    trainer = Trainer(settings, policy, rows(), tmp_path / "run", reward=reward)
+    assert trainer.reference is None and "kl" not in trainer.step()
+
+
 def test_kl_is_zero_at_the_start_and_grows(tmp_path):
     model = save("llama", tmp_path / "model")
     seen = []
@@ -206,19 +247,26 @@ from tests.test_train import config, rows
 import torch
 torch.set_num_threads(1)
 model, run, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
-settings = config(model, run, algorithm={algorithm}(kl_target=0.01), steps=14, save_every=3)
+changes = dict(reward="tests.test_train:says_w7", dynamic_sampling=2, prompts_per_step=3) if {dynamic} else {{}}
+settings = config(model, run, algorithm={algorithm}(kl_target=0.01), steps=14, save_every=3, **changes)
 policy = Policy.load(model, device="cpu")
 train(settings, policy, rows(), new_run_dir(run, resume), resume=resume, on_step=lambda m: print("step", flush=True))
 """
 
 
 @pytest.mark.parametrize(
-    ("family", "algorithm", "steps"), [("llama", "PPO", 5), ("t5", "GRPO", 8), ("llama", "Reinforce", 11)]
+    ("family", "algorithm", "steps", "dynamic"),
+    [
+        ("llama", "PPO", 5, False),
+        ("t5", "GRPO", 8, False),
+        ("llama", "Reinforce", 11, False),
+        ("llama", "GRPO", 7, True),
+    ],
 )
-def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, tmp_path):
+def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, dynamic, tmp_path):
     """`kill -9` after a few steps, wherever the process happens to be, then resume."""
     model = save(family, tmp_path / "model")
-    code = CHILD.format(algorithm=algorithm)
+    code = CHILD.format(algorithm=algorithm, dynamic=dynamic)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def start(run, how):
@@ -255,6 +303,9 @@ def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, tmp_path):
         assert {k: v for k, v in left.items() if not k.startswith(timed)} == {
             k: v for k, v in right.items() if not k.startswith(timed)
         }
+
+    dropped = [line.get("dynamic_sampling/dropped", 0) for line in logs[0]]
+    assert any(dropped) == dynamic and ("dynamic_sampling/drawn" in logs[0][0]) == dynamic
 
 
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path):

@@ -27,7 +27,6 @@ def run_demo(
     stories = [row for split in SPLITS for row in make_rows(split, "train", TRAIN_PROMPTS, seed)]
     write_jsonl(run / "prompts.jsonl", [{"prompt": row["prompt"]} for row in stories])
     policy = Policy.load(model, device="cpu", progress=progress)
-    before = policy.reference()
     trained = train(
         policy,
         run / "prompts.jsonl",
@@ -41,6 +40,7 @@ def run_demo(
         seed=seed,
     )
     fresh = [row for split in SPLITS for row in make_rows(split, "validation", eval_prompts, seed)]
+    before = Policy.load(model, device="cpu")  # now, when the copy that training read with is gone
     evaluation = evaluate(policy, fresh, baseline=before, max_new_tokens=RESPONSE_TOKENS, batch_size=64, seed=seed)
     atomic_write(run / "results.json", to_json(evaluation.to_json(), indent=2))
     write_report(run)

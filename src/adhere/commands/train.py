@@ -234,9 +234,9 @@ def _flat(steps: Sequence[Mapping[str, float]], config: TrainConfig) -> str:
     """How many groups of these steps were flat, and what to set."""
     from adhere.reward.group import flat_advice
 
-    flat = round(sum(row["frac_reward_zero_std"] for row in steps) * config.prompts_per_step)
-    cut_off = mean([row["completions/clipped_ratio"] for row in steps])
-    return flat_advice(flat, len(steps) * config.prompts_per_step, cut_off)
+    groups = [int(row.get("dynamic_sampling/drawn", config.prompts_per_step)) for row in steps]
+    flat = round(sum(row["frac_reward_zero_std"] * drawn for row, drawn in zip(steps, groups, strict=True)))
+    return flat_advice(flat, sum(groups), mean([row["completions/clipped_ratio"] for row in steps]))
 
 
 def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, console: Console) -> None:

@@ -119,13 +119,13 @@ def perform(job: Job) -> None:
         began = time.perf_counter()
         spec = reward_of(job, policy)
         clock["reward"] = time.perf_counter() - began
-        start = policy.reference()
-        reward = Reward(config_of(spec), start, reference=start)
+        # The policy itself reads, which is the start still: a copy of it would stay in memory beside that of training.
+        reward = Reward(config_of(spec), policy)
         found["pairs"] = held_out(reward, job)
         if job.audited:
             auditing = AuditConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed)
             some = rows[:: max(1, len(rows) // job.audited)][: job.audited]
-            found["audit"] = audit(start, some, {"": reward}, auditing)[""].to_json()
+            found["audit"] = audit(policy, some, {"": reward}, auditing)[""].to_json()
         history: list[Mapping[str, float]] = []
         began = time.perf_counter()
         trained = train(
@@ -136,9 +136,11 @@ def perform(job: Job) -> None:
             on_step=lambda row: history.append(dict(row)),
         )
         clock["training"] = time.perf_counter() - began
-        samples = job.training.prompts_per_step * job.training.num_samples
+        prompts, samples = job.training.prompts_per_step, job.training.num_samples
+        drawn = [row.get("dynamic_sampling/drawn", prompts) * samples for row in history]
+        lengths = [row["completions/mean_length"] for row in history]
         found["stopped"] = trained.stopped
-        found["tokens"] = round(sum(row["completions/mean_length"] * samples for row in history))
+        found["tokens"] = round(sum(length * count for length, count in zip(lengths, drawn, strict=True)))
         names = ("step", "reward", "kl", "completions/mean_length")
         found["curve"] = [{name: row[name] for name in names if name in row} for row in history]
     began = time.perf_counter()

@@ -25,6 +25,17 @@ def group_mean(values: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[Flo
     return (sums / sizes.clamp(min=1))[group], sizes[group]
 
 
+def differing(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> Bool[Tensor, "G"]:
+    """Whether the rewards of each group differ, by group number, [B], [B] → [max(group) + 1]: where they do not, every
+    response has the advantage 0 (DAPO, 2503.14476, sec. 3.2, keeps the others alone).
+
+    >>> differing(torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1])).tolist()
+    [True, False]
+    """
+    least, most = _ends(rewards, group)
+    return most - least > TINY
+
+
 def baseline(rewards: Float[Tensor, "B"], value: float | None = None) -> Float[Tensor, "B"]:
     """REINFORCE with a baseline (Williams 1992): r − b. [B] → [B].
 
@@ -123,8 +134,13 @@ def token_rewards(
 def _centred(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """r − mean of the group, and the group's size: two of [B]."""
     mean, sizes = group_mean(rewards, group)
-    count = int(group.max()) + 1 if len(group) else 0
-    most = rewards.new_zeros(count).scatter_reduce(0, group, rewards, "amax", include_self=False)
-    least = rewards.new_zeros(count).scatter_reduce(0, group, rewards, "amin", include_self=False)
+    least, most = _ends(rewards, group)
     # The mean of equal rewards may be off by a rounding error, which a division by the deviation would make large.
     return torch.where((most > least)[group], rewards - mean, 0.0), sizes
+
+
+def _ends(rewards: Float[Tensor, "B"], group: Int[Tensor, "B"]) -> tuple[Float[Tensor, "G"], Float[Tensor, "G"]]:
+    """The least and the largest reward of each group, by group number: two of [max(group) + 1]."""
+    none = rewards.new_zeros(int(group.max()) + 1 if len(group) else 0)
+    least = none.scatter_reduce(0, group, rewards, "amin", include_self=False)
+    return least, none.scatter_reduce(0, group, rewards, "amax", include_self=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from adhere.learn import advantages, losses
 from adhere.learn.batch import Batch, Outputs
 from adhere.learn.losses import Metrics, Over
-from adhere.learn.settings import DPO, GRPO, PPO, RLOO, Algorithm, KLPlace, Reinforce
+from adhere.learn.settings import DPO, GRPO, PPO, RLOO, Algorithm, KLPlace, Loss, Reinforce
 
 
 def with_advantages(options: Algorithm, batch: Batch) -> Batch:
@@ -41,7 +41,7 @@ def ppo_advantages(options: PPO, batch: Batch) -> Batch:
 
 def ppo_loss(options: PPO, batch: Batch, now: Outputs) -> tuple[Tensor, Metrics]:
     """The clipped surrogate per token, the value loss, KL per token."""
-    policy, metrics = losses.clipped_loss(batch, now, options.clip_low, options.clip_high)
+    policy, metrics = losses.clipped_loss(batch, now, *options.clip)
     value, more = losses.value_loss(batch, now, options.value_clip)
     loss = policy + options.value_coef * value + _kl_loss(batch, now, options.kl_in, "token")
     return loss, metrics | more
@@ -65,20 +65,36 @@ def rloo_advantages(options: RLOO, batch: Batch) -> Batch:
 
 def rloo_loss(options: RLOO, batch: Batch, now: Outputs) -> tuple[Tensor, Metrics]:
     """The clipped surrogate with the response as one action, KL summed over it."""
-    policy, metrics = losses.sequence_clipped_loss(batch, now, options.clip_low, options.clip_high)
+    policy, metrics = losses.sequence_clipped_loss(batch, now, *options.clip)
     return policy + _kl_loss(batch, now, options.kl_in, "sum"), metrics
 
 
 def grpo_advantages(options: GRPO, batch: Batch) -> Batch:
     """Reward less the mean of its group, over a deviation, the same at each token."""
     rewards = _rewards_after_kl(batch, options.kl_in)
-    return _spread(batch, advantages.group_relative(rewards, batch.group, options.scale))
+    return _spread(batch, advantages.group_relative(rewards, batch.group, options.scale_rewards))
 
 
 def grpo_loss(options: GRPO, batch: Batch, now: Outputs) -> tuple[Tensor, Metrics]:
-    """The clipped surrogate per token, brought together as `loss_over` says, KL likewise."""
-    policy, metrics = losses.clipped_loss(batch, now, options.clip_low, options.clip_high, options.loss_over)
-    return policy + _kl_loss(batch, now, options.kl_in, options.loss_over), metrics
+    """The policy's term as `loss` names it, KL brought together likewise."""
+    over, (low, high) = LOSS_OVER[options.loss], options.clip
+    if options.loss == "gspo":
+        policy, metrics = losses.gspo_loss(batch, now, low, high)
+    elif options.loss == "cispo":
+        policy, metrics = losses.cispo_loss(batch, now, high)
+    else:
+        policy, metrics = losses.clipped_loss(batch, now, low, high, over)
+    return policy + _kl_loss(batch, now, options.kl_in, over), metrics
+
+
+LOSS_OVER: dict[Loss, Over] = {
+    "dapo": "token",
+    "grpo": "sequence",
+    "dr_grpo": "limit",
+    "gspo": "sequence",
+    "cispo": "token",
+}
+"""What each loss is a mean over."""
 
 
 def dpo_advantages(options: DPO, batch: Batch) -> Batch:

@@ -43,6 +43,8 @@ class Batch:
     """Weight of the KL divergence in force: a controller may adapt it from step to step."""
     baseline: float | None = None
     """Running mean reward; None for the mean of this batch."""
+    max_new_tokens: int | None = None
+    """Tokens that a response may have; None where no loss divides by it."""
     advantages: Float[Tensor, "B R"] | None = None
     """0 on padding; None until they are computed, and for an algorithm that has none."""
     returns: Float[Tensor, "B R"] | None = None

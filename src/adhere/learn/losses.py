@@ -16,7 +16,7 @@ from adhere.learn.batch import Batch, Outputs
 
 Scalar = Float[Tensor, ""]
 Metrics = dict[str, Scalar]
-Over = Literal["token", "sequence", "sum"]
+Over = Literal["token", "sequence", "limit", "sum"]
 
 # exp of this is a ratio beyond any use; past it, inf · (an advantage of 0) would be NaN.
 LARGEST_LOG_RATIO = 20.0
@@ -25,14 +25,18 @@ LARGEST_LOG_RATIO = 20.0
 def aggregate(per_token: Float[Tensor, "B R"], batch: Batch, over: Over) -> Scalar:
     """A [B, R] term as this micro-batch's share of a scalar.
 
-    `token`: mean over all tokens (DAPO, 2503.14476); `sequence`: mean over responses of their means (GRPO, 2402.03300,
-    eq. 3); `sum`: mean over responses of their sums (a response as one action: RLOO).
+    `token`: mean over all tokens (DAPO, 2503.14476, sec. 3.3); `sequence`: mean over responses of their means (GRPO,
+    2402.03300, eq. 3); `limit`: mean over responses of their sums, divided by the length that a response may have (Dr.
+    GRPO, 2503.20783, sec. 3.2); `sum`: mean over responses of their sums (a response as one action: RLOO).
     """
     per_response = _kept(per_token, batch.mask).sum(-1)
     if over == "token":
         return per_response.sum() / max(1, batch.totals.tokens)
     if over == "sequence":
-        return (per_response / batch.mask.sum(-1).clamp(min=1)).sum() / batch.totals.responses
+        return (per_response / _lengths(batch)).sum() / batch.totals.responses
+    if over == "limit":
+        assert batch.max_new_tokens is not None
+        return per_response.sum() / (batch.totals.responses * batch.max_new_tokens)
     return per_response.sum() / batch.totals.responses
 
 
@@ -44,34 +48,49 @@ def policy_gradient_loss(batch: Batch, now: Outputs, over: Over = "token") -> tu
 
 
 def clipped_loss(
-    batch: Batch, now: Outputs, clip_low: float, clip_high: float, over: Over = "token"
+    batch: Batch, now: Outputs, epsilon: float, epsilon_high: float, over: Over = "token"
 ) -> tuple[Scalar, Metrics]:
-    """−min(ρ A, clip(ρ, 1 − low, 1 + high) A) per token (Schulman et al. 2017, eq. 7), ρ = π / π_old.
+    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) per token (Schulman et al. 2017, eq. 7; with an ε_high of its own:
+    DAPO, 2503.14476, sec. 3.1), ρ = π / π_old.
 
     The metrics are shares of all tokens where the clip binds, and so the gradient is 0: ρ too low where A < 0, too high
     where A > 0.
     """
-    per_token, low, high = _clipped(_log_ratio(batch, now), _advantages(batch), clip_low, clip_high)
-    tokens = max(1, batch.totals.tokens)
-    return aggregate(per_token, batch, over), {
-        "clip_ratio/low_mean": low.sum() / tokens,
-        "clip_ratio/high_mean": high.sum() / tokens,
-    }
+    per_token, low, high = _clipped(_log_ratio(batch, now), _advantages(batch), epsilon, epsilon_high)
+    return aggregate(per_token, batch, over), _clip_ratios(low, high, max(1, batch.totals.tokens))
 
 
-def sequence_clipped_loss(batch: Batch, now: Outputs, clip_low: float, clip_high: float) -> tuple[Scalar, Metrics]:
+def sequence_clipped_loss(batch: Batch, now: Outputs, epsilon: float, epsilon_high: float) -> tuple[Scalar, Metrics]:
     """`clipped_loss` with the response as one action (RLOO, Ahmadian et al. 2024, sec. 3.1): ρ is the ratio of the
     whole response, Π_t π / π_old, and A its one advantage, read at its first token; mean over responses.
 
     While the policy is the one that sampled, the gradient is that of −A Σ_t log π. The metrics are shares of all
     responses where the clip binds. An empty response adds 0.
     """
-    advantages = _advantages(batch)[:, 0]
-    per_response, low, high = _clipped(_log_ratio(batch, now).sum(-1), advantages, clip_low, clip_high)
-    return per_response.sum() / batch.totals.responses, {
-        "clip_ratio/low_mean": low.sum() / batch.totals.responses,
-        "clip_ratio/high_mean": high.sum() / batch.totals.responses,
-    }
+    return _response_loss(_log_ratio(batch, now).sum(-1), batch, epsilon, epsilon_high)
+
+
+def gspo_loss(batch: Batch, now: Outputs, epsilon: float, epsilon_high: float) -> tuple[Scalar, Metrics]:
+    """`sequence_clipped_loss` with the ratio's geometric mean over the tokens, ρ = (Π_t π / π_old)^(1/|y|) (GSPO,
+    2507.18071, eq. 5 and 7), so that one range of clipping fits responses of every length.
+
+    While the policy is the one that sampled, the gradient is that of `clipped_loss` over `sequence`.
+    """
+    return _response_loss(_log_ratio(batch, now).sum(-1) / _lengths(batch), batch, epsilon, epsilon_high)
+
+
+def cispo_loss(batch: Batch, now: Outputs, epsilon_high: float) -> tuple[Scalar, Metrics]:
+    """−sg(min(ρ, 1 + ε_high)) A log π, mean over tokens (CISPO, MiniMax-M1, 2506.13585, sec. 3.1, which bounds from
+    above alone too), sg = without gradient.
+
+    The weight is bounded, and no token loses its gradient. The metric is the share of all tokens whose weight is
+    bounded where A > 0. While the policy is the one that sampled, the gradient is that of `clipped_loss`.
+    """
+    ratio = _ratio(_log_ratio(batch, now)).detach()
+    advantages = _advantages(batch)
+    per_token = -ratio.clamp(max=1 + epsilon_high) * advantages * _kept(now.logprobs, batch.mask)
+    bounded = ((ratio > 1 + epsilon_high) & (advantages > 0)).float().sum()
+    return aggregate(per_token, batch, "token"), {"cispo_clip_ratio": bounded / max(1, batch.totals.tokens)}
 
 
 def kl_penalty(
@@ -151,17 +170,41 @@ def _advantages(batch: Batch) -> Float[Tensor, "B R"]:
     return _kept(batch.advantages, batch.mask)
 
 
+def _lengths(batch: Batch) -> Int[Tensor, "B"]:
+    """Tokens of each response, [B], 1 for an empty one: what its sum of nothing may be divided by."""
+    return batch.mask.sum(-1).clamp(min=1)
+
+
 def _log_ratio(batch: Batch, now: Outputs) -> Float[Tensor, "B R"]:
     """log π − log π_old, [B, R], 0 on padding."""
     return _kept(now.logprobs, batch.mask) - _kept(batch.logprobs, batch.mask)
 
 
+def _ratio(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """π / π_old, finite, of the shape given."""
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
+
+
 def _clipped(
-    log_ratio: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"], clip_low: float, clip_high: float
+    log_ratio: Float[Tensor, "*shape"], advantages: Float[Tensor, "*shape"], epsilon: float, epsilon_high: float
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """The clipped surrogate, and where (0 or 1) the clip binds from below and from above: three of the shape given."""
-    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
-    loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+    ratio = _ratio(log_ratio)
+    loss = -torch.min(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
+    low = (ratio < 1 - epsilon) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
     return loss, low.float(), high.float()
+
+
+def _response_loss(
+    log_ratio: Float[Tensor, "B"], batch: Batch, epsilon: float, epsilon_high: float
+) -> tuple[Scalar, Metrics]:
+    """The clipped surrogate of one ratio and one advantage a response, mean over responses."""
+    per_response, low, high = _clipped(log_ratio, _advantages(batch)[:, 0], epsilon, epsilon_high)
+    total = batch.totals.responses
+    return per_response.sum() / total, _clip_ratios(low, high, total)
+
+
+def _clip_ratios(low: Float[Tensor, "*shape"], high: Float[Tensor, "*shape"], total: int) -> Metrics:
+    """Where the clip binds, as shares of all `total` tokens or responses."""
+    return {"clip_ratio/low_mean": low.sum() / total, "clip_ratio/high_mean": high.sum() / total}

@@ -20,7 +20,16 @@ from adhere.options import Above, AtLeast, AtMost, Below, check
 
 KLPlace = Literal["reward", "loss"]
 Scale = Literal["group", "batch", "none"]
-LossOver = Literal["token", "sequence"]
+Loss = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
+
+EPSILONS: dict[Loss, tuple[float, float]] = {
+    "dapo": (0.2, 0.2),
+    "grpo": (0.2, 0.2),
+    "dr_grpo": (0.2, 0.2),
+    "gspo": (3e-4, 4e-4),  # 2507.18071, sec. 5.1: a mean over tokens moves far less than one token does
+    "cispo": (1.0, 4.0),  # no bound below (2506.13585, sec. 3.1); above, a weight of 5 at most (ScaleRL, 2510.13786)
+}
+"""Loss → its own epsilon and epsilon_high."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,32 @@ class _ChargesKL:
     """Where KL from the start is charged: off the reward, or added to the loss."""
 
     def __post_init__(self) -> None:
-        faults = []
+        check(self, *self._faults())
+
+    def _faults(self) -> list[UserError]:
+        """What is wrong with options that each may have, but not together."""
         if self.kl_target is not None and self.kl_coef == 0:
-            faults.append(UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too"))
-        check(self, *faults)
+            return [UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too")]
+        return []
 
 
 @dataclass(frozen=True)
-class PPO(_ChargesKL):
+class _Clips(_ChargesKL):
+    """The options of PPO's clipping (Schulman et al. 2017), for algorithms with one loss."""
+
+    epsilon: Annotated[float, Above(0), AtMost(1)] = 0.2
+    """How far below 1 the probability ratio may fall before it is clipped."""
+    epsilon_high: Annotated[float, Above(0)] | None = None
+    """How far above 1 the probability ratio may rise before it is clipped; nothing takes epsilon."""
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may go."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+@dataclass(frozen=True)
+class PPO(_Clips):
     """Proximal policy optimisation with a value head (Schulman et al. 2017; Ziegler et al. 2019)."""
 
     name: ClassVar[str] = "ppo"
@@ -52,10 +79,6 @@ class PPO(_ChargesKL):
 
     epochs: Annotated[int, AtLeast(1)] = 2
     """Passes over each rollout."""
-    clip_low: Annotated[float, Above(0), AtMost(1)] = 0.2
-    """How far below 1 the probability ratio may fall before it is clipped."""
-    clip_high: Annotated[float, Above(0)] = 0.2
-    """How far above 1 the probability ratio may rise before it is clipped."""
     gamma: Annotated[float, AtLeast(0), AtMost(1)] = 1.0
     """Discount a token."""
     gae_lambda: Annotated[float, AtLeast(0), AtMost(1)] = 0.95
@@ -79,7 +102,7 @@ class Reinforce(_ChargesKL):
 
 
 @dataclass(frozen=True)
-class RLOO(_ChargesKL):
+class RLOO(_Clips):
     """REINFORCE leave-one-out (Ahmadian et al. 2024): the other samples of the prompt are the baseline, the response is
     one action. The first pass has ratio 1, and so the plain score-function gradient; clipping acts from the second."""
 
@@ -90,15 +113,11 @@ class RLOO(_ChargesKL):
 
     epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each rollout."""
-    clip_low: Annotated[float, Above(0), AtMost(1)] = 0.2
-    """How far below 1 the probability ratio may fall before it is clipped."""
-    clip_high: Annotated[float, Above(0)] = 0.2
-    """How far above 1 the probability ratio may rise before it is clipped."""
 
 
 @dataclass(frozen=True)
 class GRPO(_ChargesKL):
-    """Group relative policy optimisation (Shao et al. 2024)."""
+    """Group relative policy optimisation (Shao et al. 2024), and what became of its loss since."""
 
     name: ClassVar[str] = "grpo"
     needs_value_head: ClassVar[bool] = False
@@ -108,14 +127,29 @@ class GRPO(_ChargesKL):
     kl_in: KLPlace = "loss"
     epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over each rollout."""
-    clip_low: Annotated[float, Above(0), AtMost(1)] = 0.2
-    """How far below 1 the probability ratio may fall before it is clipped."""
-    clip_high: Annotated[float, Above(0)] = 0.2
-    """How far above 1 the probability ratio may rise before it is clipped; 0.28 is DAPO's clip-higher."""
-    scale: Scale = "group"
+    loss: Loss = "dapo"
+    """What is minimised (docs/train.md has a table of them): dapo, grpo, dr_grpo, gspo or cispo."""
+    epsilon: Annotated[float, Above(0), AtMost(1)] | None = None
+    """How far below 1 the probability ratio may fall before it is clipped; nothing takes the loss's own, 0.2 or (gspo)
+    0.0003."""
+    epsilon_high: Annotated[float, Above(0)] | None = None
+    """How far above 1 the probability ratio may rise before it is clipped; nothing takes epsilon, or where that is not
+    given either, the loss's own: 0.2, 0.0004 (gspo) or 4 (cispo)."""
+    scale_rewards: Scale = "group"
     """Rewards are divided by the deviation of the group, of the batch, or (Dr. GRPO) not."""
-    loss_over: LossOver = "token"
-    """Mean over all tokens (DAPO), or over responses of their means (the original)."""
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may go."""
+        low, high = EPSILONS[self.loss] if self.epsilon is None else (self.epsilon, self.epsilon)
+        return low, high if self.epsilon_high is None else self.epsilon_high
+
+    def _faults(self) -> list[UserError]:
+        faults = super()._faults()
+        if self.loss == "cispo" and self.epsilon is not None:
+            faults.append(UserError("epsilon is no option of cispo, which bounds the ratio from above alone",
+                                    fix="set epsilon_high"))  # fmt: skip
+        return faults
 
 
 @dataclass(frozen=True)
@@ -169,6 +203,9 @@ class TrainConfig:
     """Prompts drawn for each step."""
     num_samples: Annotated[int, AtLeast(1)] = 8
     """Responses sampled to each prompt (the group)."""
+    dynamic_sampling: Annotated[int, AtLeast(0)] = 0
+    """Prompts whose responses all earn the same are dropped, and others drawn in their place, at most this many times a
+    step; 0 keeps them."""
     sampling: Sampling = field(default_factory=Sampling)
     """How responses are drawn."""
     learning_rate: Annotated[float, Above(0), Below(math.inf)] = 1e-5
@@ -227,6 +264,14 @@ class TrainConfig:
                 UserError(
                     f"{self.algorithm.name} compares samples of one prompt, but num_samples is {self.num_samples}",
                     fix="set num_samples to 2 or above, or use ppo or reinforce",
+                )
+            )
+        if self.dynamic_sampling and not self.algorithm.compares_samples:
+            faults.append(
+                UserError(
+                    f"dynamic_sampling drops prompts that {self.algorithm.name} learns from, for it does not compare "
+                    "their samples",
+                    fix="leave it out, or use grpo, rloo or dpo",
                 )
             )
         if self.lora is None and self.save == "adapter":

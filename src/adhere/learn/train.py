@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -27,8 +27,10 @@ from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_dir, require_space
 from adhere.learn import checkpoint
+from adhere.learn.advantages import differing
 from adhere.learn.algorithms import next_baseline, next_kl_coef, with_advantages
 from adhere.learn.batch import Batch
+from adhere.learn.drawn import Drawn, counted, draw_groups
 from adhere.learn.launch import accelerator
 from adhere.learn.learner import Learner
 from adhere.learn.run_log import RunLog
@@ -128,9 +130,8 @@ class Trainer:
         scores = spec.scorer == "reference" and spec.reads != Reads.TEXT
         brought = reward.reference if reward is not None and reward.reference is not policy else None
         # Taken now: what the policy is at the start.
-        frozen = brought or (policy.reference() if holds or scores else None)
-        self.reward = Reward(spec, policy, heads, frozen, own)
-        self.reference = frozen if holds else None
+        self.reference = (brought or policy.reference()) if holds or scores else None
+        self.reward = Reward(spec, policy, heads, self.reference, own)
         self.learner = Learner(policy, config.algorithm.needs_value_head, config.max_tokens)
         self.parameters = self.learner.trained()
         self.optimizer = torch.optim.AdamW(
@@ -150,23 +151,18 @@ class Trainer:
     def step(self) -> Metrics:
         """Take the next step; its metrics, as docs/metrics.md defines them."""
         config, clock, step = self.config, _Clock(), self.state.step
-        seed = _seed(config.seed, step, self.accelerator.process_index)
-        torch.manual_seed(seed)
-        places = self._places(step)
-        with clock("sample"):
-            prompts = self.prompts.select(places[self.accelerator.process_index :: self.accelerator.num_processes])
-            rollout, reading = self.reward.sample(self.policy, prompts, config.num_samples, config.sampling, seed)
-        with clock("score"):
-            evidence = self.reward.evidence(rollout, self.reward.reference or self.policy, reading)
-            scores = self.reward.score_evidence(evidence)
-            reference = self._reference_logprobs(rollout, scores)
+        drawn = self._drawn(step, clock)
+        learned = drawn.learned() if config.dynamic_sampling else drawn
         with clock("update"):
-            batch = with_advantages(config.algorithm, self._batch(rollout, scores.reward, reference))
-            metrics = update(self.accelerator, self.learner, self._optimizer_at(step), config, rollout, batch)
-        metrics |= self._metrics(rollout, scores, reference, clock)
-        self._advance(metrics, len(rollout))
+            batch = self._batch(learned.rollout, learned.scores.reward, learned.reference)
+            batch = with_advantages(config.algorithm, batch)
+            metrics = update(self.accelerator, self.learner, self._optimizer_at(step), config, learned.rollout, batch)
+        metrics |= self._metrics(drawn.rollout, drawn.scores, drawn.reference, clock)
+        if config.dynamic_sampling:
+            metrics |= counted(self.accelerator, drawn, learned)
+        self._advance(metrics, len(drawn.rollout))
         self.log.metrics(metrics)
-        self.log.responses(step + 1, rollout, scores, batch.advantages)
+        self.log.responses(step + 1, drawn.rollout, drawn.scores, learned.among(drawn.rollout, batch.advantages))
         return metrics
 
     def save(self) -> None:
@@ -206,6 +202,32 @@ class Trainer:
         orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(range(total), total) for epoch, _ in wanted}
         return torch.tensor([orders[epoch][place] for epoch, place in wanted], device=self.prompts.ids.device)
 
+    def _drawn(self, step: int, clock: _Clock) -> Drawn:
+        """What this process draws at `step`: responses to its prompts, with dynamic sampling to further ones too."""
+        places, tries = self._places(step), self.config.dynamic_sampling
+
+        def draw(places: Tensor, tried: int) -> Drawn:
+            seed = _seed(self.config.seed, step, self.accelerator.process_index, tried)
+            torch.manual_seed(seed)
+            with clock("sample"):
+                prompts = self.prompts.select(places)
+                rollout, reading = self.reward.sample(
+                    self.policy, prompts, self.config.num_samples, self.config.sampling, seed
+                )
+            with clock("score"):
+                evidence = self.reward.evidence(rollout, self.reward.reference or self.policy, reading)
+                scores = self.reward.score_evidence(evidence)
+                return Drawn(rollout, replace(scores, reading=None), self._reference_logprobs(rollout, scores))
+
+        spare = self._spare(step, places) if tries else places[:0]
+        return draw_groups(self.accelerator, draw, self.prompts, places, spare, tries)
+
+    def _spare(self, step: int, places: Tensor) -> Tensor:
+        """The prompts that are not in `places`, in an order that depends on the step alone, as all that is drawn."""
+        total = len(self.prompts)
+        order = torch.tensor(random.Random(f"{self.config.seed}/spare/{step}").sample(range(total), total))
+        return order.to(places)[~torch.isin(order.to(places), places)]
+
     def _check_lengths(self, rows: Sequence[Row]) -> None:
         if self.config.prompts_per_step % self.accelerator.num_processes:
             raise UserError(
@@ -242,13 +264,11 @@ class Trainer:
             values_of(self.learner, rollout) if valued else None,
             self.state.kl_coef,
             self.state.baseline,
+            self.config.sampling.max_new_tokens,
         )
 
     def _metrics(self, rollout: Rollout, scores: Scores, reference: Tensor | None, clock: _Clock) -> Metrics:
-        sizes = torch.bincount(rollout.prompt_index, minlength=len(rollout.prompts)).clamp(min=1)
         lengths, rewards = rollout.lengths.float(), scores.reward
-        mean = torch.zeros(len(sizes), device=rewards.device).index_add(0, rollout.prompt_index, rewards) / sizes
-        gap = torch.zeros_like(mean).index_add(0, rollout.prompt_index, (rewards - mean[rollout.prompt_index]).abs())
         raw = torch.zeros_like(rewards)
         for name, weight in self.reward.config.weights.items():
             raw = raw + weight * scores.signals[name].to(raw)
@@ -257,7 +277,7 @@ class Trainer:
             "reward": float(raw.mean()),
             "reward/normalised": float(rewards.mean()),
             "reward_std": float(everyone.std()) if len(everyone) > 1 else 0.0,
-            "frac_reward_zero_std": float((gap < 1e-6).float().mean()),
+            "frac_reward_zero_std": float((~differing(rewards, rollout.prompt_index)).float().mean()),
             "completions/mean_length": float(lengths.mean()),
             "completions/clipped_ratio": float((~rollout.ended).float().mean()),
             "completions/agreement": _agreement(rollout),
@@ -301,7 +321,7 @@ class _Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[phase] = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def total(self) -> float:
         return sum(self.seconds.values())
@@ -343,5 +363,6 @@ def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Param
             broadcast(parameter.data)
 
 
-def _seed(seed: int, step: int, rank: int) -> int:
-    return random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
+def _seed(seed: int, step: int, rank: int, tried: int) -> int:
+    """Of what a process draws at a step: `tried` counts the rounds of dynamic sampling."""
+    return random.Random(f"{seed}/{step}/{rank}" + (f"/{tried}" if tried else "")).getrandbits(63)

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 from adhere.config import load_config
 from adhere.files import atomic_write
 from adhere.integrations.hub import is_name
-from adhere.learn.settings import Algorithm, TrainConfig
+from adhere.learn.settings import GRPO, Algorithm, TrainConfig
 from adhere.learn.stopping import reason_to_stop
 from adhere.markup import markdown, visible
 from adhere.measure.stats import Estimate
@@ -136,6 +136,7 @@ def _training(run: Run, config: TrainConfig) -> str:
         "read by": "the frozen start" if reward.scorer == "reference" else "the model in training",
         "gated on": ", ".join(map(markdown, reward.gates)),
         "algorithm": config.algorithm.name,
+        "loss": config.algorithm.loss if isinstance(config.algorithm, GRPO) else "",
         "steps": f"{done:,}" + (f" of {config.steps:,}" if done < config.steps else ""),
         "stopped early": "" if stopped is None else markdown(stopped),
         "a step": f"{config.prompts_per_step} prompts × {config.num_samples} samples",
