@@ -4,8 +4,9 @@ against what `score` says, the command from rows to files, and all that it refus
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from adhere.text import contains_answer, is_answer, sentences
 from adhere.toy import model_path
 from adhere.types import Reading
 
+T = TypeVar("T")
 TEMPLATE = "{context} {question} answer :"
 PLACES = [
     ("mary", "garden", "john", "office"),
@@ -69,6 +71,7 @@ def test_rewards_scored_together_get_what_each_gets_by_itself(policy: Policy) ->
     rewards = made(
         policy,
         exact=reward_of("exact"),
+        v1=reward_of("attention-v1"),
         shuffled=reward_of("shuffled"),
         paper=reward_of("paper"),
         narrow=RewardConfig(narrow, ablate=0.5, normalise="group"),
@@ -87,19 +90,19 @@ def test_the_sentence_looked_at_most_is_where_the_attention_is(policy: Policy) -
     """All attention on one token: its sentence, whichever it is; on the question: none."""
     row = rows_of(ROWS[:1], COLUMNS)[0]
     rollout = read_groups(policy, [Group(row.prompt, ["garden", "office", ""], [True] * 3)])
-    context = ROWS[0]["context"]
     tokens = rollout.prompts.ids[0].tolist()
-    spans = sentences(context)
 
-    def looked(word: str) -> list[int | None]:
+    def looked(word: str) -> list[tuple[int, int] | None]:
         (place,) = (n for n, token in enumerate(tokens) if policy.tokenizer.decode([token]).strip() == word)
         attention = torch.zeros(3, rollout.response_ids.shape[1], len(tokens))
         attention[..., place] = 1.0
         reading = Reading(rollout, torch.zeros_like(attention[..., 0]), attention=attention)
         classes = Reward(reward_of("overlap"), policy).classes
-        return top_sentences(reading, "all heads", classes, [context], [spans])
+        return top_sentences(reading, "all heads", classes)
 
-    assert looked("garden") == [0, 0, None] and looked("office") == [1, 1, None]  # nothing said, nothing looked at
+    first, second = sentences(ROWS[0]["context"])
+    # The third response says nothing, and so looks at nothing.
+    assert looked("garden") == [first, first, None] and looked("office") == [second, second, None]
     assert looked("?") == [None, None, None]
 
 
@@ -137,27 +140,31 @@ def test_a_sample_is_right_as_the_option_says(policy: Policy) -> None:
             assert candidate["right"] == is_answer(candidate["response"], record["answers"])
 
 
-def test_what_is_benched_does_not_depend_on_where_it_stopped(policy: Policy, tmp_path: Path) -> None:
-    config, heads, rewards = (
-        BenchConfig(num_samples=2, max_new_tokens=4, batch_size=2),
-        copy_heads(policy),
-        made(policy),
-    )
-    rows = rows_of(ROWS, COLUMNS)
+def stopping(items: Iterable[T], title: str, *_: int, **__: Any) -> Iterator[T]:
+    """A `Progress` that ends a bench after two batches, as Ctrl-C would."""
+    for count, item in enumerate(items):
+        if title == "benching" and count == 2:
+            raise KeyboardInterrupt
+        yield item
 
-    def run(cache: BatchCache | None, stop: int | None = None) -> Any:
-        def progress(done: int) -> None:
-            if done == stop:
-                raise KeyboardInterrupt
 
-        return bench(policy, rows, rewards, heads, config, columns=COLUMNS, progress=progress, cache=cache)
+def test_what_is_benched_does_not_depend_on_where_it_stopped(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = BenchConfig(num_samples=2, max_new_tokens=4, batch_size=2)
+    heads, rewards, rows = copy_heads(policy), made(policy), rows_of(ROWS, COLUMNS)
 
-    whole = run(None)
-    with pytest.raises(KeyboardInterrupt):
-        run(BatchCache.open(tmp_path / "out", {"a": 1}, resume=False), stop=4)
+    def run(cache: BatchCache | None) -> list[dict[str, Any]]:
+        return list(bench(policy, rows, rewards, heads, config, columns=COLUMNS, cache=cache).records)
+
+    cache = BatchCache.open(tmp_path / "out", {"a": 1}, resume=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "progress", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(cache)
     cache = BatchCache.open(tmp_path / "out", {"a": 1}, resume=True)
     assert len(cache.batches) == 2
-    assert run(cache).records == whole.records
+    assert run(cache) == run(None)
 
 
 @pytest.mark.parametrize("model", ["toy-causal", "toy-encdec"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, replace
 
 import torch
@@ -13,8 +13,9 @@ from adhere.reward.evidence import gather, spread_read
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import Reads
 from adhere.reward.reward import Reward
-from adhere.reward.salience import TokenClass, classes_of
-from adhere.types import Prompts, Reading, Rollout
+from adhere.reward.salience import TokenClass, classes_of, question_tokens
+from adhere.reward.sources import document_sentences, sentence_mass
+from adhere.types import Reading, Rollout
 
 HEADS = {"copy heads": "copy_attention", "all heads": "attention"}
 """Whose attention says where a response looked → the map of a reading."""
@@ -22,7 +23,7 @@ HEADS = {"copy heads": "copy_attention", "all heads": "attention"}
 _WEIGHING = {"weights", "normalise", "gates", "logprob_floor", "scorer", "made_for", "ngram", "focus_clamp"}
 _WEIGHING |= {"head_weights"}
 # What is read alike whatever is done with the attention.
-_PLAIN = Reads.LOGPROBS | Reads.ENTROPY | Reads.CERTAINTY | Reads.QUESTION
+_PLAIN = Reads.LOGPROBS | Reads.ENTROPY | Reads.CERTAINTY | Reads.QUESTION | Reads.UNASKED
 
 
 def read_together(policy: Policy, rollout: Rollout, rewards: Mapping[str, Reward], heads: CopyHeads) -> Reading:
@@ -34,7 +35,9 @@ def read_together(policy: Policy, rollout: Rollout, rewards: Mapping[str, Reward
     prompts = rollout.prompts.select(first.nonzero().flatten())
     shared = replace(rollout, prompts=prompts, prompt_index=(first.cumsum(0) - 1)[rollout.prompt_index])
     spread = sorted({name for reward in rewards.values() for name in spread_read(reward.config)})
-    return replace(policy.read(shared, copy_weights=heads.weights, spread=spread), rollout=rollout)
+    question = question_tokens(prompts, next(iter(rewards.values())).classes)
+    reading = policy.read(shared, copy_weights=heads.weights, spread=spread, question=question)
+    return replace(reading, rollout=rollout)
 
 
 def score_together(policy: Policy, rewards: Mapping[str, Reward], reading: Reading) -> dict[str, Tensor]:
@@ -57,35 +60,17 @@ def score_together(policy: Policy, rewards: Mapping[str, Reward], reading: Readi
     return {name: scores[name] for name in rewards}
 
 
-def top_sentences(
-    reading: Reading, heads: str, classes: Tensor, contexts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
-) -> list[int | None]:
-    """For each response, the place of the sentence of its passage that it attends to most; None where it said nothing,
-    or the tokenizer does not tell where tokens stand.
-
-    The attention of the response's tokens, special ones left out, is summed over the tokens that begin in a sentence.
-    `contexts` and `spans` [N]: the passage of each prompt, and the character spans of its sentences.
-    """
+def top_sentences(reading: Reading, heads: str, classes: Tensor) -> list[tuple[int, int] | None]:
+    """For each response, the characters of the sentence of the documents that it attends to most; None where it said
+    nothing, or the tokenizer does not tell where tokens stand. The attention of special tokens does not count."""
     attention = getattr(reading, HEADS[heads])
     rollout = reading.rollout
     said = rollout.response_mask & (classes_of(rollout.response_ids, classes) != TokenClass.SPECIAL)
-    looked = (attention * said[..., None]).sum(1)
-    found: list[int | None] = []
-    for row, place in enumerate(rollout.prompt_index.tolist()):
-        sentence = _sentence_of(rollout.prompts, place, contexts[place], spans[place]).to(looked.device)
-        mass = torch.zeros(len(spans[place]) + 1, device=looked.device).index_add(0, sentence + 1, looked[row])[1:]
-        found.append(int(mass.argmax()) if len(mass) and float(mass.max()) > 0 else None)
-    return found
-
-
-def _sentence_of(prompts: Prompts, place: int, context: str, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """[P] int64: the sentence in which each token of a prompt begins, −1 for tokens outside of the passage."""
-    found = torch.full(prompts.ids.shape[1:], -1, dtype=torch.long)
-    if prompts.sources is None or not prompts.documents:
-        return found
-    document, begin, _ = prompts.sources[place].cpu().long().unbind(-1)
-    same = torch.tensor([one.text == context for one in prompts.documents[place]])
-    inside = (document >= 0) & same[document.clamp(min=0)] & (begin >= 0)
-    for number, (start, end) in enumerate(spans):
-        found[inside & (begin >= start) & (begin < end)] = number
+    looked = (attention * said[..., None]).sum(1).cpu()
+    known = [document_sentences(rollout.prompts, number) for number in range(len(rollout.prompts))]
+    found: list[tuple[int, int] | None] = []
+    for row, number in enumerate(rollout.prompt_index.tolist()):
+        spans, places = known[number]
+        mass = sentence_mass(looked[row], places, len(spans))
+        found.append(spans[int(mass.argmax())][1:] if spans and float(mass.max()) > 0 else None)
     return found

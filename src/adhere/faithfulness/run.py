@@ -205,18 +205,17 @@ def _records(
     ]
     reading = read_together(policy, read_groups(policy, groups), rewards, heads)
     classes = next(iter(rewards.values())).classes
-    sentences = [holding(item.case.context, item.case.answers) for item in items]
-    contexts, spans = [item.case.context for item in items], [found for found, _ in sentences]
-    tops = {name: top_sentences(reading, name, classes, contexts, spans) for name in HEADS}
+    tops = {name: top_sentences(reading, name, classes) for name in HEADS}
     values = {name: found.tolist() for name, found in score_together(policy, rewards, reading).items()}
     records, first = [], 0
-    for item, (_, holds) in zip(items, sentences, strict=True):
+    for item in items:
+        spans, holds = holding(item.case.context, item.case.answers)
+        right = [span for span, good in zip(spans, holds, strict=True) if good]
         # Votes count among samples only: of made candidates, one each, the first would win.
         told = {n: v for n, v in values.items() if item.told or "majority" not in rewards[n].config.weights}
         candidates = []
         for row, candidate in enumerate(item.candidates, first):
-            looked = {name: (top := found[row]) is not None and holds[top] for name, found in tops.items()}
-            more = {"evidence_hit": looked} if any(holds) else {}
+            more = {"evidence_hit": {name: found[row] in right for name, found in tops.items()}} if right else {}
             candidates.append({**candidate, "scores": {name: found[row] for name, found in told.items()}, **more})
         first += len(candidates)
         passage = blake2b(item.asked.question.context.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
