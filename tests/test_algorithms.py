@@ -314,7 +314,7 @@ def test_every_option_says_what_it_does(cls):
         (lambda: GRPO(loss="drgrpo"), "unknown `loss` 'drgrpo'; did you mean dr_grpo or grpo or gspo?"),
         (
             lambda: GRPO(loss="cispo", epsilon=0.2),
-            "epsilon is no option of cispo, which bounds the ratio from above alone; set epsilon_high",
+            "cispo has no lower bound, so it takes no epsilon; set epsilon_high",
         ),
         (lambda: Reinforce(kl_in="both"), "unknown `kl_in` 'both'; choose one of loss, reward"),
         (lambda: DPO(beta=0.0), "beta is 0.0; set it above 0"),

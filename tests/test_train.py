@@ -37,6 +37,11 @@ from tests.families import save
 
 PROMPTS = [f"w{i} is in the w{i + 1} . where is w{i} ?" for i in range(12)]
 ALGORITHMS = [PPO(), Reinforce(), RLOO(), GRPO(), DPO()]
+EVERY_LOSS = ALGORITHMS + [GRPO(loss=loss) for loss in ("grpo", "dr_grpo", "gspo", "cispo")]
+
+
+def called(algorithm):
+    return getattr(algorithm, "loss", algorithm.name)
 
 
 def rows():
@@ -74,7 +79,7 @@ def says_w7(evidence):
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=called)
 def test_every_algorithm_raises_the_reward_it_is_given(family, algorithm, tmp_path):
     model = save(family, tmp_path / "model")
     seen = []
@@ -87,10 +92,10 @@ def test_every_algorithm_raises_the_reward_it_is_given(family, algorithm, tmp_pa
         on_step=lambda m: seen.append(m["reward"]),
     )
     start, end = sum(seen[:5]) / 5, sum(seen[-5:]) / 5
-    assert end > start + 0.1, f"{algorithm.name}: {start:.3f} → {end:.3f}"
+    assert end > start + 0.1, f"{called(algorithm)}: {start:.3f} → {end:.3f}"
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+@pytest.mark.parametrize("algorithm", EVERY_LOSS, ids=called)
 def test_accumulation_over_micro_batches_is_exact(algorithm, tmp_path):
     model = save("llama", tmp_path / "model")
     ends = []
@@ -128,12 +133,12 @@ def test_a_run_folder_holds_what_the_design_says(tmp_path):
 def test_every_metric_of_a_run_is_defined_in_the_docs(tmp_path):
     model = save("llama", tmp_path / "model")
     text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-    for algorithm in ALGORITHMS:
+    for algorithm in EVERY_LOSS:
         trainer = Trainer(
             config(model, tmp_path, algorithm=algorithm),
             Policy.load(model, device="cpu"),
             rows(),
-            tmp_path / algorithm.name,
+            tmp_path / called(algorithm),
         )
         for key in trainer.step():
             name = key.split("/")[0] + "/*" if key.startswith("signals/") else key

@@ -47,7 +47,7 @@ class _ChargesKL:
         check(self, *self._faults())
 
     def _faults(self) -> list[UserError]:
-        """What is wrong with options that each may have, but not together."""
+        """What is wrong with options that are valid one by one but not together."""
         if self.kl_target is not None and self.kl_coef == 0:
             return [UserError("kl_target adapts kl_coef, which is 0", fix="set kl_coef above 0 too")]
         return []
@@ -58,9 +58,11 @@ class _Clips(_ChargesKL):
     """The options of PPO's clipping (Schulman et al. 2017), for algorithms with one loss."""
 
     epsilon: Annotated[float, Above(0), AtMost(1)] = 0.2
-    """How far below 1 the probability ratio may fall before it is clipped."""
+    """How far below 1 the probability ratio may fall before it is clipped. Unset in grpo: the loss's own,
+    0.2 or (gspo) 0.0003."""
     epsilon_high: Annotated[float, Above(0)] | None = None
-    """How far above 1 the probability ratio may rise before it is clipped; nothing takes epsilon."""
+    """How far above 1 the probability ratio may rise before it is clipped. Unset: epsilon, or if grpo has
+    none either, the loss's own, 0.2, 0.0004 (gspo) or 4 (cispo)."""
 
     @property
     def clip(self) -> tuple[float, float]:
@@ -117,7 +119,7 @@ class RLOO(_Clips):
 
 @dataclass(frozen=True)
 class GRPO(_ChargesKL):
-    """Group relative policy optimisation (Shao et al. 2024), and what became of its loss since."""
+    """Group relative policy optimisation (Shao et al. 2024) and the losses that have grown out of it."""
 
     name: ClassVar[str] = "grpo"
     needs_value_head: ClassVar[bool] = False
@@ -130,11 +132,11 @@ class GRPO(_ChargesKL):
     loss: Loss = "dapo"
     """What is minimised (docs/train.md has a table of them): dapo, grpo, dr_grpo, gspo or cispo."""
     epsilon: Annotated[float, Above(0), AtMost(1)] | None = None
-    """How far below 1 the probability ratio may fall before it is clipped; nothing takes the loss's own, 0.2 or (gspo)
-    0.0003."""
+    """How far below 1 the probability ratio may fall before it is clipped. Unset in grpo: the loss's own,
+    0.2 or (gspo) 0.0003."""
     epsilon_high: Annotated[float, Above(0)] | None = None
-    """How far above 1 the probability ratio may rise before it is clipped; nothing takes epsilon, or where that is not
-    given either, the loss's own: 0.2, 0.0004 (gspo) or 4 (cispo)."""
+    """How far above 1 the probability ratio may rise before it is clipped. Unset: epsilon, or if grpo has
+    none either, the loss's own, 0.2, 0.0004 (gspo) or 4 (cispo)."""
     scale_rewards: Scale = "group"
     """Rewards are divided by the deviation of the group, of the batch, or (Dr. GRPO) not."""
 
@@ -147,8 +149,7 @@ class GRPO(_ChargesKL):
     def _faults(self) -> list[UserError]:
         faults = super()._faults()
         if self.loss == "cispo" and self.epsilon is not None:
-            faults.append(UserError("epsilon is no option of cispo, which bounds the ratio from above alone",
-                                    fix="set epsilon_high"))  # fmt: skip
+            faults.append(UserError("cispo has no lower bound, so it takes no epsilon", fix="set epsilon_high"))
         return faults
 
 
@@ -204,8 +205,8 @@ class TrainConfig:
     num_samples: Annotated[int, AtLeast(1)] = 8
     """Responses sampled to each prompt (the group)."""
     dynamic_sampling: Annotated[int, AtLeast(0)] = 0
-    """Prompts whose responses all earn the same are dropped, and others drawn in their place, at most this many times a
-    step; 0 keeps them."""
+    """Drop prompts whose responses all earn the same and draw others in their place, up to this many times a step; 0
+    keeps them."""
     sampling: Sampling = field(default_factory=Sampling)
     """How responses are drawn."""
     learning_rate: Annotated[float, Above(0), Below(math.inf)] = 1e-5
@@ -269,8 +270,8 @@ class TrainConfig:
         if self.dynamic_sampling and not self.algorithm.compares_samples:
             faults.append(
                 UserError(
-                    f"dynamic_sampling drops prompts that {self.algorithm.name} learns from, for it does not compare "
-                    "their samples",
+                    f"dynamic_sampling drops prompts whose responses all earn the same, but {self.algorithm.name} "
+                    "learns from them",
                     fix="leave it out, or use grpo, rloo or dpo",
                 )
             )
