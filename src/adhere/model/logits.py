@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 1 << 24
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `targets`: [..., V], [...] int64 → [...] float32."""
-    scaled = logits.float() / temperature
+    scaled = _at(logits, temperature)
     return scaled.gather(-1, targets[..., None]).squeeze(-1) - scaled.logsumexp(-1)
 
 
@@ -29,7 +29,7 @@ def token_spread(logits: Tensor, temperature: float = 1.0, wanted: Collection[st
     """
     if not wanted:
         return {}
-    parts = [_spread(rows.float() / temperature, wanted) for rows in bounded(logits.flatten(0, -2), logits.shape[-1])]
+    parts = [_spread(_at(rows, temperature), wanted) for rows in bounded(logits.flatten(0, -2), logits.shape[-1])]
     return {name: torch.cat([part[name] for part in parts]).view(logits.shape[:-1]) for name in wanted}
 
 
@@ -40,11 +40,17 @@ def bounded(rows: Tensor, vocabulary: int) -> tuple[Tensor, ...]:
 
 def _spread(logits: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
     logprobs = logits.log_softmax(-1)
-    forbidden = logprobs == -torch.inf
+    allowed = logprobs != -torch.inf
+    count = allowed.sum(-1)
+    logprobs.masked_fill_(allowed.logical_not_(), 0.0)  # so that p log p is 0 there, as it should be
     found = {}
     if "certainty" in wanted:
-        count = (~forbidden).sum(-1)
-        found["certainty"] = -logprobs.masked_fill(forbidden, 0.0).sum(-1) / count - count.log()
+        found["certainty"] = -logprobs.sum(-1) / count - count.log()
     if "entropy" in wanted:
-        found["entropy"] = -(logprobs.exp() * logprobs.masked_fill_(forbidden, 0.0)).sum(-1)
+        found["entropy"] = -logprobs.exp().mul_(logprobs).sum(-1)
     return found
+
+
+def _at(logits: Tensor, temperature: float) -> Tensor:
+    """`logits / temperature`, float32: no copy at 1."""
+    return logits.float() if temperature == 1 else logits.float() / temperature
