@@ -33,7 +33,8 @@ class Learner(nn.Module):
         self.network = policy.network
         self.plain_tokens = tokens_that_fit(policy.network, policy.compute, recomputed=False)
         """Tokens of a forward that may keep its activations; larger ones are recomputed in the backward pass."""
-        self.budget = TokenBudget(min(max_tokens, tokens_that_fit(policy.network, policy.compute, recomputed=True)))
+        recomputed = tokens_that_fit(policy.network, policy.compute, recomputed=True)
+        self.budget = TokenBudget(min(max_tokens, max(self.plain_tokens, recomputed)))
         self.share = policy.shares_prefixes
         self.device, self.compute = policy.device, policy.compute
         self.constraints, self.head = policy.constraints, policy.reader.head

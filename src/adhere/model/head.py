@@ -47,7 +47,7 @@ class Head:
         """Logits [n, V] of what the head reads, [n, D]; gradients flow to it and to the weights."""
         with instead_of(self._decoder, lambda *_, **__: self._output), _reading(self._matrix, lambda _: hidden[None]):
             logits: Tensor = self._model(**self._inputs).logits
-        return logits[0]
+        return logits.squeeze(0)
 
     @contextmanager
     def inputs(self) -> Iterator[list[Tensor]]:

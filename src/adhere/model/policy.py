@@ -25,10 +25,11 @@ from adhere.model.families import attention_layers
 from adhere.model.fingerprint import fingerprint
 from adhere.model.load import load
 from adhere.model.logits import SPREAD
+from adhere.model.memory import TokenBudget
 from adhere.model.observe import DrawReader
 from adhere.model.read import Reader
 from adhere.model.responses import given_rollout
-from adhere.model.sampling import draw
+from adhere.model.sampling import cached_tokens, draw
 from adhere.model.settings import CHAT, ChatMode, ChatOptions, Lora, Sampling
 from adhere.prompt import prompt_key
 from adhere.types import Prompts, Reading, Rollout
@@ -67,6 +68,7 @@ class Policy:
         """What forwards are cast to; None where they compute in the dtype of the weights."""
         self._adapter = adapter
         self.reader = Reader(network, eager, self._active)
+        self.drawing = TokenBudget(cached_tokens(network))
 
     @classmethod
     def load(
@@ -355,6 +357,7 @@ class Policy:
                 endings,
                 int(self.tokenizer.pad_token_id),
                 seed,
+                self.drawing,
                 watch,
                 self.constraints,
             )

@@ -19,7 +19,7 @@ from adhere.model.chunks import chunks
 from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
 from adhere.model.head import Head
-from adhere.model.memory import TokenBudget
+from adhere.model.memory import TokenBudget, freeing
 from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
 from adhere.model.tokens import token_statistics
 from adhere.types import Reading, Rollout
@@ -69,7 +69,7 @@ class Reader:
 
         def work(max_tokens: int) -> Reading:
             whole = {name: torch.zeros(shape, device=self.network.device) for name, shape in shapes.items()}
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in freeing(chunks(self.network, rollout, max_tokens)):
                 padding = ~chunk.rollout.response_mask
                 for name, values in self._read(chunk.rollout, constraints, maps, spread).items():
                     if name in maps:
@@ -78,7 +78,7 @@ class Reader:
                         whole[name][chunk.rows, chunk.columns] = values
             return Reading(rollout, **whole)
 
-        return self.budget.run(work, _longest(rollout))
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
 
     @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
@@ -87,7 +87,7 @@ class Reader:
         def work(max_tokens: int) -> tuple[Tensor, float]:
             found: list[Tensor] = []
             logprobs: list[Tensor] = []
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in freeing(chunks(self.network, rollout, max_tokens)):
                 part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
                 hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
                 for piece in self.forwards(part, False, _always(hits)):
@@ -96,7 +96,7 @@ class Reader:
                 found.append(hits.result())
             return torch.stack(found).sum(0), float(torch.cat(logprobs).mean())
 
-        return self.budget.run(work, _longest(rollout))
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
 
     @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor) -> Tensor:
@@ -105,14 +105,14 @@ class Reader:
         def work(max_tokens: int) -> Tensor:
             every = torch.arange(len(rollout), device=salience.device)
             order, found = [], []
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in freeing(chunks(self.network, rollout, max_tokens)):
                 mass = HeadMass(salience[chunk.rows, chunk.span], chunk.rollout.response_mask)
                 list(self.forwards(chunk.rollout, False, _always(mass)))
                 order.append(every[chunk.rows])
                 found.append(mass.result())
             return torch.cat(found)[torch.cat(order).argsort()]
 
-        return self.budget.run(work, _longest(rollout))
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
 
     def forwards(self, part: Rollout, share: bool, make: Make | None = None) -> Iterator[prefix.Predictions]:
         """The forward(s) of a chunk, each observed by the accumulators that `make(window)` returns."""

@@ -22,10 +22,12 @@ from adhere.model.head import instead_of
 
 WIDTHS_PER_LAYER = 48
 """Numbers that a layer keeps of each token for its backward pass, in hidden sizes (measured: 42 to 48 with LoRA)."""
-ACTIVATION_BYTES = 1 << 29
-"""Activations that a backward pass may hold on a CPU."""
+PLAIN_BYTES = 1 << 29
+"""Activations that a backward pass may hold without recomputing, on a CPU."""
+RECOMPUTED_BYTES = 1 << 27
+"""The same where it recomputes. Smaller: a forward of a few hundred tokens keeps a CPU as busy as a longer one."""
 SHARE_OF_DEVICE = 8
-"""On a CUDA device it may hold one of so many parts of its memory."""
+"""A CUDA device may hold one of so many parts of its memory, either way."""
 
 
 def layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -39,7 +41,7 @@ def tokens_that_fit(model: PreTrainedModel, compute: torch.dtype | None, *, reco
     count = len(layers(model))
     kept = count + WIDTHS_PER_LAYER if recomputed else max(1, count) * WIDTHS_PER_LAYER
     width = int(model.config.get_text_config(decoder=True).hidden_size)
-    most = ACTIVATION_BYTES
+    most = RECOMPUTED_BYTES if recomputed else PLAIN_BYTES
     if model.device.type == "cuda":
         most = max(most, torch.cuda.get_device_properties(model.device).total_memory // SHARE_OF_DEVICE)
     return max(1, most // (kept * width * (compute or model.dtype).itemsize))
