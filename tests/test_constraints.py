@@ -92,7 +92,7 @@ def test_constraints_together_hold_in_draw_reading_and_learning(family):
 
 def test_an_end_that_is_forced_at_the_limit_does_not_end_a_response():
     policy = constrained("bart", forced_eos_token_id=2, sequence_bias=[[[2], 2.0]])
-    rollout = policy.sample(policy.encode(PROMPTS), 20, sampling=Sampling(max_new_tokens=4), seed=0)
+    rollout = policy.sample(policy.encode(PROMPTS), 100, sampling=Sampling(max_new_tokens=4), seed=0)
     cut = rollout.lengths == 4
     assert cut.any() and (~cut).any()
     assert torch.equal(rollout.ended, ~cut)

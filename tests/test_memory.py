@@ -14,6 +14,7 @@ from adhere.errors import RunFailed
 from adhere.model.chunks import chunks
 from adhere.model.memory import TokenBudget, out_of_memory
 from adhere.model.policy import Policy
+from adhere.model.settings import Sampling
 from tests.families import build, tokenizer
 
 CPU = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -39,8 +40,8 @@ def test_work_is_done_with_half_the_tokens_until_it_fits(error, caplog):
         assert budget.run(work, least=10) == 250
     assert tried == [1000, 500, 250, 250]
     assert [r.message.split(" at most ")[1] for r in caplog.records] == [
-        "500 tokens in one forward",
-        "250 tokens in one forward",
+        "500 tokens at a time",
+        "250 tokens at a time",
     ]
 
 
@@ -50,7 +51,7 @@ def test_other_errors_pass_and_one_forward_too_large_is_told():
 
     with pytest.raises(RuntimeError, match="shape"):
         TokenBudget(100).run(lambda tokens: fail(RuntimeError("shape mismatch")), least=1)
-    with pytest.raises(RunFailed, match=r"out of memory with 60 tokens in one forward; use fewer samples") as caught:
+    with pytest.raises(RunFailed, match=r"out of memory with 60 tokens at a time; use fewer samples") as caught:
         TokenBudget(100).run(lambda tokens: fail(RuntimeError(CPU)), least=60)
     assert caught.value.exit_code == 1
 
@@ -94,6 +95,49 @@ def test_a_reading_that_does_not_fit_is_read_in_smaller_pieces(family, caplog):
     handle.remove()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bart", "t5", "phi3 longrope"])
+def test_samples_are_the_same_however_many_are_drawn_at_a_time(family):
+    policy = Policy(build(family), tokenizer())
+    prompts, sampling = policy.encode(["w1 w2 w3", "w4 w5 w6 w7 w8", "w9"]), Sampling(max_new_tokens=9)
+    each = prompts.ids.shape[1] + 9
+    whole = policy.sample(prompts, 5, sampling=sampling, seed=3)
+    assert len({tuple(row) for row in whole.response_ids.tolist()}) > 10
+    for rows in (1, 4, 7):
+        policy.drawing.tokens = rows * each
+        parts = policy.sample(prompts, 5, sampling=sampling, seed=3)
+        assert torch.equal(parts.response_ids, whole.response_ids) and torch.equal(parts.ended, whole.ended)
+        assert torch.allclose(parts.logprobs, whole.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_samples_read_as_they_are_drawn_are_the_same_however_many_at_a_time(family):
+    policy = Policy(build(family), tokenizer())
+    prompts, sampling = policy.encode(["w1 w2 w3", "w4 w5 w6 w7 w8", "w9"]), Sampling(max_new_tokens=9)
+    whole = policy.sample_and_read(prompts, 5, sampling, 3, {"attention": None})
+    policy.drawing.tokens = 4 * (prompts.ids.shape[1] + 9)
+    parts = policy.sample_and_read(prompts, 5, sampling, 3, {"attention": None})
+    assert torch.equal(parts.response_ids, whole.response_ids)
+    for name in ("logprobs", "entropy", "certainty", "attention"):
+        assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_a_draw_that_does_not_fit_is_drawn_in_smaller_parts(family, caplog):
+    policy = Policy(build(family), tokenizer())
+    prompts, sampling = policy.encode(["w1 w2 w3", "w4 w5 w6"]), Sampling(max_new_tokens=6)
+    whole = policy.sample(prompts, 4, sampling=sampling, seed=1)
+    handle = scarce(policy.network, 2)
+    with caplog.at_level("WARNING"):
+        parts = policy.sample(prompts, 4, sampling=sampling, seed=1)
+    assert torch.equal(parts.response_ids, whole.response_ids)
+    tokens = 8 * (prompts.ids.shape[1] + 6)
+    said = "out of memory: from here on at most {} tokens at a time"
+    assert [record.message for record in caplog.records] == [said.format(tokens // 2), said.format(tokens // 4)]
+    policy.sample(prompts, 4, sampling=sampling, seed=1)
+    assert len(caplog.records) == 2, "said once"
+    handle.remove()
+
+
 def test_chunks_cut_a_large_group_and_lose_no_row():
     policy = Policy(build("llama"), tokenizer())
     rollout = policy.paired(PROMPTS, RESPONSES)
@@ -116,6 +160,7 @@ import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from adhere.learn.learner import Learner
 from adhere.model.policy import Policy
+from adhere.model.settings import Sampling
 from benchmarks.memory import peak_mb
 from tests.families import CAUSAL, tokenizer
 

@@ -147,6 +147,11 @@ class Rollout:
         """[B] int64: tokens of each response."""
         return self.response_mask.sum(-1)
 
+    def tokens(self, shared: bool) -> int:
+        """Tokens of one forward over it, padding included: each prompt once where it is `shared` by its group."""
+        prompts = len(self.prompts) if shared else len(self)
+        return prompts * self.prompts.ids.shape[1] + self.response_ids.numel()
+
     @property
     def largest_group(self) -> int:
         """Tokens of the largest group: its prompt once and its responses, padding included."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from adhere.model.policy import Policy
 from adhere.model.precision import computing
 from adhere.model.prefix import forwards
 from adhere.model.read import FORWARD_TOKENS
+from adhere.model.recompute import recomputing, tokens_that_fit
 from adhere.model.tokens import token_statistics
 from adhere.types import Rollout
 
@@ -28,8 +30,11 @@ class Learner(nn.Module):
 
     def __init__(self, policy: Policy, value_head: bool, max_tokens: int = FORWARD_TOKENS) -> None:
         super().__init__()
-        self.budget = TokenBudget(max_tokens)
         self.network = policy.network
+        self.plain_tokens = tokens_that_fit(policy.network, policy.compute, recomputed=False)
+        """Tokens of a forward that may keep its activations; larger ones are recomputed in the backward pass."""
+        recomputed = tokens_that_fit(policy.network, policy.compute, recomputed=True)
+        self.budget = TokenBudget(min(max_tokens, max(self.plain_tokens, recomputed)))
         self.share = policy.shares_prefixes
         self.device, self.compute = policy.device, policy.compute
         self.progress = policy.progress
@@ -46,10 +51,13 @@ class Learner(nn.Module):
         names = ["logprobs", "entropy"] + (["values"] if self.value_head is not None else [])
         whole = {name: torch.zeros(shape, device=device) for name in names}
         # Dropout of adapters belongs to the update, not to the values that are read before it.
-        dropping = adapters.dropout(self.network) if torch.is_grad_enabled() else nullcontext()
-        with dropping, computing(self.device, self.compute):
+        dropping = partial(adapters.dropout, self.network) if torch.is_grad_enabled() else nullcontext
+        with dropping(), computing(self.device, self.compute):
             for chunk in chunks(self.network, rollout, sys.maxsize):
-                for name, found in self._read(chunk.rollout).items():
+                large = torch.is_grad_enabled() and chunk.rollout.tokens(self.share) > self.plain_tokens
+                with recomputing(self.network, dropping) if large else nullcontext():
+                    read = self._read(chunk.rollout)
+                for name, found in read.items():
                     whole[name][chunk.rows, chunk.columns] = found.masked_fill(~chunk.rollout.response_mask, 0.0)
         return Outputs(whole["logprobs"], whole["entropy"], whole.get("values"))
 

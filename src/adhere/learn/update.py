@@ -10,6 +10,7 @@ from adhere.learn.algorithms import loss_of
 from adhere.learn.batch import Batch, Outputs, Totals
 from adhere.learn.learner import Learner
 from adhere.learn.settings import TrainConfig
+from adhere.model.memory import freeing
 from adhere.types import Rollout
 
 Metrics = dict[str, float]
@@ -30,7 +31,7 @@ def update(
     def gradients(max_tokens: int) -> dict[str, Tensor]:
         optimizer.zero_grad()  # of a pass that memory did not suffice for
         metrics: dict[str, Tensor] = {}
-        pieces = rollout.chunks(max_tokens)
+        pieces = freeing(rollout.chunks(max_tokens))
         for chunk in learner.progress(pieces, "updating", len(rollout), size=lambda chunk: len(chunk.rollout)):
             now: Outputs = learner(chunk.rollout)
             loss, own = loss_of(config.algorithm, batch.part(chunk), now)
@@ -42,7 +43,7 @@ def update(
 
     metrics: dict[str, Tensor] = {}
     for _ in range(config.algorithm.epochs):
-        metrics = learner.budget.run(gradients, rollout.largest_group)
+        metrics = learner.budget.run(gradients, rollout.largest_group, rollout.tokens(shared=True))
         _sum_gradients(accelerator, learner)
         norm = accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
         if norm is not None and torch.isfinite(norm):
@@ -67,11 +68,11 @@ def values_of(learner: Learner, rollout: Rollout) -> Tensor:
 
     def read(max_tokens: int) -> Tensor:
         values = torch.zeros(rollout.response_ids.shape, device=rollout.response_ids.device)
-        for chunk in rollout.chunks(max_tokens):
+        for chunk in freeing(rollout.chunks(max_tokens)):
             values[chunk.rows, chunk.columns] = learner(chunk.rollout).values
         return values
 
-    return learner.budget.run(read, rollout.largest_group)
+    return learner.budget.run(read, rollout.largest_group, rollout.tokens(shared=True))
 
 
 def _sum_gradients(accelerator: Accelerator, learner: Learner) -> None:

@@ -45,9 +45,9 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of what the head reads, [n, D]; gradients flow to it and to the weights."""
-        with _instead_of(self._decoder, lambda *_, **__: self._output), _reading(self._matrix, lambda _: hidden[None]):
+        with instead_of(self._decoder, lambda *_, **__: self._output), _reading(self._matrix, lambda _: hidden[None]):
             logits: Tensor = self._model(**self._inputs).logits
-        return logits[0]
+        return logits.squeeze(0)
 
     @contextmanager
     def inputs(self) -> Iterator[list[Tensor]]:
@@ -97,7 +97,7 @@ class Head:
 
 
 @contextmanager
-def _instead_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def instead_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within this context calling `module` calls `forward`."""
     own = vars(module).get("forward")
     vars(module)["forward"] = forward

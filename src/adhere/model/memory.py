@@ -1,10 +1,12 @@
-"""When memory runs out: the same work again with half the tokens at a time."""
+"""Memory: the same work again with half the tokens at a time where it runs out, and what was freed given back."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -13,17 +15,18 @@ from adhere.errors import RunFailed
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class TokenBudget:
-    """How many tokens one forward may take, padding included. What once was too much stays so."""
+    """How many tokens run at a time, padding included. What once was too much stays so."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
 
-    def run(self, work: Callable[[int], T], least: int) -> T:
+    def run(self, work: Callable[[int], T], least: int, most: int = sys.maxsize) -> T:
         """`work(tokens)`; where memory does not suffice, from the start with half as many, and half again. Says so, in
-        the log. Fewer than `least` make no forward smaller: then it raises `RunFailed`.
+        the log. The work takes `most` at once; fewer than `least` make no forward smaller: then it raises `RunFailed`.
 
         `work` must leave nothing behind when it fails.
         """
@@ -35,15 +38,24 @@ class TokenBudget:
                     raise
                 if self.tokens <= least:
                     raise RunFailed(
-                        f"out of memory with {least} tokens in one forward",
+                        f"out of memory with {least} tokens at a time",
                         fix="use fewer samples of a prompt, shorter prompts or responses, --lora, or another device",
                     ) from error
             # Out of the handler, whose traceback holds the tensors of the forward.
-            self.tokens //= 2
-            _LOG.warning("out of memory: from here on at most %d tokens in one forward", self.tokens)
+            self.tokens = min(self.tokens, most) // 2
+            _LOG.warning("out of memory: from here on at most %d tokens at a time", self.tokens)
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def freeing(pieces: Iterable[T]) -> Iterator[T]:
+    """`pieces`; after the work on each, freed memory goes back to the system. glibc keeps the holes that aligned
+    blocks leave and seldom fills them again, so that without this the memory of a long run only grows."""
+    for piece in pieces:
+        yield piece
+        if _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
+            _LIBC.malloc_trim(0)
 
 
 def out_of_memory(error: RuntimeError) -> bool:

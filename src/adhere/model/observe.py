@@ -110,25 +110,31 @@ class DrawReader:
     ) -> None:
         self._maps, self._temperature, self._spread = ObservedMaps(maps, network.device), temperature, spread
         self.around = AttentionObserver(network, self._maps).around
-        self._notes: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._notes: list[tuple[int, Tensor, dict[str, Tensor]]] = []
 
-    def note(self, rows: Tensor, logits: Tensor) -> None:
-        """The rows of the batch ([n] int64) that the last forward predicted, and its logits [n, V]."""
+    def restart(self) -> None:
+        """Forget what was noted."""
+        self._notes.clear()
+        self._maps.windows.clear()
+
+    def note(self, step: int, rows: Tensor, logits: Tensor, prompt_index: Tensor) -> None:
+        """The rows of the batch ([n] int64) whose token `step` the last forward predicted, its logits [n, V], and which
+        of the prompts in it each answers ([n] int64)."""
         found = {}
         if self._maps.windows:
             _, made = self._maps.windows.pop()
-            # In the prompts' own forward one row may stand for a whole group.
             found = {name: kept.result()[:, -1] for name, kept in made.items()}
-            found = {name: value.repeat_interleave(len(rows) // len(value), 0) for name, value in found.items()}
+            if step == 0:  # the prompts' own forward
+                found = {name: value[prompt_index] for name, value in found.items()}
         found |= token_spread(logits, self._temperature, self._spread)
-        self._notes.append((rows, found))
+        self._notes.append((step, rows, found))
 
     def reading(self, rollout: Rollout) -> Reading:
         """What was noted, as the reading of the rollout that came of it."""
         assert rollout.logprobs is not None
         size, width = rollout.response_mask.shape
         whole: dict[str, Tensor] = {}
-        for step, (rows, found) in enumerate(self._notes[:width]):
+        for step, rows, found in self._notes:
             for name, values in found.items():
                 if name not in whole:
                     whole[name] = values.new_zeros(size, width, *values.shape[1:])

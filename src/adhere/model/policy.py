@@ -25,10 +25,11 @@ from adhere.model.families import attention_layers
 from adhere.model.fingerprint import fingerprint
 from adhere.model.load import in_place_of_bars, load
 from adhere.model.logits import SPREAD
+from adhere.model.memory import TokenBudget
 from adhere.model.observe import DrawReader
 from adhere.model.read import Reader
 from adhere.model.responses import given_rollout
-from adhere.model.sampling import draw
+from adhere.model.sampling import cached_tokens, draw
 from adhere.model.settings import CHAT, ChatMode, ChatOptions, Lora, Sampling
 from adhere.progress import Progress, silent
 from adhere.prompt import prompt_key
@@ -71,6 +72,7 @@ class Policy:
         """Shows how far sampling, reading and every loop over prompts are. Assign another whenever you like."""
         self._adapter = adapter
         self.reader = Reader(network, eager, self._active)
+        self.drawing = TokenBudget(cached_tokens(network))
 
     @classmethod
     def load(
@@ -368,6 +370,7 @@ class Policy:
                 endings,
                 int(self.tokenizer.pad_token_id),
                 seed,
+                self.drawing,
                 watch,
                 self.constraints,
                 self.progress,

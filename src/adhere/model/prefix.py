@@ -24,6 +24,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from adhere.model.families import decoder_start
 from adhere.model.head import Head
 from adhere.model.rope import depends_on_length, original_frequencies, prefixes_keep
+from adhere.model.shared_cache import shared_cache
 from adhere.types import Prompts, Role, Rollout
 
 
@@ -85,6 +86,14 @@ class Prefix:
         if encoded is not None:
             encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
         return Prefix(self.cache, self.mask[index], encoded, self.extended)
+
+    def shared(self, index: Tensor) -> Prefix:
+        """The same for one more forward, which leaves this prefix as it is: a layer copies the keys and values of a
+        prompt for its responses when it reads them, so that those of one layer are there at a time."""
+        encoded = self.encoded
+        if encoded is not None:
+            encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
+        return Prefix(shared_cache(self.cache, index), self.mask[index], encoded, self.extended)
 
 
 def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -> tuple[Prefix, Tensor]:
@@ -195,12 +204,12 @@ def shared_forwards(
     with original_frequencies(model), _reading(head) as kept:
         with around(_window(model, slice(last, last + 1), columns, len(prompts), slice(0, 1), question)):
             prefix, logits = prefill(model, prompts)
-        prefix = prefix.select(rollout.prompt_index)
         first = _predictions(head, kept, logits[:, None], slice(0, 1))
         yield first.select(rollout.prompt_index)
         if size > 1:
             with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
-                logits = extend(model, prefix, rollout.response_ids[:, :-1], rollout.response_mask[:, :-1])
+                responses = prefix.shared(rollout.prompt_index)
+                logits = extend(model, responses, rollout.response_ids[:, :-1], rollout.response_mask[:, :-1])
             yield _predictions(head, kept, logits, slice(1, size))
 
 

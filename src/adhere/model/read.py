@@ -19,7 +19,7 @@ from adhere.model.chunks import chunks
 from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
 from adhere.model.head import Head
-from adhere.model.memory import TokenBudget
+from adhere.model.memory import TokenBudget, freeing
 from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
 from adhere.model.tokens import token_statistics
 from adhere.progress import Progress
@@ -95,7 +95,7 @@ class Reader:
                         whole[name][chunk.rows, chunk.columns] = values
             return Reading(rollout, **whole)
 
-        return self.budget.run(work, _longest(rollout))
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
 
     @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
@@ -104,7 +104,7 @@ class Reader:
         def work(max_tokens: int) -> tuple[Tensor, float]:
             found: list[Tensor] = []
             logprobs: list[Tensor] = []
-            for chunk in chunks(self.network, rollout, max_tokens):
+            for chunk in freeing(chunks(self.network, rollout, max_tokens)):
                 part, here = chunk.rollout, counted[chunk.rows, chunk.columns]
                 hits = CopyHits(copied[chunk.rows, chunk.columns, chunk.span], here)
                 for piece in self.forwards(part, False, _always(hits)):
@@ -113,7 +113,7 @@ class Reader:
                 found.append(hits.result())
             return torch.stack(found).sum(0), float(torch.cat(logprobs).mean())
 
-        return self.budget.run(work, _longest(rollout))
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
 
     @torch.no_grad()
     def head_mass(self, rollout: Rollout, salience: Tensor, progress: Progress) -> Tensor:
@@ -129,11 +129,11 @@ class Reader:
                 found.append(mass.result())
             return torch.cat(found)[torch.cat(order).argsort()]
 
-        return self.budget.run(work, _longest(rollout))
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
 
     def _shown(self, progress: Progress, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
         """The chunks of a rollout, a response of them counting as one."""
-        pieces = chunks(self.network, rollout, max_tokens)
+        pieces = freeing(chunks(self.network, rollout, max_tokens))
         return progress(pieces, "reading", len(rollout), size=lambda chunk: len(chunk.rollout))
 
     def forwards(
