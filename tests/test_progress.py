@@ -85,6 +85,20 @@ def test_reading_counts_responses_however_few_fit_a_forward(folders, family) -> 
 
 
 @BOTH
+def test_on_a_cpu_groups_are_read_one_after_the_other_and_never_cut(folders, family, monkeypatch) -> None:
+    policy = Policy.load(folders[family], device="cpu")
+    rollout = policy.sample(policy.encode(PROMPTS), 4, sampling=Sampling(max_new_tokens=4))
+    whole = policy.read(rollout)
+    monkeypatch.setattr("adhere.model.read.CPU_TOKENS_TOGETHER", 1)
+    policy.progress = seen = Seen()
+    pieces = policy.read(rollout)
+    assert seen.outer() == [("reading", 24, [4, 8, 12, 16, 20, 24])]
+    assert whole.attention is not None and pieces.attention is not None
+    torch.testing.assert_close(pieces.attention, whole.attention, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pieces.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+
+
+@BOTH
 def test_copy_heads_measured_piece_by_piece_are_those_of_one_forward(folders, family, monkeypatch) -> None:
     policy = Policy.load(folders[family], device="cpu")
     prompts = policy.encode([*PROMPTS, "w9 . " * 9 + "where is w9 ?"])
@@ -173,7 +187,7 @@ def test_what_the_model_layer_logs_is_said_as_a_warning_once(tmp_path, capsys, m
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row | {"response": "garden"}) + "\n" for row in make_rows("agree", "test", 4)))
     # As on a machine with little memory: a forward of more than 64 tokens does not fit.
-    monkeypatch.setattr("adhere.model.read.CPU_FORWARD_TOKENS", 256)
+    monkeypatch.setattr("adhere.model.read.FORWARD_TOKENS", 256)
     forwards = Policy.load(model_path("causal"), device="cpu").reader.__class__.forwards
 
     def little(self, part, share, make=None):

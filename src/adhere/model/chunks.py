@@ -12,13 +12,15 @@ from adhere.model.rope import depends_on_length, equal_rows, prefixes_keep, regi
 from adhere.types import Chunk, Rollout
 
 
-def chunks(model: PreTrainedModel, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
+def chunks(model: PreTrainedModel, rollout: Rollout, max_tokens: int, together: int | None = None) -> Iterator[Chunk]:
     """`Rollout.chunks`, cut again where a group alone is larger than `max_tokens`, and where RoPE depends on length.
 
-    A response that is larger by itself comes alone. Then each chunk holds rows with one set of frequencies that all
-    keep their prefix, or all do not. Its rows of the batch come as a slice, or as indices ([n] int64, ascending).
+    A response that is larger by itself comes alone. `together`, where it is less: tokens up to which groups share a
+    forward. No group is cut for that, as its prompt would be computed again.
+    Then each chunk holds rows with one set of frequencies that all keep their prefix, or all do not. Its rows of the
+    batch come as a slice, or as indices ([n] int64, ascending).
     """
-    for chunk in rollout.chunks(max_tokens):
+    for chunk in rollout.chunks(min(max_tokens, together or max_tokens)):
         part, rows, span = chunk.rollout, chunk.rows, chunk.span
         pieces = [own for alike in _alike(model, part) for own in alike.split(_fitting(part, max_tokens))]
         if len(pieces) == 1:

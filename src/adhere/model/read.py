@@ -27,8 +27,9 @@ from adhere.types import Chunk, Reading, Rollout
 
 # Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
 FORWARD_TOKENS = 16_384
-# A CPU is busy with far fewer, and slower with more: its caches overflow (SmolLM2 on two cores: a fifth slower).
-CPU_FORWARD_TOKENS = 2048
+# Groups share a forward up to here on a CPU, which is busy with far fewer tokens, and slower with more: its caches
+# overflow (SmolLM2: 31 to 39 s for 3,400 tokens in one forward, 24 to 29 s a thousand at a time).
+CPU_TOKENS_TOGETHER = 1024
 
 Make = Callable[[prefix.Window], Sequence[Accumulator]]
 
@@ -40,7 +41,7 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.budget = TokenBudget(CPU_FORWARD_TOKENS if network.device.type == "cpu" else FORWARD_TOKENS)
+        self.budget = TokenBudget(FORWARD_TOKENS)
         self._active = active
         self._verified = False
         self._head: Head | None = None
@@ -133,7 +134,8 @@ class Reader:
 
     def _shown(self, progress: Progress, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
         """The chunks of a rollout, a response of them counting as one."""
-        pieces = freeing(chunks(self.network, rollout, max_tokens))
+        together = CPU_TOKENS_TOGETHER if self.network.device.type == "cpu" else None
+        pieces = freeing(chunks(self.network, rollout, max_tokens, together))
         return progress(pieces, "reading", len(rollout), size=lambda chunk: len(chunk.rollout))
 
     def forwards(
