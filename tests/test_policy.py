@@ -134,12 +134,13 @@ def test_the_attention_of_the_question_is_that_of_an_eager_forward(policy, monke
     if policy.is_encoder_decoder:
         expected = reading.copy_attention[:, 0]
     else:
+        usual = policy.network.config._attn_implementation
         policy.network.set_attn_implementation("eager")
         positions = (prompts.mask.long().cumsum(-1) - 1).clamp(min=0)
         out = policy.network(
             prompts.ids, attention_mask=prompts.mask.long(), position_ids=positions, output_attentions=True
         )
-        policy.network.set_attn_implementation("sdpa")
+        policy.network.set_attn_implementation(usual)
         combined = sum(torch.einsum("h,bhqk->bqk", w, maps) for w, maps in zip(weights, out.attentions, strict=True))
         mean = (combined * question[..., None]).sum(1) / question.sum(-1, keepdim=True).clamp(min=1)
         expected = mean[rollout.prompt_index]
