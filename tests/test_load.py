@@ -156,10 +156,20 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+class Checkpoints(dict[str, Path]):
+    """A sound checkpoint of each family that a test asks for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = save(family, self.folder / family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sound checkpoint of each family."""
-    return {family: save(family, tmp_path_factory.mktemp("whole") / family) for family in AUTO}
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("whole"))
 
 
 @BOTH
