@@ -58,7 +58,7 @@ def decoder_start(model: PreTrainedModel) -> int:
 
 
 def soft_capped(config: PretrainedConfig) -> bool:
-    """Whether attention scores pass through a soft cap (Gemma 2), which SDPA cannot apply. Before transformers 5.20 it
+    """Whether attention scores pass through a soft cap (Gemma 2), which SDPA cannot apply. Before transformers 5.21 it
     leaves the cap out without a word."""
     parts = [config.get_text_config(decoder=True), getattr(config, "encoder", None)]
     return any(getattr(part, "attn_logit_softcapping", None) for part in parts)
