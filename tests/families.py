@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -18,6 +21,7 @@ from transformers import (
 )
 
 VOCAB = 64
+T5_IS_EAGER = Version(transformers.__version__) < Version("5.15")
 _SMALL = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -144,12 +148,15 @@ def build(name: str) -> PreTrainedModel:
     uniform."""
     torch.manual_seed(0)
     family, added = LENGTH_ROPE.get(name, (name, {}))
+    if family in ("t5", "mt5") and T5_IS_EAGER:
+        pytest.skip("T5 passes through the attention interface from transformers 5.15 on")
     if family == "t5gemma":
         config = _t5gemma(added)
-        model = AutoModelForSeq2SeqLM.from_config(config)
+        model = AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
     elif family not in SEQ2SEQ:
         config = AutoConfig.for_model(family, **{**CAUSAL.get(family, _SMALL), **added})
-        model = AutoModelForCausalLM.from_config(config)
+        capped = "attn_logit_softcapping" in CAUSAL.get(family, {})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else None)
     else:
         config = AutoConfig.for_model(family, **SEQ2SEQ[family])
         model = AutoModelForSeq2SeqLM.from_config(config)

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -156,10 +158,20 @@ REFUSED: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+class Checkpoints(dict[str, Path]):
+    """A sound checkpoint of each family that a test asks for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, family: str) -> Path:
+        self[family] = save(family, self.folder / family)
+        return self[family]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A sound checkpoint of each family."""
-    return {family: save(family, tmp_path_factory.mktemp("whole") / family) for family in AUTO}
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("whole"))
 
 
 @BOTH
@@ -266,6 +278,10 @@ def test_an_adapter_folder_is_its_base_with_the_adapter(family: str, settings, w
     )
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="transformers before 5.23 applies an adapter beside a model by itself",
+)
 @BOTH
 def test_an_adapter_beside_its_base_is_applied_and_trained_with_it(family: str, whole, tmp_path: Path) -> None:
     folder = shutil.copytree(whole[family], tmp_path / "m")

@@ -327,7 +327,8 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
 def test_the_saved_model_loads_without_adhere(policy, tmp_path):
     policy.save(tmp_path)
     if not policy.is_encoder_decoder:
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        attention = policy.network.config._attn_implementation
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
         ids = policy.encode(PROMPTS[:1]).ids
         assert torch.allclose(plain(ids).logits, policy.network(ids).logits, atol=1e-5)
     assert (tmp_path / "model.safetensors").exists()

@@ -128,6 +128,7 @@ def merge(network: PreTrainedModel, path: str, folder: Path) -> PreTrainedModel:
                 raise UnsupportedModel(f"the adapter {what} {some(names)}", where=where, fix=fix)
         merged = adapted.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
+    merged.__dict__.pop("peft_config", None)  # some versions of PEFT leave it, and warn of it at the next adapter
     for name, parameter in merged.named_parameters():
         parameter.requires_grad_(trained.get(name, True))
     return merged

@@ -127,7 +127,16 @@ def _attention(
             _feed(wanting, layer, scores, state.rows, state.columns)
     if scores.softcap is None and scores.sinks is None:
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal,
+            position_bias=position_bias,
+            **kwargs,
         )
         return output, None
     return scores.attend(value), None

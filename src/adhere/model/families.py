@@ -6,7 +6,7 @@ compares the outcome with eager attention before any reward is computed from it.
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from adhere.errors import UnsupportedModel
 
@@ -55,6 +55,24 @@ def decoder_start(model: PreTrainedModel) -> int:
             fix="set it in the model's config.json",
         )
     return int(start)
+
+
+def soft_capped(config: PretrainedConfig) -> bool:
+    """Whether attention scores pass through a soft cap (Gemma 2), which SDPA cannot apply. Before transformers 5.21 it
+    leaves the cap out without a word."""
+    parts = [config.get_text_config(decoder=True), getattr(config, "encoder", None)]
+    return any(getattr(part, "attn_logit_softcapping", None) for part in parts)
+
+
+def refuse_dropped_soft_cap(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModel` where the forwards of `model` leave out its soft cap: log-probs would be another
+    model's."""
+    if model.config._attn_implementation == "sdpa" and soft_capped(model.config):
+        raise UnsupportedModel(
+            f"SDPA leaves out the soft cap on attention scores of the family {model.config.model_type!r}",
+            where=model.config.name_or_path or None,
+            fix="load it with attn_implementation='eager'",
+        )
 
 
 def bypasses(model: PreTrainedModel) -> UnsupportedModel:

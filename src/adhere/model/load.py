@@ -21,7 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,6 +39,7 @@ from adhere.model.checkpoint_files import (
     require_whole,
 )
 from adhere.model.embedded import located
+from adhere.model.families import soft_capped
 from adhere.progress import Progress, silent
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,7 +97,7 @@ def load(
 
 def load_network(
     path: str,
-    kind: Callable[[PreTrainedConfig], Any],
+    kind: Callable[[PretrainedConfig], Any],
     *,
     other_head: bool = False,
     dtype: str = "auto",
@@ -131,7 +132,9 @@ def load_network(
     with _damage_named(path):
         with one_line("cannot be loaded", _config_of(path), _remedy(trust_remote_code)):
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **settings)
-            written, _ = PreTrainedConfig.get_config_dict(path)
+            written, _ = PretrainedConfig.get_config_dict(path)
+        if getattr(config, "quantization_config", "") is None:  # written as null, which transformers before 5.11 reads
+            del config.quantization_config
         _choose_attention(config, attention, written, path)
         with one_line(*_refusal(config, path)), in_place_of_bars(progress):
             network, found = kind(config).from_pretrained(
@@ -229,13 +232,16 @@ def _cached(path: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _choose_attention(config: PreTrainedConfig, attention: str, written: Mapping[str, Any], where: str) -> None:
+def _choose_attention(config: PretrainedConfig, attention: str, written: Mapping[str, Any], where: str) -> None:
     """Set the attention implementation: `auto` is what the configuration says, where this machine has that.
 
     Older versions of transformers left a private `_attn_implementation` in config.json, which is no wish of anybody's:
     that gives way to the default. Raises `UnsupportedModel` for a written `attn_implementation` that is not there."""
     if attention != "auto":
         config._attn_implementation = attention
+        return
+    if soft_capped(config):
+        config._attn_implementation = "eager"
         return
     asked = config._attn_implementation
     if not isinstance(asked, str) or not asked.startswith("flash_attention") or importlib.util.find_spec("flash_attn"):
@@ -249,14 +255,14 @@ def _choose_attention(config: PreTrainedConfig, attention: str, written: Mapping
     config._attn_implementation = None
 
 
-def _quantiser(config: PreTrainedConfig) -> str | None:
+def _quantiser(config: PretrainedConfig) -> str | None:
     """How the weights are quantised, in transformers' word; None where they are not."""
     said = getattr(config, "quantization_config", None)
     method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
     return None if said is None else str(getattr(method, "value", method))
 
 
-def _refusal(config: PreTrainedConfig, path: str) -> tuple[str, str, str]:
+def _refusal(config: PretrainedConfig, path: str) -> tuple[str, str, str]:
     """What is said where no network can be made: what, where, fix. The files of the weights are known to be whole."""
     if (method := _quantiser(config)) is None:
         return "no model can be made of it", _config_of(path), LOADABLE

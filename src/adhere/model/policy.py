@@ -21,7 +21,7 @@ from adhere.model.constraints import Constraints
 from adhere.model.embedded import located
 from adhere.model.encode import Prompt, context_length, encode_prompts
 from adhere.model.endings import Endings
-from adhere.model.families import attention_layers
+from adhere.model.families import attention_layers, refuse_dropped_soft_cap
 from adhere.model.fingerprint import fingerprint
 from adhere.model.load import in_place_of_bars, load
 from adhere.model.logits import SPREAD
@@ -64,6 +64,7 @@ class Policy:
         self.chat = chat
         network = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(network, PreTrainedModel)
+        refuse_dropped_soft_cap(network)
         self.network = network
         self.eager = eager
         self.compute = compute

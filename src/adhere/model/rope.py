@@ -131,11 +131,13 @@ def _forget(model: PreTrainedModel) -> None:
     first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if isinstance(kinds, str) and "dynamic" in kinds:
-            module(first.float(), first)
-        elif isinstance(kinds, dict):
-            for layer_type in (name for name, kind in kinds.items() if "dynamic" in kind):
-                module(first.float(), first, layer_type)
+        named = {"": kinds} if isinstance(kinds, str) else kinds or {}
+        for layer_type in (name for name, kind in named.items() if "dynamic" in kind):
+            # transformers before 5.13 notes the longest length under another name than it reads it from.
+            longest = f"{layer_type}_max_seq_len_cached".removeprefix("_")
+            setattr(module, longest, module.original_max_seq_len + 1)
+            module(first.float(), first, *([layer_type] if layer_type else []))
+            setattr(module, longest, module.original_max_seq_len)
 
 
 def _scalings(model: PreTrainedModel) -> tuple[list[_Scaling], list[_Scaling]]:
