@@ -135,9 +135,10 @@ def _forget(model: PreTrainedModel) -> None:
         for layer_type in (name for name, kind in named.items() if "dynamic" in kind):
             # transformers before 5.13 notes the longest length under another name than it reads it from.
             longest = f"{layer_type}_max_seq_len_cached".removeprefix("_")
-            setattr(module, longest, module.original_max_seq_len + 1)
+            original = getattr(module, "original_max_seq_len", 0)
+            setattr(module, longest, original + 1)
             module(first.float(), first, *([layer_type] if layer_type else []))
-            setattr(module, longest, module.original_max_seq_len)
+            setattr(module, longest, original)
 
 
 def _scalings(model: PreTrainedModel) -> tuple[list[_Scaling], list[_Scaling]]:
