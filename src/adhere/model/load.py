@@ -37,6 +37,7 @@ from adhere.model.checkpoint_files import (
     require_whole,
 )
 from adhere.model.embedded import located
+from adhere.model.memory import give_back
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADABLE = "give a folder or hub id that transformers can load"
@@ -81,6 +82,7 @@ def load(
     )
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     _fit(model, tokenizer, path)
+    give_back()  # what reading a large vocabulary took
     return model, tokenizer
 
 

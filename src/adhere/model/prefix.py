@@ -23,6 +23,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from adhere.model.families import decoder_start
 from adhere.model.head import Head
+from adhere.model.memory import freeing_layers
 from adhere.model.rope import depends_on_length, original_frequencies, prefixes_keep
 from adhere.model.shared_cache import shared_cache
 from adhere.types import Prompts, Role, Rollout
@@ -178,10 +179,11 @@ def forwards(
     """Head and tail of a rollout: with each prompt run once where `share` says so and the frequencies of its RoPE
     stay, else by the plain batch. Where RoPE depends on length, `rollout` is one of `adhere.model.chunks.chunks`."""
     prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
-    if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
-        yield from shared_forwards(model, rollout, around, head)
-    else:
-        yield from plain_forwards(model, rollout, around, head, **extra)
+    with freeing_layers(model):
+        if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
+            yield from shared_forwards(model, rollout, around, head)
+        else:
+            yield from plain_forwards(model, rollout, around, head, **extra)
 
 
 def shared_forwards(

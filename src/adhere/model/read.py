@@ -24,8 +24,10 @@ from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
 from adhere.model.tokens import token_statistics
 from adhere.types import Reading, Rollout
 
-# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
 FORWARD_TOKENS = 16_384
+"""Tokens of one forward, padding included."""
+CPU_FORWARD_TOKENS = 2_048
+"""The same on a CPU, which is as busy with them: about 100 MB of activations for a model of 100M parameters."""
 
 Make = Callable[[prefix.Window], Sequence[Accumulator]]
 
@@ -37,7 +39,7 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.budget = TokenBudget(FORWARD_TOKENS)
+        self.budget = TokenBudget(CPU_FORWARD_TOKENS if network.device.type == "cpu" else FORWARD_TOKENS)
         self._active = active
         self._verified = False
         self._head: Head | None = None
