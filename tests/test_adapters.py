@@ -35,7 +35,7 @@ def said(policy: Policy) -> torch.Tensor:
 
 
 def trained(model: Path, run: Path, **changes) -> Policy:
-    settings = config(model, run, **{"lora": LORA, "learning_rate": 1e-2, "steps": 3, **changes})
+    settings = config(model, run, **{"lora": LORA, "learning_rate": 2e-2, "steps": 3, **changes})
     policy = Policy.load(model, device="cpu", lora=settings.lora, dtype=settings.dtype, train=True)
     train(settings, policy, rows(), run)
     return policy

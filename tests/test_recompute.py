@@ -10,9 +10,10 @@ import torch
 
 from adhere.learn.learner import Learner
 from adhere.model import adapters, recompute
+from adhere.model.families import layers
 from adhere.model.policy import Policy
 from adhere.model.prefix import plain_forwards, shared_forwards
-from adhere.model.recompute import layers, recomputing, tokens_that_fit
+from adhere.model.recompute import recomputing, tokens_that_fit
 from adhere.model.settings import Lora
 from tests.families import CAUSAL, SEQ2SEQ, build, tokenizer
 from tests.test_prefix import logprobs_and_gradient, rollout

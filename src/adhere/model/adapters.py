@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -137,11 +138,17 @@ def merge(network: PreTrainedModel, path: str, folder: Path) -> PreTrainedModel:
 def merged(model: PeftModel) -> PreTrainedModel:
     """A copy of the network with its adapters merged into its weights, float32; `model` stays as it is.
 
-    In bfloat16 the sum of weight and update would be rounded, and most of the update with it.
+    In bfloat16 the sum of weight and update would be rounded, and most of the update with it. Weights that have no
+    adapter and are float32 already, the embedding above all, are shared with `model` rather than copied.
     Raises `UserError` where the base is quantised."""
     if quantised(model):
         raise UserError("an adapter cannot be merged into quantised weights", fix="use --save adapter")
-    found = copy.deepcopy(model).float().merge_and_unload()
+    kept = {
+        id(weight): weight
+        for name, weight in model.named_parameters()
+        if ".base_layer." not in name and "lora_" not in name and weight.dtype == torch.float32
+    }
+    found = copy.deepcopy(model, kept).float().merge_and_unload()
     assert isinstance(found, PreTrainedModel)
     return found
 

@@ -7,6 +7,7 @@ compares the outcome with eager attention before any reward is computed from it.
 from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adhere.errors import UnsupportedModel
 
@@ -18,6 +19,11 @@ def prompt_attention_modules(model: PreTrainedModel) -> frozenset[int]:
         return frozenset(id(module) for module in model.modules())
     decoder = model.get_decoder()
     return frozenset(id(module) for module in decoder.modules() if not getattr(module, "is_causal", True))
+
+
+def layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers of encoder and decoder, in order; none of a family that does not mark them as such."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def attention_layers(model: PreTrainedModel) -> int:

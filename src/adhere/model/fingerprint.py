@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 _PERIOD = 65_521
+_PERIODS = 64
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,6 +43,9 @@ def checksum(values: Tensor) -> int:
     words = values.contiguous().view(-1).view(_WORDS[values.element_size()])
     whole = len(words) // _PERIOD * _PERIOD
     # Summed by place first, so that the long pass over the weights is one addition each.
-    sums = words[:whole].view(-1, _PERIOD).sum(0, dtype=torch.int64)
+    # A few periods at a time, because the sum makes 64 bits of every word before it adds them.
+    sums = torch.zeros(_PERIOD, dtype=torch.int64, device=words.device)
+    for periods in words[:whole].view(-1, _PERIOD).split(_PERIODS):
+        sums += periods.sum(0, dtype=torch.int64)
     sums[: len(words) - whole] += words[whole:]
     return int((sums * torch.arange(1, _PERIOD + 1, device=words.device)).sum()) % 2**64

@@ -40,6 +40,7 @@ from adhere.model.checkpoint_files import (
 )
 from adhere.model.embedded import located
 from adhere.model.families import soft_capped
+from adhere.model.memory import give_back
 from adhere.progress import Progress, silent
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,6 +93,7 @@ def load(
     )
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     _fit(model, tokenizer, path)
+    give_back()  # what reading a large vocabulary took
     return model, tokenizer
 
 

@@ -7,14 +7,19 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from adhere.errors import RunFailed
+from adhere.model.families import layers
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
+EVERY = 4
+"""Layers from one giving back of memory to the next: every time would cost up to a tenth of a forward."""
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -49,13 +54,30 @@ class TokenBudget:
                 torch.cuda.empty_cache()
 
 
+def give_back() -> None:
+    """Return freed memory to the system. glibc keeps the holes that aligned blocks leave and seldom fills them again,
+    so that without this the memory of a forward grows layer by layer to several times what is in use."""
+    if _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
+        _LIBC.malloc_trim(0)
+
+
 def freeing(pieces: Iterable[T]) -> Iterator[T]:
-    """`pieces`; after the work on each, freed memory goes back to the system. glibc keeps the holes that aligned
-    blocks leave and seldom fills them again, so that without this the memory of a long run only grows."""
+    """`pieces`; after the work on each, freed memory is given back."""
     for piece in pieces:
         yield piece
-        if _LIBC is not None and hasattr(_LIBC, "malloc_trim"):
-            _LIBC.malloc_trim(0)
+        give_back()
+
+
+@contextmanager
+def freeing_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context the forwards of `model` give freed memory back after every few layers, on a CPU."""
+    some = layers(model)[EVERY - 1 :: EVERY] if model.device.type == "cpu" else []
+    handles = [layer.register_forward_hook(lambda *_: give_back()) for layer in some]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def out_of_memory(error: RuntimeError) -> bool:

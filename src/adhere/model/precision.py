@@ -16,6 +16,9 @@ from torch import nn
 from adhere.errors import RunFailed, UserError
 from adhere.model.settings import check_training_dtype
 
+_PART = 1 << 22
+"""Numbers that are looked at at a time."""
+
 
 def loading_dtype(dtype: str, lora: bool) -> str:
     """What the weights of a network that is to be trained are loaded as, where `dtype` is asked for."""
@@ -59,8 +62,13 @@ def exact(device: torch.device) -> AbstractContextManager[object]:
 def require_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Raise `RunFailed` for the first of the named weights that holds an infinity or NaN: it must not be saved."""
     for name, weight in weights:
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+        if weight.is_floating_point() and not _finite(weight.detach()):
             raise RunFailed(
                 f"{name} is not finite, so nothing is saved",
                 fix="lower learning_rate or weight_decay; an earlier checkpoint is sound: --resume",
             )
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    """Whether all of `weight` is finite; in parts, because the test copies what it reads."""
+    return all(bool(torch.isfinite(part).all()) for part in weight.flatten().split(_PART))

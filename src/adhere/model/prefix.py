@@ -23,6 +23,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from adhere.model.families import decoder_start
 from adhere.model.head import Head
+from adhere.model.memory import freeing_layers
 from adhere.model.rope import depends_on_length, original_frequencies, prefixes_keep
 from adhere.model.shared_cache import shared_cache
 from adhere.types import Prompts, Role, Rollout
@@ -183,10 +184,11 @@ def forwards(
 
     `question` [N, P] bool: tokens whose attention is to be observed as well, by a decoder that reads the prompt."""
     prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
-    if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
-        yield from shared_forwards(model, rollout, around, head, question)
-    else:
-        yield from plain_forwards(model, rollout, around, head, question, **extra)
+    with freeing_layers(model):
+        if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
+            yield from shared_forwards(model, rollout, around, head, question)
+        else:
+            yield from plain_forwards(model, rollout, around, head, question, **extra)
 
 
 def shared_forwards(

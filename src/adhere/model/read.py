@@ -25,11 +25,13 @@ from adhere.model.tokens import token_statistics
 from adhere.progress import Progress
 from adhere.types import Chunk, Reading, Rollout
 
-# Tokens of one scoring forward, padding included: about 200 MB of activations for a 100M-parameter model.
 FORWARD_TOKENS = 16_384
-# Groups share a forward up to here on a CPU, which is busy with far fewer tokens, and slower with more: its caches
-# overflow (SmolLM2: 31 to 39 s for 3,400 tokens in one forward, 24 to 29 s a thousand at a time).
-CPU_TOKENS_TOGETHER = 1024
+"""Tokens of one forward, padding included; a larger group is cut."""
+CPU_FORWARD_TOKENS = 2_048
+"""The same on a CPU, which is as busy with them: about 100 MB of activations for a model of 100M parameters."""
+CPU_TOKENS_TOGETHER = 1_024
+"""Groups share a forward up to here on a CPU, which is slower with more, as its caches overflow (SmolLM2: 31 to 39 s for
+3,400 tokens in one forward, 24 to 29 s a thousand at a time)."""
 
 Make = Callable[[prefix.Window], Sequence[Accumulator]]
 
@@ -41,7 +43,7 @@ class Reader:
         self, network: PreTrainedModel, eager: bool, active: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.network, self.eager = network, eager
-        self.budget = TokenBudget(FORWARD_TOKENS)
+        self.budget = TokenBudget(CPU_FORWARD_TOKENS if network.device.type == "cpu" else FORWARD_TOKENS)
         self._active = active
         self._verified = False
         self._head: Head | None = None

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from adhere.model.families import layers
 from adhere.model.head import instead_of
 
 WIDTHS_PER_LAYER = 48
@@ -28,11 +28,6 @@ RECOMPUTED_BYTES = 1 << 27
 """The same where it recomputes. Smaller: a forward of a few hundred tokens keeps a CPU as busy as a longer one."""
 SHARE_OF_DEVICE = 8
 """A CUDA device may hold one of so many parts of its memory, either way."""
-
-
-def layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers of encoder and decoder that can run again."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def tokens_that_fit(model: PreTrainedModel, compute: torch.dtype | None, *, recomputed: bool) -> int:

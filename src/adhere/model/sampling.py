@@ -20,7 +20,7 @@ from adhere.model.constraints import Constraints
 from adhere.model.endings import Endings
 from adhere.model.families import shareable
 from adhere.model.logits import bounded
-from adhere.model.memory import TokenBudget, freeing
+from adhere.model.memory import TokenBudget, freeing, freeing_layers
 from adhere.model.observe import DrawReader
 from adhere.model.prefix import Window, extend, prefill, restart
 from adhere.model.rope import draws, original_frequencies, outdated
@@ -158,7 +158,8 @@ def _decode(
     asked = prompts if share else prompts.select(index)
     last = 0 if model.config.is_encoder_decoder else places - 1
     with original_frequencies(model):
-        with phase(progress, "reading prompts"), _watched(watch, slice(last, last + 1), places, len(asked), 0):
+        watched = _watched(watch, slice(last, last + 1), places, len(asked), 0)
+        with phase(progress, "reading prompts"), watched, freeing_layers(model):
             prefix, logits = prefill(model, asked, expandable=share)
         if share:
             prefix, logits = prefix.select(index), logits[index]
