@@ -30,7 +30,7 @@ FORWARD_TOKENS = 16_384
 CPU_FORWARD_TOKENS = 2_048
 """The same on a CPU, which is as busy with them: about 100 MB of activations for a model of 100M parameters."""
 CPU_TOKENS_TOGETHER = 1_024
-"""Groups share a forward up to here on a CPU, which is slower with more, as its caches overflow (SmolLM2: 31 to 39 s for
+"""Groups share a forward up to here on a CPU, which is slower with more (SmolLM2: 31 to 39 s for
 3,400 tokens in one forward, 24 to 29 s a thousand at a time)."""
 
 Make = Callable[[prefix.Window], Sequence[Accumulator]]
