@@ -24,9 +24,10 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from adhere.cli import main
+from adhere.data import rows_of
 from adhere.errors import UserError
 from adhere.model.policy import Policy
-from adhere.ranking import Group, score_groups
+from adhere.ranking import Group, score_groups, score_rows
 from adhere.reward.heads import save_heads
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
@@ -77,6 +78,26 @@ def test_scores_over_http_are_those_of_python(reward):
     assert got[-1] < got[0]  # cut off: behind the gate
     for name, values in offline.signals.items():
         assert [one["signals"][name] for one in answer["results"][:-1]] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_prompts_with_fields_are_those_of_rows_and_bring_evidence(reward):
+    story, question = "mary went to the garden . john is in the office .", "where is mary ?"
+    documents = ["sandra is in the kitchen .", {"title": "a", "text": story}]
+    prompts = [{"context": story, "question": question}, {"documents": documents, "question": question}]
+    rows = rows_of([{**prompt, "response": "garden"} for prompt in prompts])
+    with client(reward) as http:
+        sent = [{"prompt": prompt, "response": "garden"} for prompt in prompts]
+        results = http.post("/v1/score", json={"items": sent}).json()["results"]
+        asked = {"prompt": prompts[0], "candidates": ["garden", "office"]}
+        ranked = http.post("/v1/rank", json=asked).json()["candidates"]
+        refused = http.post("/v1/score", json={"items": [{"prompt": {"context": story}, "response": "garden"}]})
+    for result, row in zip(results, score_rows(reward, rows), strict=True):
+        assert result["reward"] == pytest.approx(row["reward"], abs=1e-4)
+        assert [one["span"] for one in result["evidence"]] == [[0, 6]]
+        told, expected = (one["evidence"][0]["sources"] for one in (result, row))
+        assert [source["span"] for source in told] == [source["span"] for source in expected]
+    assert all(one["evidence"][0]["sources"] for one in ranked)
+    assert refused.status_code == 422
 
 
 def test_cut_off_before_the_first_token_is_worse_than_an_answer(reward):

@@ -8,7 +8,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from adhere.integrations.openrlhf import groups_of
+from adhere.prompt import Prompt, prompt_key
 from adhere.ranking import Group
+from adhere.row_prompt import prompt_of
 from adhere.serve import wire
 from adhere.serve.batcher import Figures
 from adhere.serve.guard import Meters
@@ -19,12 +21,13 @@ def scoring_routes(scorer: Scorer) -> APIRouter:
     """`/v1/score`, `/v1/rank`."""
     router = APIRouter(prefix="/v1")
 
-    @router.post("/score", response_model=wire.ScoreResponse)
+    # What a reward does not read stays out.
+    @router.post("/score", response_model=wire.ScoreResponse, response_model_exclude_unset=True)
     async def score(body: wire.ScoreRequest, request: Request) -> dict[str, Any]:
         """Reward and signals of responses; those to the same prompt are compared with each other."""
-        grouped: dict[Any, list[int]] = {}
+        grouped: dict[tuple[str, tuple[str, ...]], list[int]] = {}
         for index, item in enumerate(body.items):
-            grouped.setdefault((_plain(item.prompt, hashed=True), tuple(item.answers)), []).append(index)
+            grouped.setdefault((prompt_key(_plain(item.prompt)), tuple(item.answers)), []).append(index)
         groups = [
             Group(
                 _plain(body.items[members[0]].prompt),
@@ -41,7 +44,7 @@ def scoring_routes(scorer: Scorer) -> APIRouter:
                 results[index] = figures
         return {"model": scorer.model, "reward": scorer.name, "results": results}
 
-    @router.post("/rank", response_model=wire.RankResponse)
+    @router.post("/rank", response_model=wire.RankResponse, response_model_exclude_unset=True)
     async def rank(body: wire.RankRequest, request: Request) -> dict[str, Any]:
         """Candidates for one prompt, best first."""
         group = Group(_plain(body.prompt), body.candidates, [True] * len(body.candidates), body.answers, "prompt")
@@ -115,10 +118,10 @@ def metrics_routes(meters: Meters) -> APIRouter:
     return router
 
 
-def _plain(prompt: Any, hashed: bool = False) -> Any:
-    """A prompt of the wire as the tokenizer takes it; `hashed`: as a key of a dictionary."""
+def _plain(prompt: wire.Prompt) -> Prompt:
+    """A prompt of the wire as the policy takes it."""
     if isinstance(prompt, str):
         return prompt
-    if hashed:
-        return tuple((turn.role, turn.content) for turn in prompt)
-    return [{"role": turn.role, "content": turn.content} for turn in prompt]
+    if isinstance(prompt, list):
+        return [{"role": turn.role, "content": turn.content} for turn in prompt]
+    return prompt_of(prompt.model_dump(exclude_none=True))[0]

@@ -50,7 +50,31 @@ class Message(_Closed):
     content: Words
 
 
-Prompt = Words | Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
+class Passage(_Closed):
+    """A document of a prompt."""
+
+    title: Words | None = None
+    text: Words
+
+
+class ContextPrompt(_Closed):
+    """A question about a context: the model is asked as about a row of a file, and what a response rests on is told."""
+
+    context: Words
+    question: Words
+    system: Words | None = None
+
+
+class DocumentsPrompt(_Closed):
+    """A question about several documents."""
+
+    documents: list[Words | Passage] = Field(min_length=1, max_length=MAX_ITEMS)
+    question: Words
+    system: Words | None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
+Prompt = Words | Messages | ContextPrompt | DocumentsPrompt
 Answers = Annotated[
     list[Words], Field(max_length=MAX_ITEMS, description="Accepted answers, for rewards that read them.")
 ]
@@ -71,11 +95,28 @@ class ScoreRequest(_Closed):
     items: list[Item] = Field(min_length=1, max_length=MAX_ITEMS)
 
 
+class Source(BaseModel):
+    """A sentence of a document, and its share of the attention to all documents."""
+
+    document: int
+    span: tuple[int, int]
+    text: str
+    share: float
+
+
+class Cited(BaseModel):
+    """A sentence of a response, and what it rests on, best first. Spans are characters, [start, end)."""
+
+    span: tuple[int, int]
+    sources: list[Source]
+
+
 class Scored(BaseModel):
-    """Reward and signals of a response."""
+    """Reward and signals of a response; and what it rests on, where the reward reads the copy heads."""
 
     reward: float
     signals: dict[str, float]
+    evidence: list[Cited] = []
 
 
 class ScoreResponse(BaseModel):
