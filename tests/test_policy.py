@@ -335,6 +335,16 @@ def test_the_saved_model_loads_without_adhere(policy, tmp_path):
     assert not list(tmp_path.glob("*.bin"))
 
 
+@pytest.mark.parametrize("family", ["gemma2", "t5gemma"])
+def test_a_soft_cap_is_never_left_out(family, tmp_path):
+    """SDPA has none: what is loaded runs on eager attention, and what was loaded otherwise is refused."""
+    policy = Policy.load(save(family, tmp_path), device="cpu")
+    assert policy.network.config._attn_implementation == "eager"
+    policy.network.config._attn_implementation = "sdpa"
+    with pytest.raises(UnsupportedModel, match=r"SDPA leaves out the soft cap.*attn_implementation='eager'"):
+        Policy(policy.network, policy.tokenizer)
+
+
 def test_a_family_that_bypasses_the_interface_is_served_by_eager_attention(tmp_path):
     config = AutoConfig.for_model(
         "led", vocab_size=VOCAB, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,

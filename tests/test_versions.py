@@ -29,9 +29,10 @@ def lower_bounds() -> dict[str, Version]:
 
 def oldest() -> dict[str, Version]:
     lines = (ROOT / "constraints-oldest.txt").read_text("utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    pairs = [line.split("==") for line in lines if line.strip() and not line.startswith("#")]
     return {canonicalize_name(name): Version(version) for name, version in pairs}
 
 
 def test_the_lower_bounds_are_the_oldest_versions_that_the_tests_run_with() -> None:
-    assert lower_bounds() == oldest()
+    bounds, pins = lower_bounds(), oldest()
+    assert bounds == {name: pins.get(name) for name in bounds}

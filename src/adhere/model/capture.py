@@ -126,18 +126,8 @@ def _attention(
         if wanting:
             _feed(wanting, layer, scores, state.rows, state.columns)
     if scores.softcap is None and scores.sinks is None:
-        output, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            is_causal,
-            position_bias=position_bias,
-            **kwargs,
-        )
+        given = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
+        output, _ = sdpa_attention_forward(*given, position_bias=position_bias, **kwargs)
         return output, None
     return scores.attend(value), None
 

@@ -129,6 +129,7 @@ def original_frequencies(model: PreTrainedModel) -> Iterator[None]:
 def _forget(model: PreTrainedModel) -> None:
     """Let every RoPE of dynamic NTK see position 0 alone, which restores its original frequencies."""
     first = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    module: Any
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         named = {"": kinds} if isinstance(kinds, str) else kinds or {}
