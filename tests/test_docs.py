@@ -104,4 +104,6 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, cap
     assert len(COMMAND_LINES) == 8
     for line in COMMAND_LINES:
         line = line.replace("--steps 20", "--steps 2")
-        assert main(shlex.split(line.replace("runs/try", str(tmp_path)))[1:]) == 0, capsys.readouterr().err
+        # On ten prompts of the toy one response in ten is enough for the audit's verdict: 3 = it can be gamed.
+        expected = (0, 3) if " audit " in line else (0,)
+        assert main(shlex.split(line.replace("runs/try", str(tmp_path)))[1:]) in expected, capsys.readouterr().err

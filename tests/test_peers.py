@@ -26,7 +26,7 @@ from adhere.toy import make_rows, model_path
 
 CHAT = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
 ROWS = make_rows("conflict", "test", 4)
-NAMES = ("coherence", "comprehensiveness", "overlap")
+NAMES = ("agreement", "coherence", "support")
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_best_keeps_each_row_in_order_with_its_best_response(stories, tmp_path, 
         assert row.items() <= kept.items() and ranked["prompt"] == row["prompt"]
         rewards = [candidate["reward"] for candidate in ranked["candidates"]]
         assert len(rewards) == 4 and rewards == sorted(rewards, reverse=True)
-        assert ranked["candidates"][0] == {name: kept[name] for name in ("response", "reward", "signals")}
+        assert ranked["candidates"][0] == {name: kept[name] for name in ("response", "reward", "signals", "evidence")}
     assert told["means"]["best"] == pytest.approx(sum(row["reward"] for row in best) / 10)
     assert told["means"]["all candidates"] < told["means"]["best"]
     assert not list(tmp_path.glob("*.partial"))

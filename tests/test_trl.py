@@ -84,7 +84,7 @@ def test_a_run_learns_from_the_frozen_start_and_logs_every_signal(kind, adapter,
     after = dict(policy.model.named_parameters())  # TRL may have put an adapter of its own beside
     assert any(not torch.equal(weight, after[name]) for name, weight in before.items())
     log = trainer.state.log_history[0]
-    signals = ("coherence", "comprehensiveness", "overlap", "repetition", "grounding", "coverage")
+    signals = ("agreement", "support", "question_reliance", "coherence", "repetition", "grounding")
     assert all(math.isfinite(log[f"attention/{name}"]) for name in signals)
     assert log["rewards/attention/mean"] == pytest.approx(log["reward"])
     # The last rewards are what adhere says of the same texts with the model as it was before training. Texts say
@@ -259,7 +259,7 @@ def python(*arguments):
 def test_the_example_runs(tmp_path):
     done = python(str(ROOT / "examples" / "trl_grpo.py"), "--steps", "2", "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "attention/comprehensiveness" in done.stdout
+    assert "attention/agreement" in done.stdout
     assert Policy.load(tmp_path / "run", device="cpu").network.num_parameters() > 0
 
 

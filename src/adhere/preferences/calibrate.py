@@ -164,7 +164,8 @@ def calibrate(
 
 def features_of(policy: Policy, rows: Sequence[Row], heads: CopyHeads | None = None) -> Features:
     """Every feature of every pair; one forward, and one more for each ablated or shortened prompt."""
-    config = RewardConfig(dict.fromkeys((*SIGNALS, "length", "heads"), 1.0), normalise="none", renormalise=True)
+    read = dict.fromkeys((*SIGNALS, *NAMED[BASE].weights, "length", "heads"), 1.0)
+    config = RewardConfig(read, normalise="none", renormalise=True)
     reward = Reward(config, policy, heads)
     default = Reward(NAMED[BASE], policy, reward.heads)
     names, values, base, length = list(SIGNALS), list[Floats](), list[Floats](), list[Floats]()

@@ -199,7 +199,9 @@ class Reward:
         reader = self.scorer
         evidence = self.evidence(reader.answered(prompt, response, max_new_tokens, name), reader)
         scores = self.score_evidence(evidence)
-        reading = evidence.reading if evidence.reading.attention is not None else reader.read(evidence.reading.rollout)
+        reading = evidence.reading
+        if reading.attention is None:
+            reading = reader.read(reading.rollout, copy_weights=None if self.heads is None else self.heads.weights)
         figures = {"reward": scores.reward} if self.config.normalise == "none" else {}
         figures |= scores.signals
         return Inspection.of(reading, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
