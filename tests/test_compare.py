@@ -11,8 +11,12 @@ import yaml
 from adhere.cli import main
 from adhere.compare.estimates import summarise
 from adhere.compare.plan import arm_of, jobs_of
-from adhere.compare.settings import CompareConfig, folder_name
+from adhere.compare.settings import CompareConfig, Files, folder_name
+from adhere.compare.work import share_data
+from adhere.data import Columns, read_rows
 from adhere.errors import UserError
+from adhere.model.policy import Policy
+from adhere.prompt import prompt_key
 from adhere.report.compare import write_compare
 from tests.families import save
 
@@ -182,3 +186,30 @@ def test_an_arm_is_read_from_a_mapping():
 def test_the_page_escapes_names_and_refuses_what_is_no_comparison(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         write_compare(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"context": "Ann sat.", "question": "Who sat?", "answers": ["Ann"]}, Columns()),
+        ({"documents": ["Ann sat.", "Bo ran."], "question": "Who sat?"}, Columns()),
+        (
+            {"messages": [{"role": "user", "content": "{context} {question}"}], "context": "A.", "question": "B?"},
+            Columns(),
+        ),
+        (
+            {"passage": "Ann sat.", "ask": "Who sat?", "gold": ["Ann"]},
+            Columns(template="{passage} {ask}", answers_field="gold"),
+        ),
+    ],
+)
+def test_shared_rows_are_read_as_the_files_that_they_came_from(tmp_path, model, row, columns):
+    path = write(tmp_path / "rows.jsonl", [row])
+    data = Files(path, path, columns=columns)
+    job, *_ = jobs_of(CompareConfig(models=(model,), arms=ARMS, data=data, against="overlap"), tmp_path)
+    share_data(model, data, job.data, Policy.load(model, device="cpu"))
+    given = read_rows(path, columns)
+    for name in ("prompts", "evaluation"):
+        again = read_rows(job.data / f"{name}.jsonl", job.training.columns)
+        assert [prompt_key(r.prompt) for r in again] == [prompt_key(r.prompt) for r in given]
+        assert [r.answers for r in again] == [r.answers for r in given]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adhere.compare.settings import Arm, CompareConfig, folder_name
+from adhere.compare.settings import Arm, CompareConfig, Files, folder_name
 from adhere.config import load_config, to_dict
+from adhere.data import PLAIN
 from adhere.errors import UserError
 from adhere.learn.settings import TrainConfig
 from adhere.measure.settings import EvalConfig
@@ -109,6 +110,7 @@ def _job(config: CompareConfig, model: str, name: str, arm: Arm, seed: int, fold
         **arm.train,
         "model": model,
         "prompts": str(data / "prompts.jsonl"),
+        "columns": to_dict(config.data.columns if isinstance(config.data, Files) else PLAIN),
         "output": str(folder),
         "seed": seed,
     }

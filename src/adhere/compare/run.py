@@ -44,7 +44,7 @@ def run_compare(
     finished = _run(waiting, processes(config, on_cpu))
     for name in progress(finished, "comparing", len(jobs), done=len(jobs) - len(waiting)):
         on_run(name)
-    rows = read_rows(jobs[0].data / "evaluation.jsonl")
+    rows = read_rows(jobs[0].data / "evaluation.jsonl", jobs[0].training.columns)
     splits: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         if row.fields.get("split"):

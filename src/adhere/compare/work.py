@@ -82,7 +82,8 @@ def share_data(model: str, data: Toy | Files, folder: Path, policy: Policy) -> N
         rows = {name: read_rows(file, data.columns) for name, file in files.items() if file is not None}
         if "pairs" in rows:
             rows["pairs"] = sound_pairs(rows["pairs"])
-        made = {name: [{**row.fields, **_plain(row)} for row in some] for name, some in rows.items()}
+        # As they were given: a prompt written out as text no longer knows which of its parts are evidence.
+        made = {name: [dict(row.fields) for row in some] for name, some in rows.items()}
     for name, some in made.items():
         write_jsonl(folder / f"{name}.jsonl", some)
     atomic_write(marker, to_json({"settings": settings}))  # last: data that was cut short is made again
@@ -112,7 +113,7 @@ def perform(job: Job) -> None:
     torch.set_num_threads(1)
     quieten_libraries()
     policy = load(job)
-    rows = read_rows(job.data / "evaluation.jsonl")
+    rows = read_rows(job.data / "evaluation.jsonl", job.training.columns)
     clock: dict[str, float] = {}
     found: dict[str, Any] = {"settings": job.settings, "seed": job.seed, "labels": job.arm.labels}
     if job.arm.reward != NONE:
@@ -131,7 +132,7 @@ def perform(job: Job) -> None:
         trained = train(
             replace(job.training, reward=spec),
             policy,
-            read_rows(job.data / "prompts.jsonl"),
+            read_rows(job.data / "prompts.jsonl", job.training.columns),
             job.output,
             on_step=lambda row: history.append(dict(row)),
         )
@@ -154,7 +155,7 @@ def reward_of(job: Job, policy: Policy) -> str | Mapping[str, Any]:
     """The arm's reward; one that is learned is learned here and written beside the run."""
     kind, folder = job.arm.reward, Path(job.reward_model.output)
     if kind == SYNTHETIC:
-        prompts = read_rows(job.data / "prompts.jsonl")[:SYNTHETIC_PROMPTS]
+        prompts = read_rows(job.data / "prompts.jsonl", job.training.columns)[:SYNTHETIC_PROMPTS]
         made = make_pairs(policy, prompts, PairConfig(max_new_tokens=job.evaluation.max_new_tokens, seed=job.seed))
         pairs = [Row(row["prompt"], chosen=row["chosen"], rejected=row["rejected"]) for row in made]
     elif kind in (HUMAN, HYBRID):
@@ -172,7 +173,7 @@ def reward_of(job: Job, policy: Policy) -> str | Mapping[str, Any]:
 
 def labelled(job: Job) -> list[Row]:
     """The labelled pairs that this run may learn from: `labels` of them, drawn by its seed, none held out."""
-    rows = read_rows(job.data / "pairs.jsonl", need=("chosen", "rejected"))[:-HELD_OUT]
+    rows = read_rows(job.data / "pairs.jsonl", job.training.columns, need=("chosen", "rejected"))[:-HELD_OUT]
     if len(rows) < job.arm.labels:
         raise UserError(
             f"{job.arm.labels} labels wanted, {len(rows)} pairs there (the last {HELD_OUT} are held out)",
@@ -188,7 +189,7 @@ def held_out(reward: Reward, job: Job) -> list[float]:
     if not path.exists() or "exact" in reward.config.weights:
         return []
     won: list[float] = []
-    rows = read_rows(path, need=("chosen", "rejected"))[-HELD_OUT:]
+    rows = read_rows(path, job.training.columns, need=("chosen", "rejected"))[-HELD_OUT:]
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         texts = [text for row in batch for text in (str(row.chosen), str(row.rejected))]
@@ -207,10 +208,3 @@ def _settings_of(data: Toy | Files) -> dict[str, Any]:
     files = (data.prompts, data.evaluation, data.pairs) if isinstance(data, Files) else ()
     content = {file: fingerprint(Path(file).read_bytes()) for file in files if file and Path(file).is_file()}
     return {**to_dict(data), "content": content}
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    """The fields that `read_rows` settled: a template applied, a last turn taken."""
-    known = {"prompt": row.prompt, "answers": list(row.answers), "reference": row.reference}
-    known |= {"chosen": row.chosen, "rejected": row.rejected}
-    return {name: value for name, value in known.items() if value}
