@@ -4,6 +4,7 @@ example rows suit the toys, and the README's commands run."""
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -104,6 +105,6 @@ def test_the_commands_of_the_readme_run_as_they_stand(tmp_path, monkeypatch, cap
     assert len(COMMAND_LINES) == 8
     for line in COMMAND_LINES:
         line = line.replace("--steps 20", "--steps 2")
-        # On ten prompts of the toy one response in ten is enough for the audit's verdict: 3 = it can be gamed.
-        expected = (0, 3) if " audit " in line else (0,)
-        assert main(shlex.split(line.replace("runs/try", str(tmp_path)))[1:]) in expected, capsys.readouterr().err
+        status = main(shlex.split(line.replace("runs/try", str(tmp_path)))[1:])
+        gameable = " audit " in line and json.loads((tmp_path / "audit" / "audit.json").read_text())["gameable"]
+        assert status == (3 if gameable else 0), capsys.readouterr().err

@@ -4,7 +4,6 @@ ranking, auditing, training and saving. From Python nothing is shown that was no
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,8 +199,8 @@ def test_what_the_model_layer_logs_is_said_as_a_warning_once(tmp_path, capsys, m
     words = ["score", "--model", "toy-causal", "--input", str(rows), "--output", str(tmp_path / "o.jsonl"), "--quiet"]
     assert main([*words, "--device", "cpu"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert re.fullmatch(r"warning: out of memory: from here on at most \d+ tokens at a time", said[0])
-    assert len(said) == len(set(said))
+    # 176 tokens of the rollout at once do not fit, nor do half of them.
+    assert said == [f"warning: out of memory: from here on at most {tokens} tokens at a time" for tokens in (88, 44)]
 
 
 def test_silent_hands_on_what_it_gets() -> None:
