@@ -12,7 +12,8 @@ from adhere import Policy, rank, score
 from adhere.cli import main
 from adhere.data import rows_of
 from adhere.reward.heads import copy_heads
-from adhere.reward.sources import LEAST_SHARE, cite, document_sentences, sentence_mass, token_spans
+from adhere.reward.signals import sentence_mass
+from adhere.reward.sources import LEAST_SHARE, cite, document_sentences, token_spans
 from adhere.toy import model_path
 
 STORY = "mary went to the garden . john is in the office ."

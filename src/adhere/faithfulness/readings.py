@@ -14,7 +14,8 @@ from adhere.reward.heads import CopyHeads
 from adhere.reward.named import Reads
 from adhere.reward.reward import Reward
 from adhere.reward.salience import TokenClass, classes_of, question_tokens
-from adhere.reward.sources import document_sentences, sentence_mass
+from adhere.reward.signals import sentence_mass
+from adhere.reward.sources import document_sentences
 from adhere.types import Reading, Rollout
 
 HEADS = {"copy heads": "copy_attention", "all heads": "attention"}

@@ -60,11 +60,14 @@ def gather(
     reading: Reading | None = None,
 ) -> Evidence:
     """What the signals of `config` read of a rollout, from one forward of `scorer` and one more for each prompt that is
-    changed (`contrast`, `reliance`, `comprehensiveness`); none for text alone. `reading`: what `scorer` has read of the
-    rollout already. `classes` [V] and `spelling` are those of its tokenizer."""
+    changed (`contrast`, `reliance`, `question_reliance`, `comprehensiveness`); none for text alone.
+
+    `reading`: what `scorer` has read of the rollout already. `classes` [V] and `spelling` are those of its tokenizer.
+    """
     reads = config.reads
     maps = maps_read(config, heads)
     seen = "attention" in maps
+    question = question_tokens(rollout.prompts, classes)
     if reads == Reads.TEXT:
         reading = _unread(rollout)
     else:
@@ -74,7 +77,7 @@ def gather(
                 attention=seen,
                 copy_weights=maps.get("copy_attention"),
                 spread=spread_read(config),
-                question=question_tokens(rollout.prompts, classes) if Reads.ASKING in reads else None,
+                question=question if Reads.ASKING in reads else None,
             )
         reading = controls.shuffled(reading) if config.shuffle else reading
     # Text alone has no attention for `self` to read, and reads no salience either.
@@ -89,9 +92,11 @@ def gather(
         spelling.words(rollout.response_ids, said),
         spelling.key(rollout.response_ids),
         context_tokens(rollout.prompts, classes)[rollout.prompt_index],
-        question_tokens(rollout.prompts, classes)[rollout.prompt_index],
+        question[rollout.prompt_index],
         written_tokens(rollout.prompts, classes)[rollout.prompt_index],
-        context_sentences(rollout.prompts, classes)[rollout.prompt_index],
+        sentences=(
+            context_sentences(rollout.prompts, classes)[rollout.prompt_index] if Reads.ASKING in reads else None
+        ),
         contrast_logprobs=_contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
         question_logprobs=_after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,
         unasked_logprobs=_without_question(rollout, scorer, classes) if Reads.UNASKED in reads else None,
@@ -134,7 +139,7 @@ def _without_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tens
     keep = torch.where((keep & context_tokens(prompts, classes)).any(-1, keepdim=True), keep, prompts.mask)
     unasked = prompts.only(keep, left=not scorer.is_encoder_decoder)
     with phase(scorer.progress, "without the question"):
-        return scorer.read(replace(rollout, prompts=unasked), attention=False, spread=()).logprobs
+        return _logprobs(scorer, rollout, unasked)
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:

@@ -46,8 +46,9 @@ class Evidence:
     """[B, P] bool: the prompt tokens that ask (`salience.question_tokens`)."""
     written: Tensor
     """[B, P] bool: the prompt tokens that somebody wrote, earlier turns included: no template, no special token."""
-    sentences: Tensor
-    """[B, P] int64: the sentence of the context that each prompt token stands in, -1 outside (`sources`)."""
+    sentences: Tensor | None = None
+    """[B, P] int64: the sentence of the context that each prompt token stands in, -1 outside (`sources`); None when no
+    signal asked for it."""
     contrast_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses after another prompt of the batch; None when no signal asked for it."""
     question_logprobs: Tensor | None = None
@@ -255,18 +256,25 @@ def agreement(evidence: Evidence) -> Tensor:
     attention to all that was written, so that what is read elsewhere, in an earlier turn, agrees with nothing. Both are
     the copy heads', the response's from its content tokens that the question does not say; 0 where none is left. Ours.
     """
-    reading = evidence.reading
-    assert reading.question_attention is not None and reading.copy_attention is not None
+    reading, sentences = evidence.reading, evidence.sentences
+    assert reading.question_attention is not None and reading.copy_attention is not None and sentences is not None
     said = (reading.copy_attention * evidence.added.unsqueeze(-1)).sum(1) * evidence.written
-    asked = _by_sentence(reading.question_attention, evidence.sentences)
-    shared = (_by_sentence(said, evidence.sentences) * asked).sum(-1)
+    count = int(sentences.max()) + 1 if sentences.numel() else 0
+    asked = sentence_mass(reading.question_attention, sentences, count)
+    shared = (sentence_mass(said, sentences, count) * asked).sum(-1)
     return shared / _positive(said.sum(-1) * asked.sum(-1))
 
 
-def _by_sentence(attention: Tensor, sentences: Tensor) -> Tensor:
-    """Attention [B, P] summed over the tokens of each sentence of the context: [B, S]."""
-    mass = attention.new_zeros(len(attention), int(sentences.max()) + 2 if sentences.numel() else 1)
-    return mass.scatter_add(1, sentences + 1, attention)[:, 1:]  # what stands in no sentence goes to the first column
+def sentence_mass(attention: Tensor, sentences: Tensor, count: int) -> Tensor:
+    """Attention summed over the tokens of each sentence: [..., P] → [..., count].
+
+    `sentences` [P] or [..., P] int64: the sentence of each token, from 0 to count − 1; -1 = none.
+
+    >>> sentence_mass(torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([-1, 0, 1, 0]), 2)
+    tensor([10.,  4.])
+    """
+    mass = attention.new_zeros(*attention.shape[:-1], count + 1)
+    return mass.scatter_add(-1, (sentences + 1).expand_as(attention), attention)[..., 1:]
 
 
 def heads(evidence: Evidence, weights: Mapping[str, float] | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adhere.inspection.tokens import token_texts
 from adhere.reward.salience import TokenClass, classes_of, context_tokens
+from adhere.reward.signals import sentence_mass
 from adhere.text import sentences
 from adhere.types import Prompts, Reading, Rollout
 
@@ -79,12 +80,6 @@ def context_sentences(prompts: Prompts, classes: Tensor) -> Tensor:
         if documents:
             places[number] = document_sentences(prompts, number)[1].to(places)
     return places.masked_fill(~context, -1)
-
-
-def sentence_mass(attention: Tensor, places: Tensor, count: int) -> Tensor:
-    """Attention summed over the tokens of each sentence: [..., P], [P] int64 → [..., count]."""
-    onehot = (places.unsqueeze(-1) == torch.arange(count)).to(attention)
-    return attention @ onehot
 
 
 def token_spans(rollout: Rollout, row: int, tokenizer: Any) -> list[tuple[int, int]]:
