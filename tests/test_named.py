@@ -21,6 +21,7 @@ from adhere.reward.heads import CopyHeads
 from adhere.reward.named import GATES, NAMED, SALIENCES, SIGNALS, RewardConfig, config_of
 from adhere.reward.reward import FORMULAS, GATE_FUNCTIONS, Reward
 from adhere.reward.salience import SALIENCE
+from adhere.toy import model_path
 from tests.families import save
 from tests.test_signals import evidence_of, padded, reads
 
@@ -398,3 +399,17 @@ def test_every_signal_of_the_table_says_zero_of_an_empty_response():
     evidence = evidence_of([[5]], [[-1]], texts=[""], answers=[["a"]])
     values = {name: formula(evidence).item() for name, formula in FORMULAS.items() if name != "random"}
     assert values == dict.fromkeys(values, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["causal", "encdec"])
+def test_the_default_pays_a_response_the_same_alone_and_in_its_group(kind):
+    """What a gate holds back is paid by its group; every other response by itself."""
+    policy = Policy.load(model_path(kind), device="cpu")
+    reward = Reward.named("attention", policy)
+    story = "mary went to the garden . john is in the office . where is mary ? answer :"
+    texts = ["garden", "", "the office", "john is in the office .", "where is mary ?"]
+    together = reward.score([story] * len(texts), texts).reward.tolist()
+    assert max(together) - min(together) > 1
+    for text, value in zip(texts, together, strict=True):
+        if text:
+            assert reward.score([story], [text]).reward.item() == pytest.approx(value, abs=1e-4)

@@ -96,6 +96,7 @@ def test_a_response_is_worth_the_same_wherever_it_is_scored(policy, reward, tmp_
     groups = [Group(row.prompt, [row.response], [True]) for row in ROWS if row.response]
     served = [group[0]["reward"] for group in score_groups(reward, groups)]
     assert alone == pytest.approx(served, abs=1e-4)
+    assert alone == pytest.approx([value for row, value in zip(ROWS, in_file, strict=True) if row.response], abs=1e-4)
 
     whole = [Group(rows[0].prompt, [r.response for r in rows], [True] * 3) for rows in (ROWS[:3], ROWS[3:])]
     assert in_file == pytest.approx([one["reward"] for g in score_groups(reward, whole) for one in g], abs=1e-4)

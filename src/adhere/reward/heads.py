@@ -132,7 +132,8 @@ def measure_on_answers(policy: Policy, prompts: Prompts, num_samples: int = ANSW
     content = response_content(rollout, classes)
     keys = spelling.key(prompts.ids).masked_fill(~user_tokens(prompts, classes), NO_WORD)[rollout.prompt_index]
     copied = keys.unsqueeze(1) == spelling.key(rollout.response_ids).unsqueeze(-1)
-    fix = "give more prompts, or choose a reward that reads no copy heads: without `grounding` and `comprehensiveness`"
+    readers = "`agreement`, `grounding` and `comprehensiveness`"
+    fix = f"give more prompts, or choose a reward that reads no copy heads: without {readers}"
     if not content.any():
         raise UserError("copy heads cannot be measured: the answers hold no content token", fix=fix)
     heads = _measured(policy, rollout, content, copied, "answers")
