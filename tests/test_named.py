@@ -16,10 +16,11 @@ from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.reward import signals
 from adhere.reward.custom import user_function
+from adhere.reward.gates import GATE_FUNCTIONS
 from adhere.reward.group import GATE_MARGIN
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import GATES, NAMED, SALIENCES, SIGNALS, RewardConfig, config_of
-from adhere.reward.reward import FORMULAS, GATE_FUNCTIONS, Reward
+from adhere.reward.reward import FORMULAS, Reward
 from adhere.reward.salience import SALIENCE
 from adhere.toy import model_path
 from tests.families import save
@@ -161,14 +162,23 @@ def test_every_named_reward_scores_a_sample(policy, rollout, name):
 DEFAULT = {"agreement": 10, "support": 5, "question_reliance": 1, "coherence": 1, "repetition": -5, "grounding": 0}
 
 
-def test_the_default_reward_is_the_sum_of_its_signals_gated(policy, rollout):
-    cut = replace(rollout, ended=torch.tensor([True, True, False, True, True, True, True, True]))
-    scores = Reward.named("attention", policy, HEADS)(cut)
+def test_the_default_reward_is_the_sum_of_its_signals_gated(policy):
+    reward = Reward.named("attention", policy, HEADS)
+    texts = ["garden", "in the garden", "garden garden garden", "w1 w2", "where is mary ?", ""]
+    said, _ = reward.paired([PROMPTS[0]] * 6, texts)
+    scores = reward(replace(said, ended=torch.tensor([True, True, False, True, True, True])))
     total = sum(weight * scores.signals[name] for name, weight in DEFAULT.items())
-    rest = [0, 1, 3, 4, 5, 6, 7]
-    torch.testing.assert_close(scores.reward[rest], total[rest])
-    first = scores.reward[[0, 1, 3]]
-    assert scores.reward[2].item() == pytest.approx(min(first.min().item(), first.max().item() - GATE_MARGIN))
+    passed = scores.reward[:2]
+    torch.testing.assert_close(passed, total[:2])
+    # Cut off, supported by nothing, the question said again, empty.
+    worst = min(passed.min().item(), passed.max().item() - GATE_MARGIN)
+    assert scores.reward[2:].tolist() == pytest.approx([worst] * 4)
+
+
+def test_without_a_context_no_response_is_held_back_for_want_of_support(policy):
+    reward = Reward(RewardConfig({"coherence": 1.0}, normalise="none", gates=("supported",)), policy)
+    scores = reward.score(["where is mary ?"] * 2, ["garden", "w1 w2"])
+    torch.testing.assert_close(scores.reward, scores.signals["coherence"])
 
 
 def test_z_scores_bring_each_signal_to_one_scale_within_its_group(policy, rollout):
@@ -407,7 +417,7 @@ def test_the_default_pays_a_response_the_same_alone_and_in_its_group(kind):
     policy = Policy.load(model_path(kind), device="cpu")
     reward = Reward.named("attention", policy)
     story = "mary went to the garden . john is in the office . where is mary ? answer :"
-    texts = ["garden", "", "the office", "john is in the office .", "where is mary ?"]
+    texts = ["garden", "", "the office", "john is in the office ."]
     together = reward.score([story] * len(texts), texts).reward.tolist()
     assert max(together) - min(together) > 1
     for text, value in zip(texts, together, strict=True):

@@ -81,8 +81,8 @@ SIGNALS: dict[str, Signal] = {
 SALIENCES = ("all", "content", "idf", "question", "self")
 """Readings of a prompt: the functions of `salience`."""
 
-GATES = ("ended", "said")
-"""What a response must pass: the names in `adhere.reward.reward.GATE_FUNCTIONS`."""
+GATES = ("ended", "said", "supported")
+"""What a response must pass: the functions of `gates`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class RewardConfig:
     normalise: str = "group"
     """`group`: each signal to mean 0 and deviation 1 among the responses of its prompt; `none`: as it is."""
     gates: tuple[str, ...] = ()
-    """What a response must pass, or get its group's minimum: `ended` by itself, `said` something."""
+    """What a response must pass, or get its group's minimum: `ended` by itself, `said` something, `supported` by the
+    context in a word at least."""
     logprob_floor: float | None = None
     """A gate too: no response token below this log-prob (nats) for the scorer; None = no such gate."""
     renormalise: bool = False
@@ -204,7 +205,8 @@ _ATTENTION: dict[str, Any] = {
         "grounding": 0.0,
     },
     "normalise": "none",
-    "gates": ("ended", "said"),
+    # Of answers that nothing supports, the likeliest would win: an example's answer, which then spreads in training.
+    "gates": ("ended", "said", "supported"),
 }
 
 _ATTENTION_V1: dict[str, Any] = {

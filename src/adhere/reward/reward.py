@@ -19,6 +19,7 @@ from adhere.prompt import prompt_key
 from adhere.reward import controls, signals
 from adhere.reward.custom import checked, user_function
 from adhere.reward.evidence import gather, maps_read, spread_read
+from adhere.reward.gates import GATE_FUNCTIONS
 from adhere.reward.group import counted, gate, group_normalise
 from adhere.reward.heads import CopyHeads, check_shape, copy_heads
 from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
@@ -37,12 +38,6 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     name: getattr(signals, name, None) or getattr(controls, name) for name in SIGNALS
 }
 """Name of a signal → its formula."""
-
-GATE_FUNCTIONS: dict[str, Callable[[Rollout], Tensor]] = {
-    "ended": lambda rollout: rollout.ended,
-    "said": lambda rollout: torch.tensor([bool(text.strip()) for text in rollout.responses]).to(rollout.ended),
-}
-"""What a response must pass: [B] bool each."""
 
 
 def combine(values: Mapping[str, Tensor], config: RewardConfig, group: Tensor, passed: Tensor) -> Tensor:
@@ -217,7 +212,7 @@ class Reward:
                 raise RunFailed(f"signal {name} is not finite", where="reward", fix=fix)
         passed = torch.ones_like(rollout.ended)
         for name in self.config.gates:
-            passed = passed & GATE_FUNCTIONS[name](rollout)
+            passed = passed & GATE_FUNCTIONS[name](evidence)
         if self.config.logprob_floor is not None:
             low = (evidence.reading.logprobs < self.config.logprob_floor) & rollout.response_mask
             passed = passed & ~low.any(-1)
