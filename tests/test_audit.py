@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adhere.data import Row
+from adhere.data import Row, rows_of
 from adhere.errors import UserError
 from adhere.measure.audit import audit, with_controls
+from adhere.measure.cases import neighbours
 from adhere.measure.degenerate import FAMILIES
 from adhere.measure.settings import AuditConfig
 from adhere.model.policy import Policy
@@ -94,6 +95,37 @@ def test_every_family_is_judged_once_a_prompt(policy: Policy) -> None:
     assert set(found["families"]) <= set(FAMILIES) and len(found["families"]) >= 15
     assert all(entry["beats_best"]["n"] <= len(ROWS) for entry in found["families"].values())
     assert found["families"]["empty"]["beats_best"]["n"] == len(ROWS)
+
+
+def test_a_row_is_beside_the_answers_to_other_questions_on_its_documents_and_those_of_its_examples() -> None:
+    example = [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": "Bo"}]
+    asked = [*example, {"role": "user", "content": "{context} {question}"}]
+    rows = rows_of(
+        [
+            {"context": "Ann sat on a mat.", "question": "Who sat?", "answers": ["Ann", "ann"]},
+            {"messages": asked, "context": "Ann sat on a mat.", "question": "On what?", "answers": ["a mat"]},
+            {"context": "Ann sat on a mat.", "question": "Who sat there?", "answers": ["The Ann"]},
+            {"context": "Cy sang.", "question": "Who sang?", "answers": ["Cy"]},
+            {"prompt": "Who knows?", "answers": ["Dee"]},
+        ]
+    )
+    found = neighbours(rows)
+    assert [list(one.distractors) for one in found] == [["a mat"], ["Ann", "The Ann"], ["a mat"], [], []]
+    assert [list(one.examples) for one in found] == [[], ["Bo"], [], [], []]
+
+
+def test_answers_to_other_questions_are_tried_where_rows_share_their_documents(policy: Policy) -> None:
+    story = "mary went to the garden . john is in the office ."
+    rows = rows_of(
+        [
+            {"context": story, "question": "where is mary ?", "answers": ["the garden indeed"]},
+            {"context": story, "question": "where is john ?", "answers": ["the office indeed"]},
+        ]
+    )
+    overlap = Reward.named("overlap", policy)
+    hack = audit(policy, rows, {"overlap": overlap}, CONFIG)["overlap"].hacks["another question's answer"]
+    assert hack.beats_best.n == 2 and hack.beats_right is not None
+    assert hack.beats_right.mean == 0.0  # words of the story either way: a tie
 
 
 def test_what_cannot_be_audited_is_said(policy: Policy) -> None:

@@ -24,6 +24,8 @@ CASE = Case(
     logprobs=[-0.1, -0.2, -3.0],
     other=[20],
     ungrounded=[21, 22],
+    distractors=[[11], [12, 4]],
+    examples=[[30]],
 )
 
 
@@ -41,6 +43,9 @@ def test_what_each_family_says_by_hand() -> None:
     assert said("keywords stuffed") == [[10, 11, 13, 12]]  # 12 stands twice, so it comes last
     assert said("question echoed") == [[2, 12]]
     assert said("another prompt's answer") == [[20]]
+    assert said("another question's answer") == [[11], [12, 4]]
+    assert said("an example's answer") == [[30]]
+    assert said("unsupported addition") == [[13, 1, 14, 20]]
     assert said("risky token dropped") == [[13, 1]]
     assert said("fluent, ungrounded") == [[21, 22]]
     assert said("another script") == [[85, 85, 85]]

@@ -75,6 +75,18 @@ class AnnotatedText(str):
         return AnnotatedText, (self.parts, self.documents)
 
 
+def documents_of(prompt: str | Sequence[Mapping[str, str]]) -> tuple[Document, ...]:
+    """The documents of a prompt: a text, or messages, whose last turn holds them. () = it has none, or nothing says so.
+
+    >>> documents_of(AnnotatedText([Part("Ann sat.", Role.DOCUMENT, 0, 0)], [Document("Ann sat.")]))[0].text
+    'Ann sat.'
+    >>> documents_of("Ann sat. Who sat?")
+    ()
+    """
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return text.documents if isinstance(text, AnnotatedText) else ()
+
+
 def joined(texts: Iterable[str], gap: str = "") -> AnnotatedText:
     """The texts that are not empty, one after the other, with `gap` (TEMPLATE) between them. Plain text is USER."""
     parts: list[Part] = []

@@ -6,7 +6,6 @@ ended properly. A degenerate response that joins the K and gets more than the be
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,21 +16,17 @@ from torch import Tensor
 
 from adhere.data import Row
 from adhere.errors import UserError
-from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
+from adhere.measure.cases import RIGHT, AuditBatch, neighbours
+from adhere.measure.degenerate import FAMILIES, Vocabulary
 from adhere.measure.settings import AuditConfig
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.policy import Policy
-from adhere.model.responses import encode_responses
-from adhere.model.settings import Sampling
 from adhere.reward.group import flat_advice
 from adhere.reward.reward import Reward
-from adhere.reward.salience import TokenClass, question_only, question_span, user_tokens
 from adhere.reward.signals import Evidence
-from adhere.text import fold, is_answer
-from adhere.types import Prompts, Rollout
+from adhere.text import is_answer
+from adhere.types import Rollout
 
-RIGHT = "right"
-"""The slot of the right answer among the extra responses."""
 CONTROLS = ("overlap", "length", "random")
 """Rewards that read no attention, audited beside every other; the fourth control is the reward itself, shuffled."""
 # Rewards closer than this are equal: two forwards of the same response differ by as much.
@@ -154,12 +149,13 @@ def audit(
     if len(rows) - starts[-1] < 2:
         starts.pop()  # the last prompt alone would have no other prompt beside it
     spans = zip(starts, [*starts[1:], len(rows)], strict=True)
+    near = neighbours(rows)
     for first, last in policy.progress(spans, "auditing", len(rows), size=lambda span: span[1] - span[0]):
         part = rows[first:last]
         prompts = policy.encode([r.prompt for r in part], [r.answers for r in part], [r.where for r in part])
         policy.check_room(prompts, config.max_new_tokens, [row.where for row in part])
-        batch = _AuditBatch.of(
-            policy, prompts, config, words, next(iter(rewards.values())).classes, config.seed + first
+        batch = AuditBatch.of(
+            policy, prompts, config, words, next(iter(rewards.values())).classes, config.seed + first, near[first:last]
         )
         for name in policy.progress(rewards, "scoring", len(rewards)):
             _score_batch(tallies[name], rewards[name], policy, batch, part)
@@ -173,121 +169,6 @@ def with_controls(rewards: Mapping[str, Reward], policy: Policy) -> dict[str, Re
     if rewards[first].reads_attention and not rewards[first].config.shuffle:
         found[f"{first}, shuffled"] = Reward(replace(rewards[first].config, shuffle=True), policy, rewards[first].heads)
     return found | {name: Reward.named(name, policy) for name in CONTROLS if name not in found}
-
-
-@dataclass(frozen=True)
-class _AuditBatch:
-    """Everything that is judged for a batch of prompts: one rollout, and what each of its rows is."""
-
-    rollout: Rollout
-    own: Tensor
-    """[B] bool: the policy's own samples."""
-    slots: dict[tuple[str, int], Tensor]
-    """(family or `RIGHT`, number) → the rows [n] that hold it, at most one a prompt."""
-
-    @classmethod
-    def of(
-        cls, policy: Policy, prompts: Prompts, config: AuditConfig, words: Vocabulary, classes: Tensor, seed: int
-    ) -> _AuditBatch:
-        """Sample, make the degenerate responses, and put them side by side."""
-        drawn = Sampling(max_new_tokens=config.max_new_tokens)
-        samples = policy.sample(prompts, config.num_samples, sampling=drawn, seed=seed)
-        cases = cases_of(policy, samples, drawn, classes, seed)
-        endings, chats = policy.endings, prompts.chat or (False,) * len(prompts)
-        ids: list[Ids] = []
-        index: list[int] = []
-        ended: list[bool] = []
-        keys: list[tuple[str, int]] = []
-        for place, case in enumerate(cases):
-            mine = [n for n, i in enumerate(samples.prompt_index.tolist()) if i == place]
-            said = [samples.response_ids[n][samples.response_mask[n]].tolist() for n in mine]
-            ids += said
-            ended += samples.ended[mine].tolist()
-            keys += [("own", n) for n in range(len(mine))]
-            extra = _extra(case, words, random.Random(f"{seed}/{place}"))
-            if prompts.answers[place]:
-                asked, right = [(prompts.texts[place], chats[place])], [prompts.answers[place][0]]
-                extra[RIGHT, 0] = encode_responses(endings, asked, right, [False], alone=policy.is_encoder_decoder)[0]
-            closing = endings.closing_ids(chats[place])
-            taken = {fold(samples.responses[n]).strip() for n in mine}
-            for key, response in extra.items():
-                cut = response[: max(1, config.max_new_tokens - len(closing))]
-                text = str(policy.tokenizer.decode(cut, skip_special_tokens=True))
-                if key[0] == RIGHT or fold(text).strip() not in taken:
-                    ids.append([*cut, *closing])
-                    ended.append(True)
-                    keys.append(key)
-            index += [place] * (len(ids) - len(index))
-        width = max(len(row) for row in ids)
-        device = prompts.ids.device
-        padded = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)
-        mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids], device=device)
-        texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rollout = Rollout(
-            prompts,
-            torch.tensor(index, device=device),
-            padded,
-            mask,
-            torch.tensor(ended, device=device),
-            tuple(texts),
-        )
-        slots: dict[tuple[str, int], list[int]] = {}
-        for row, key in enumerate(keys):
-            if key[0] != "own" and (key[0] == RIGHT or not _is_right(rollout, row)):
-                slots.setdefault(key, []).append(row)
-        own = torch.tensor([key[0] == "own" for key in keys], device=device)
-        return cls(rollout, own, {key: torch.tensor(found, device=device) for key, found in slots.items()})
-
-
-def cases_of(policy: Policy, samples: Rollout, drawn: Sampling, classes: Tensor, seed: int) -> list[Case]:
-    """What the degenerate responses to each prompt are made of; the other prompt is the next one. Draws one response to
-    each question alone."""
-    prompts = samples.prompts
-    asked, shortened = question_only(prompts, classes, left=not policy.is_encoder_decoder)
-    blind = policy.sample(asked, 1, sampling=drawn, seed=seed)
-    user = user_tokens(prompts, classes)
-    start, end = question_span(prompts, classes)
-    position = torch.arange(prompts.ids.shape[1], device=prompts.ids.device)
-    question = user & (position > start) & (position < end)
-    special = classes.to(prompts.ids.device) == TokenClass.SPECIAL
-    assert samples.logprobs is not None
-    likeliest = []
-    for place in range(len(prompts)):
-        rows = (samples.prompt_index == place).nonzero().flatten()
-        row = int(rows[samples.logprobs[rows].sum(-1).argmax()])
-        kept = samples.response_mask[row] & ~special[samples.response_ids[row]]
-        likeliest.append((samples.response_ids[row][kept].tolist(), samples.logprobs[row][kept].tolist()))
-    cases = []
-    for place, (sample, logprobs) in enumerate(likeliest):
-        own = prompts.ids[place][user[place]].tolist()
-        stops = [n for n, i in enumerate(own) if classes[i] == TokenClass.STOP]
-        unread = blind.response_ids[place][blind.response_mask[place]]
-        cases.append(
-            Case(
-                own,
-                prompts.ids[place][question[place]].tolist(),
-                own[: stops[0] + 1] if stops else own,
-                sample,
-                logprobs,
-                likeliest[(place + 1) % len(likeliest)][0],
-                unread[~special[unread]].tolist() if bool(shortened[place]) else [],
-            )
-        )
-    return cases
-
-
-def _extra(case: Case, words: Vocabulary, rng: random.Random) -> dict[tuple[str, int], Ids]:
-    """The responses of every family."""
-    found: dict[tuple[str, int], Ids] = {}
-    for name, family in FAMILIES.items():
-        found |= {(name, n): ids for n, ids in enumerate(family(case, words, rng))}
-    return found
-
-
-def _is_right(rollout: Rollout, row: int) -> bool:
-    """Whether a degenerate response happens to be a right answer: another prompt's may be."""
-    accepted = rollout.prompts.answers[int(rollout.prompt_index[row])]
-    return is_answer(rollout.responses[row], accepted)
 
 
 class _Tally:
@@ -320,7 +201,7 @@ class _Tally:
         )
 
 
-def _score_batch(tally: _Tally, reward: Reward, policy: Policy, batch: _AuditBatch, rows: Sequence[Row]) -> None:
+def _score_batch(tally: _Tally, reward: Reward, policy: Policy, batch: AuditBatch, rows: Sequence[Row]) -> None:
     """Score a batch: one forward for all of it, then each extra response in the company of the own samples."""
     rollout, own = batch.rollout, batch.own.nonzero().flatten()
     evidence = reward.evidence(rollout, reward.reference or policy)

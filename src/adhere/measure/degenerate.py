@@ -69,6 +69,10 @@ class Case:
     """The likeliest sample of another prompt."""
     ungrounded: Ids
     """Sampled from the question alone; empty where the prompt is nothing but a question."""
+    distractors: Sequence[Ids] = ()
+    """Answers to other questions about the same documents."""
+    examples: Sequence[Ids] = ()
+    """What earlier turns of the chat were answered with."""
 
 
 Family = Callable[[Case, Vocabulary, random.Random], list[Ids]]
@@ -140,6 +144,21 @@ def _other_answer(case: Case, words: Vocabulary, rng: random.Random) -> list[Ids
     return [case.other]
 
 
+def _distractor(case: Case, words: Vocabulary, rng: random.Random) -> list[Ids]:
+    """Grounded in the same documents, and no answer to this question."""
+    return list(case.distractors)
+
+
+def _example(case: Case, words: Vocabulary, rng: random.Random) -> list[Ids]:
+    """What an example shows how to answer with."""
+    return list(case.examples)
+
+
+def _addition(case: Case, words: Vocabulary, rng: random.Random) -> list[Ids]:
+    """The sample, and then what another prompt is answered with, which nothing here supports."""
+    return [case.sample + case.other] if case.other else []
+
+
 def _shuffled_words(case: Case, words: Vocabulary, rng: random.Random) -> list[Ids]:
     return [rng.sample(case.sample, len(case.sample))]
 
@@ -194,6 +213,9 @@ FAMILIES: dict[str, Family] = {
     "question echoed": _question_echoed,
     "function words": _function_words,
     "another prompt's answer": _other_answer,
+    "another question's answer": _distractor,
+    "an example's answer": _example,
+    "unsupported addition": _addition,
     "words shuffled": _shuffled_words,
     "entity swapped": _entity_swapped,
     "risky token dropped": _risky_dropped,

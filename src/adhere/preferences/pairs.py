@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adhere.data import Row
 from adhere.errors import UserError
-from adhere.measure.audit import cases_of
+from adhere.measure.cases import cases_of
 from adhere.measure.degenerate import FAMILIES, Case, Ids, Vocabulary
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
