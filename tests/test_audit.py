@@ -65,9 +65,7 @@ def test_length_pays_for_whatever_is_long_and_tells_nothing(policy: Policy) -> N
 def test_paper_is_gameable_where_the_default_is_not(policy: Policy) -> None:
     found = audit(policy, ROWS, {name: Reward.named(name, policy) for name in ("attention", "paper")}, CONFIG)
     assert len(found["paper"].gameable(0.05)) >= 4
-    # The toys' questions look at nothing in particular, and an answer cut short loses little else there: it wins on one
-    # of the three prompts that have one (docs/study/default.md). No other family passes 2 of 16.
-    assert found["attention"].gameable(0.15) == ["truncated"]
+    assert found["attention"].worst()[1] <= 0.15  # 2 of 16 prompts
 
 
 def test_the_batch_changes_nothing_but_the_neighbours(policy: Policy) -> None:

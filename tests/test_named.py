@@ -45,6 +45,10 @@ from tests.test_signals import evidence_of, padded, reads
         ({"weights": {"coverage": 1}, "normalise": "groups"}, "unknown normalise 'groups'; did you mean group"),
         ({"weights": {"coverage": 1}, "gates": ["end"]}, "unknown gate 'end'; did you mean ended"),
         ({"weights": {"coverage": 1}, "gates": "ended"}, r"`gates` is 'ended'; write a list: gates: \[ended\]"),
+        (
+            {"weights": {"coverage": 1}, "learn_from": "ended"},
+            r"`learn_from` is 'ended'; write a list: learn_from: \[ended\]",
+        ),
         ({"weights": {"coverage": 1}, "ngram": 0}, "`ngram` is 0; write a whole number, 1 or more"),
         ({"weights": {"coverage": 1}, "ngram": 2.0}, "`ngram` is 2.0"),
         ({"weights": {"coverage": 1}, "focus_clamp": 1.0}, "`focus_clamp` is 1.0; write a number from 0 to below 1"),
@@ -159,20 +163,34 @@ def test_every_named_reward_scores_a_sample(policy, rollout, name):
         )
 
 
-DEFAULT = {"agreement": 10, "support": 5, "question_reliance": 1, "coherence": 1, "repetition": -5, "grounding": 0}
+DEFAULT = {"agreement": 10, "support": 5, "question_reliance": 0.5, "coherence": 1, "repetition": -5, "grounding": 0}
 
 
 def test_the_default_reward_is_the_sum_of_its_signals_gated(policy):
     reward = Reward.named("attention", policy, HEADS)
-    texts = ["garden", "in the garden", "garden garden garden", "w1 w2", "where is mary ?", ""]
+    texts = ["garden", "in the garden", "w1 w2", "where is mary ?", "garden garden garden", ""]
     said, _ = reward.paired([PROMPTS[0]] * 6, texts)
-    scores = reward(replace(said, ended=torch.tensor([True, True, False, True, True, True])))
+    said = replace(said, ended=torch.tensor([True, True, True, True, False, True]))
+    scores = reward(said)
     total = sum(weight * scores.signals[name] for name, weight in DEFAULT.items())
-    passed = scores.reward[:2]
-    torch.testing.assert_close(passed, total[:2])
-    # Cut off, supported by nothing, the question said again, empty.
-    worst = min(passed.min().item(), passed.max().item() - GATE_MARGIN)
-    assert scores.reward[2:].tolist() == pytest.approx([worst] * 4)
+    passed = scores.reward[:4]
+    torch.testing.assert_close(passed, total[:4])
+    worst = min(passed.min().item(), passed.max().item() - GATE_MARGIN)  # what was cut off, and what is empty
+    assert scores.reward[4:].tolist() == pytest.approx([worst] * 2)
+    assert torch.equal(reward(said, training=True).reward, scores.reward)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_training_learns_nothing_from_a_group_of_which_nothing_is_supported(policy, cut):
+    """Nor where the one supported response was cut off; alone, each keeps its own reward."""
+    reward = Reward.named("attention", policy, HEADS)
+    texts = ["w1 w2", "where is mary ?", "w3", "garden" if cut else "w4"]
+    said, _ = reward.paired([PROMPTS[0]] * 4 + [PROMPTS[1]] * 2, [*texts, "w4", "w1"])
+    said = replace(said, ended=torch.tensor([True, True, True, not cut, True, True]))
+    plain, taught = reward(said).reward, reward(said, training=True).reward
+    assert len(set(plain[:3].tolist())) == 3
+    assert taught[:4].tolist() == [plain[:4].min().item()] * 4
+    assert torch.equal(taught[4:], plain[4:])  # w4 stands in the other prompt
 
 
 def test_without_a_context_no_response_is_held_back_for_want_of_support(policy):
@@ -417,7 +435,7 @@ def test_the_default_pays_a_response_the_same_alone_and_in_its_group(kind):
     policy = Policy.load(model_path(kind), device="cpu")
     reward = Reward.named("attention", policy)
     story = "mary went to the garden . john is in the office . where is mary ? answer :"
-    texts = ["garden", "", "the office", "john is in the office ."]
+    texts = ["garden", "", "the office", "john is in the office .", "where is mary ?"]
     together = reward.score([story] * len(texts), texts).reward.tolist()
     assert max(together) - min(together) > 1
     for text, value in zip(texts, together, strict=True):

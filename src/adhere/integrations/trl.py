@@ -99,9 +99,11 @@ class AttentionReward:
         read, self._read = self._read, None
         with self._still():
             if read is not None and len(places) == len(prompts) and _said(read.rollout) == [*map(list, completion_ids)]:
-                scores = self.reward(read.rollout, reading=read if known is None else _with_answers(read, known))
+                given = read if known is None else _with_answers(read, known)
+                scores = self.reward(read.rollout, reading=given, training=True)
             else:
-                scores = self.reward.score([prompts[i] for i in places], [completion_ids[i] for i in places], known)
+                asked, said = [prompts[i] for i in places], [completion_ids[i] for i in places]
+                scores = self.reward.score(asked, said, known, training=True)
         for place, value in zip(places, scores.reward.tolist(), strict=True):
             rewards[place] = value
         for signal, values in scores.signals.items():

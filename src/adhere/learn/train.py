@@ -216,7 +216,7 @@ class Trainer:
                 )
             with clock("score"):
                 evidence = self.reward.evidence(rollout, self.reward.reference or self.policy, reading)
-                scores = self.reward.score_evidence(evidence)
+                scores = self.reward.score_evidence(evidence, training=True)
                 return Drawn(rollout, replace(scores, reading=None), self._reference_logprobs(rollout, scores))
 
         spare = self._spare(step, places) if tries else places[:0]

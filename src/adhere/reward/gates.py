@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -32,3 +32,11 @@ def supported(evidence: Evidence) -> Tensor:
 
 GATE_FUNCTIONS: dict[str, Callable[[Evidence], Tensor]] = {"ended": ended, "said": said, "supported": supported}
 """Name of a gate → whether each response passes it."""
+
+
+def passes(gates: Iterable[str], evidence: Evidence) -> Tensor:
+    """Whether each response passes all of `gates`. [B] bool."""
+    passed = torch.ones_like(evidence.reading.rollout.ended)
+    for name in gates:
+        passed = passed & GATE_FUNCTIONS[name](evidence)
+    return passed

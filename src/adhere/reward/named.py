@@ -105,6 +105,8 @@ class RewardConfig:
     gates: tuple[str, ...] = ()
     """What a response must pass, or get its group's minimum: `ended` by itself, `said` something, `supported` by the
     context in a word at least."""
+    learn_from: tuple[str, ...] = ()
+    """Gates that one response of a group at least must pass too, or training learns nothing from the group."""
     logprob_floor: float | None = None
     """A gate too: no response token below this log-prob (nats) for the scorer; None = no such gate."""
     renormalise: bool = False
@@ -164,11 +166,12 @@ def _faults(config: RewardConfig) -> list[UserError]:
     ):
         if value not in known:
             faults.append(unknown_name(kind, str(value), known, where=where))
-    gates: object = config.gates  # as written by a user, whatever the annotation promises
-    if not isinstance(gates, tuple):
-        faults.append(UserError(f"`gates` is {gates!r}", where=where, fix="write a list: gates: [ended]"))
-    else:
-        faults += [unknown_name("gate", str(gate), GATES, where=where) for gate in gates if gate not in GATES]
+    for option in ("gates", "learn_from"):
+        gates: object = getattr(config, option)  # as written by a user, whatever the annotation promises
+        if not isinstance(gates, tuple):
+            faults.append(UserError(f"`{option}` is {gates!r}", where=where, fix=f"write a list: {option}: [ended]"))
+        else:
+            faults += [unknown_name("gate", str(gate), GATES, where=where) for gate in gates if gate not in GATES]
     for option, good, wanted in (
         ("logprob_floor", config.logprob_floor is None or _number(config.logprob_floor), "a finite number or nothing"),
         ("focus_clamp", _number(config.focus_clamp) and 0 <= config.focus_clamp < 1, "a number from 0 to below 1"),
@@ -199,14 +202,15 @@ _ATTENTION: dict[str, Any] = {
     "weights": {
         "agreement": 10.0,
         "support": 5.0,
-        "question_reliance": 1.0,
+        "question_reliance": 0.5,
         "coherence": 1.0,
         "repetition": -5.0,
         "grounding": 0.0,
     },
     "normalise": "none",
-    # Of answers that nothing supports, the likeliest would win: an example's answer, which then spreads in training.
-    "gates": ("ended", "said", "supported"),
+    "gates": ("ended", "said"),
+    # Of samples that nothing supports the likeliest would be learned: an example's answer, which then spreads.
+    "learn_from": ("supported",),
 }
 
 _ATTENTION_V1: dict[str, Any] = {

@@ -19,8 +19,8 @@ from adhere.prompt import prompt_key
 from adhere.reward import controls, signals
 from adhere.reward.custom import checked, user_function
 from adhere.reward.evidence import gather, maps_read, spread_read
-from adhere.reward.gates import GATE_FUNCTIONS
-from adhere.reward.group import counted, gate, group_normalise
+from adhere.reward.gates import passes
+from adhere.reward.group import counted, gate, group_normalise, level
 from adhere.reward.heads import CopyHeads, check_shape, copy_heads
 from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
 from adhere.reward.preference import PreferenceModel
@@ -130,6 +130,8 @@ class Reward:
         prompts: Sequence[Prompt],
         responses: Sequence[str | Sequence[int]],
         answers: Sequence[Sequence[str]] | None = None,
+        *,
+        training: bool = False,
     ) -> Scores:
         """Score `responses[i]` (text, or token ids as sampled) as a response to `prompts[i]`.
 
@@ -137,7 +139,7 @@ class Reward:
         with them only if that order keeps groups together.
         """
         rollout, back = self.paired(prompts, responses, answers)
-        scores = self(rollout)
+        scores = self(rollout, training=training)
         in_order = torch.equal(back.cpu(), torch.arange(len(back)))
         return Scores(
             scores.reward[back],
@@ -168,10 +170,17 @@ class Reward:
         rollout = self.policy.respond(encoded, [responses[i] for i in order.tolist()], index[order])
         return rollout, order.argsort().to(rollout.ended.device)
 
-    def __call__(self, rollout: Rollout, policy: Policy | None = None, reading: Reading | None = None) -> Scores:
+    def __call__(
+        self,
+        rollout: Rollout,
+        policy: Policy | None = None,
+        reading: Reading | None = None,
+        *,
+        training: bool = False,
+    ) -> Scores:
         """Score a rollout. `policy` is the policy as it is now, the reader where the config says `scorer: policy`;
         `reading`: what that reader has read of it already (see `sample`)."""
-        return self.score_evidence(self.evidence(rollout, self.reference or policy or self.policy, reading))
+        return self.score_evidence(self.evidence(rollout, self.reference or policy or self.policy, reading), training)
 
     def sample(
         self, policy: Policy, prompts: Prompts, num_samples: int, sampling: Sampling, seed: int
@@ -201,8 +210,9 @@ class Reward:
         figures |= scores.signals
         return Inspection.of(reading, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
 
-    def score_evidence(self, evidence: Evidence) -> Scores:
-        """The signals and the reward of responses that have been read: no model runs here."""
+    def score_evidence(self, evidence: Evidence, training: bool = False) -> Scores:
+        """The signals and the reward of responses that have been read: no model runs here. `training`: as training
+        takes them, with a group at its lowest reward where none of it passes `learn_from`."""
         rollout = evidence.reading.rollout
         values: dict[str, Tensor] = {}
         for name, function in self._functions.items():
@@ -210,13 +220,13 @@ class Reward:
             if not torch.isfinite(values[name]).all():
                 fix = "look for NaN in the scorer's weights"
                 raise RunFailed(f"signal {name} is not finite", where="reward", fix=fix)
-        passed = torch.ones_like(rollout.ended)
-        for name in self.config.gates:
-            passed = passed & GATE_FUNCTIONS[name](evidence)
+        passed = passes(self.config.gates, evidence)
         if self.config.logprob_floor is not None:
             low = (evidence.reading.logprobs < self.config.logprob_floor) & rollout.response_mask
             passed = passed & ~low.any(-1)
         reward = combine(values, self.config, rollout.prompt_index, passed)
+        if training and self.config.learn_from:
+            reward = level(reward, rollout.prompt_index, passed & passes(self.config.learn_from, evidence))
         return Scores(reward, values, None if self.config.reads == Reads.TEXT else evidence.reading)
 
     def _function(self, name: str) -> Callable[[Evidence], Tensor]:
