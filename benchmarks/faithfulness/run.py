@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = ["--model", options.model, "--data", str(rows), "--output", str(options.output / name)]
         if options.base:
             given += ["--stop", "\n"]
-        subprocess.run([sys.executable, "-m", "adhere", "bench", *given, *more], check=True)
+        status = subprocess.run([sys.executable, "-m", "adhere", "bench", *given, *more]).returncode
+        if status:
+            raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written = options.output / "plan.yaml"
     written.write_text(yaml.safe_dump(plan(options, options.arms)), encoding="utf-8")
     command = ["compare", str(written), "--output", str(options.output / "compare"), "--jobs", str(options.jobs)]
-    subprocess.run([sys.executable, "-m", "adhere", *command], check=True)
+    status = subprocess.run([sys.executable, "-m", "adhere", *command]).returncode
+    if status:
+        raise SystemExit(status)
     for name in options.arms:
         for seed in options.seeds if name != "none" else ():
             run = options.output / "compare" / folder_name(options.model) / folder_name(name) / f"seed-{seed}"
