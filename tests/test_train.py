@@ -24,7 +24,7 @@ from adhere.data import Row
 from adhere.errors import RunFailed, UserError
 from adhere.learn.settings import DPO, GRPO, PPO, RLOO, Reinforce, TrainConfig
 from adhere.learn.stopping import Stopping, reason_to_stop
-from adhere.learn.train import Trainer, _agreement, train
+from adhere.learn.train import Trainer, _agreement, _one_text, train
 from adhere.model.policy import Policy
 from adhere.model.settings import Lora, Sampling
 from adhere.options import options
@@ -358,6 +358,7 @@ STEADY = {
     "kl": 0.5,
     "completions/mean_length": 10.0,
     "completions/agreement": 0.5,
+    "completions/one_text": 0.1,
     "entropy": 1.0,
     "frac_reward_zero_std": 0.2,
 }
@@ -371,6 +372,7 @@ STEADY = {
         ({"completions/mean_length": 60.0}, "length rose from 10.0 to 60.0"),
         ({"entropy": 0.01, "completions/agreement": 0.9}, "to 0.010 nats a token, agreement among samples is 90%"),
         ({"frac_reward_zero_std": 1.0}, "100% of the groups"),
+        ({"completions/one_text": 0.4}, "one text makes up 40% of the responses to different prompts, from 10%"),
     ],
 )
 def test_runs_that_go_wrong_stop_with_a_reason(late, reason):
@@ -386,6 +388,27 @@ def test_agreement_is_the_share_that_says_what_most_say():
     ids = torch.zeros(8, 1)
     rollout = Rollout(prompts, torch.tensor([0] * 4 + [1] * 4), ids, ids.bool(), ids[:, 0].bool(), said)
     assert _agreement(rollout) == pytest.approx((3 / 4 + 2 / 4) / 2)
+
+
+def test_one_text_counts_only_where_it_answers_different_prompts():
+    prompts = Prompts(("a", "b"), torch.zeros(2, 1), torch.full((2, 1), Role.USER), ((), ()))
+    said = ("x", "x", "x", "1921", "1921.", "q", "q", "p")
+    ids = torch.zeros(8, 1)
+    rollout = Rollout(prompts, torch.tensor([0] * 4 + [1] * 4), ids, ids.bool(), ids[:, 0].bool(), said)
+    assert _one_text(rollout) == pytest.approx(2 / 8)
+
+
+def test_answers_that_were_alike_from_the_start_are_no_collapse():
+    """As where prompts ask for yes or no."""
+    often = {**STEADY, "completions/one_text": 0.5}
+    assert reason_to_stop([often] * 4 + [{**often, "completions/one_text": 0.9}] * 3, Stopping(window=3)) is None
+
+
+def test_one_text_stops_a_run_after_half_a_window():
+    history = [STEADY] * 5 + [{**STEADY, "completions/one_text": 0.6}] * 5
+    assert "one text" in reason_to_stop(history, Stopping(window=10))
+    assert reason_to_stop(history[:9], Stopping(window=10)) is None
+    assert reason_to_stop(history, Stopping(window=10, max_one_text=1.0)) is None
 
 
 def test_an_early_stop_ends_the_run_with_a_model(tmp_path):

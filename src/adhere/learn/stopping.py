@@ -22,6 +22,9 @@ class Stopping:
     """Stop when mean response length rises above this multiple of the first steps'."""
     max_flat_groups: float = 0.98
     """Stop when more than this share of groups give every sample the same reward (1 = never)."""
+    max_one_text: float = 0.35
+    """Stop when one text makes up more than this share of the responses to different prompts, and twice its share in
+    the first steps; looks at half a window (1 = never)."""
     min_entropy_ratio: float = 0.02
     """Stop when mean entropy falls below this share of the first steps' (0 = never)."""
     window: Annotated[int, AtLeast(1)] = 10
@@ -33,6 +36,16 @@ class Stopping:
 
 def reason_to_stop(history: Sequence[dict[str, float]], limits: Stopping) -> str | None:
     """Why training should stop now, or None. `history` holds the metrics of every step so far (docs/metrics.md)."""
+    half = -(-limits.window // 2)
+    if len(history) >= 2 * half:
+        sides = history[:half], history[-half:]
+        began, spread = (fmean(row["completions/one_text"] for row in rows) for rows in sides)
+        if spread > max(limits.max_one_text, 2 * began):
+            return (
+                f"one text makes up {spread:.0%} of the responses to different prompts, from {began:.0%} in the first "
+                "steps: the reward pays for it whatever is asked, as for an example's answer; look for it in "
+                "samples.jsonl, and choose another reward, take the example out, or raise kl_coef"
+            )
     if len(history) < 2 * limits.window:
         return None
     first, last = history[: limits.window], history[-limits.window :]

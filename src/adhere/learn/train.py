@@ -44,6 +44,7 @@ from adhere.progress import phase
 from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
 from adhere.reward.named import Reads, config_of
 from adhere.reward.reward import Reward
+from adhere.text import normalise_answer
 from adhere.types import Rollout, Scores
 
 Metrics = dict[str, float]
@@ -281,6 +282,7 @@ class Trainer:
             "completions/mean_length": float(lengths.mean()),
             "completions/clipped_ratio": float((~rollout.ended).float().mean()),
             "completions/agreement": _agreement(rollout),
+            "completions/one_text": _one_text(rollout),
             **{f"signals/{name}": float(values.mean()) for name, values in scores.signals.items()},
         }
         if reference is not None and rollout.logprobs is not None:
@@ -350,10 +352,23 @@ def _ctrl_c() -> Iterator[list[int]]:
 
 def _agreement(rollout: Rollout) -> float:
     """Mean over groups of the share of samples that say, word for word, what most of their group say."""
+    return fmean(max(count.values()) / count.total() for count in _said(rollout, str))
+
+
+def _one_text(rollout: Rollout) -> float:
+    """The largest share of all responses that are one text, of the texts that answer more than one prompt."""
+    groups = _said(rollout, normalise_answer)
+    spread = Counter(text for count in groups for text in count)
+    most = max((sum(count[text] for count in groups) for text, among in spread.items() if among > 1), default=0)
+    return most / len(rollout.responses)
+
+
+def _said(rollout: Rollout, spelled: Callable[[str], str]) -> list[Counter[str]]:
+    """How often each group says each text, as `spelled`."""
     said: dict[int, Counter[str]] = {}
     for group, response in zip(rollout.prompt_index.tolist(), rollout.responses, strict=True):
-        said.setdefault(group, Counter())[response] += 1
-    return fmean(max(count.values()) / count.total() for count in said.values())
+        said.setdefault(group, Counter())[spelled(response)] += 1
+    return list(said.values())
 
 
 def _same_everywhere(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
