@@ -1,4 +1,5 @@
-"""The rewards of the study: the named ones, and the default with each part changed, one at a time."""
+"""The rewards of the study: the named ones, the default without each of its parts, and `attention-v1`, which most of
+the study is about, with each part changed, one at a time."""
 
 from __future__ import annotations
 
@@ -8,17 +9,22 @@ from typing import Any
 
 from adhere.reward.named import NAMED
 
-DEFAULT = asdict(NAMED["attention"])
+DEFAULT, V1 = asdict(NAMED["attention"]), asdict(NAMED["attention-v1"])
 
 
-def changed(weights: Mapping[str, float] | None = None, **options: Any) -> dict[str, Any]:
-    """The default reward with other weights (0 takes a part away) or options."""
-    return {**DEFAULT, **options, "weights": {**DEFAULT["weights"], **(weights or {})}}
+def changed(weights: Mapping[str, float] | None = None, of: dict[str, Any] = V1, **options: Any) -> dict[str, Any]:
+    """`of` with other weights (0 takes a part away) or options."""
+    return {**of, **options, "weights": {**of["weights"], **(weights or {})}}
 
 
 CANDIDATES: dict[str, str | dict[str, Any]] = {
     **{name: name for name in NAMED},
-    # each part taken away
+    **{
+        f"attention without {name}": changed({name: 0}, DEFAULT)
+        for name, weight in DEFAULT["weights"].items()
+        if weight
+    },
+    # each part of attention-v1 taken away
     "without overlap": changed({"overlap": 0}),
     "without comprehensiveness": changed({"comprehensiveness": 0}),
     "without coherence": changed({"coherence": 0}),
