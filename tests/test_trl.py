@@ -91,7 +91,7 @@ def test_a_run_learns_from_the_frozen_start_and_logs_every_signal(kind, adapter,
     # nothing of whether a response ended, so only those that did are compared.
     given, rewards = heard.calls[-1]
     own = Reward.resolve("attention", start, heard.reward.reward.heads)
-    again = own.score(given["prompts"], given["completion_ids"])
+    again = own.score(given["prompts"], given["completion_ids"], training=True)
     assert rewards == pytest.approx(again.reward.tolist(), abs=1e-4)
     texts = own.score(given["prompts"], given["completions"])
     end = start.tokenizer.eos_token_id
@@ -133,6 +133,18 @@ def test_scoring_leaves_the_mode_of_every_module_and_the_random_state_alone(poli
     assert policy.model.training and not frozen.training
 
 
+def test_called_by_hand_the_reward_is_that_of_score(policy):
+    """The gates of training hold where a trainer asks."""
+    reward = AttentionReward(policy)
+    story = "mary went to the garden . john is in the office . where is mary ? answer :"
+    texts, end = ["garden", "kitchen", "where is mary ?"], policy.tokenizer.eos_token_id
+    said = [[i for i in policy.tokenizer(text)["input_ids"] if i != end] + [end] for text in texts]
+    asked = {"prompts": [story] * 3, "completions": texts, "completion_ids": said}
+    by_hand, in_training = reward(**asked), reward(**asked, trainer_state=object())
+    assert by_hand == pytest.approx(reward.reward.score([story] * 3, said).reward.tolist(), abs=1e-4)
+    assert by_hand[0] == in_training[0] and in_training[1] == in_training[2] != by_hand[1]
+
+
 def test_gradient_accumulation_and_evaluation_in_between_change_nothing(policy, tmp_path):
     heard = Listening(AttentionReward(policy))
     rows = [{"prompt": prompt} for prompt in prompts()]
@@ -152,7 +164,7 @@ def test_gradient_accumulation_and_evaluation_in_between_change_nothing(policy, 
     fresh = Reward.resolve("attention", Policy.load(CAUSAL, device="cpu"), heard.reward.reward.heads)
     assert len(heard.calls) >= 3
     for given, rewards in heard.calls:
-        again = fresh.score(given["prompts"], given["completion_ids"]).reward.tolist()
+        again = fresh.score(given["prompts"], given["completion_ids"], training=True).reward.tolist()
         assert rewards == pytest.approx(again, abs=1e-4)
 
 
@@ -307,7 +319,7 @@ def test_adhere_samples_in_place_of_trl_and_reads_as_it_does(spec, policy, tmp_p
     assert all(0 < len(ids) <= 5 for ids in given["completion_ids"])
     assert len(set(map(tuple, given["completion_ids"]))) > 1
     theirs = Reward.resolve(spec, start, reward.reward.heads)
-    expected = theirs.score(given["prompts"], given["completion_ids"], given["answers"]).reward
+    expected = theirs.score(given["prompts"], given["completion_ids"], given["answers"], training=True).reward
     torch.testing.assert_close(torch.tensor(rewards), expected, atol=1e-5, rtol=1e-5)
     assert any((p != q).any() for p, q in zip(policy.model.parameters(), start.model.parameters(), strict=True))
 

@@ -84,11 +84,13 @@ class AttentionReward:
         answers: Sequence[Sequence[str] | str] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[float | None]], None] | None = None,
+        trainer_state: object | None = None,
         **_columns: Any,
     ) -> list[float | None]:
         """The reward of each completion; None where it is empty, or too long for the scorer. `answers` is read from
         the data set's column where the reward needs them. Each signal goes to `log_metric` as its mean, to `log_extra`
-        row by row. Raises `UserError` where the ids are not of this policy's tokenizer."""
+        row by row. TRL's trainers give `trainer_state`: with it the reward's `training_gates` hold, without it the
+        rewards are those of `score`. Raises `UserError` where the ids are not of this policy's tokenizer."""
         prompts = rendered(prompts)
         self._check_vocabulary(completions, completion_ids)
         places = self._scorable(prompts, completion_ids)
@@ -97,13 +99,14 @@ class AttentionReward:
             return rewards
         known = None if answers is None else [[a] if isinstance(a, str) else a for a in (answers[i] for i in places)]
         read, self._read = self._read, None
+        training = trainer_state is not None
         with self._still():
             if read is not None and len(places) == len(prompts) and _said(read.rollout) == [*map(list, completion_ids)]:
                 given = read if known is None else _with_answers(read, known)
-                scores = self.reward(read.rollout, reading=given, training=True)
+                scores = self.reward(read.rollout, reading=given, training=training)
             else:
                 asked, said = [prompts[i] for i in places], [completion_ids[i] for i in places]
-                scores = self.reward.score(asked, said, known, training=True)
+                scores = self.reward.score(asked, said, known, training=training)
         for place, value in zip(places, scores.reward.tolist(), strict=True):
             rewards[place] = value
         for signal, values in scores.signals.items():
