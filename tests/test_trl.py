@@ -134,15 +134,15 @@ def test_scoring_leaves_the_mode_of_every_module_and_the_random_state_alone(poli
 
 
 def test_called_by_hand_the_reward_is_that_of_score(policy):
-    """The gates of training hold where a trainer asks."""
+    """A trainer learns nothing from a group without support."""
     reward = AttentionReward(policy)
     story = "mary went to the garden . john is in the office . where is mary ? answer :"
-    texts, end = ["garden", "kitchen", "where is mary ?"], policy.tokenizer.eos_token_id
+    texts, end = ["kitchen", "museum", "where is mary ?"], policy.tokenizer.eos_token_id
     said = [[i for i in policy.tokenizer(text)["input_ids"] if i != end] + [end] for text in texts]
     asked = {"prompts": [story] * 3, "completions": texts, "completion_ids": said}
     by_hand, in_training = reward(**asked), reward(**asked, trainer_state=object())
     assert by_hand == pytest.approx(reward.reward.score([story] * 3, said).reward.tolist(), abs=1e-4)
-    assert by_hand[0] == in_training[0] and in_training[1] == in_training[2] != by_hand[1]
+    assert len(set(by_hand)) == 3 and in_training == [min(by_hand)] * 3  # the story supports none of them
 
 
 def test_gradient_accumulation_and_evaluation_in_between_change_nothing(policy, tmp_path):

@@ -89,8 +89,8 @@ class AttentionReward:
     ) -> list[float | None]:
         """The reward of each completion; None where it is empty, or too long for the scorer. `answers` is read from
         the data set's column where the reward needs them. Each signal goes to `log_metric` as its mean, to `log_extra`
-        row by row. TRL's trainers give `trainer_state`: with it the reward's `training_gates` hold, without it the
-        rewards are those of `score`. Raises `UserError` where the ids are not of this policy's tokenizer."""
+        row by row. TRL's trainers give `trainer_state`: with it the rewards are those of training (`learn_from`),
+        without it those of `score`. Raises `UserError` where the ids are not of this policy's tokenizer."""
         prompts = rendered(prompts)
         self._check_vocabulary(completions, completion_ids)
         places = self._scorable(prompts, completion_ids)

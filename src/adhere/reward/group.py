@@ -56,6 +56,19 @@ def gate(reward: Float[Tensor, "B"], group: Int[Tensor, "B"], passed: Bool[Tenso
     return torch.where(passed, reward, torch.minimum(low, high - GATE_MARGIN))
 
 
+def level(reward: Float[Tensor, "B"], group: Int[Tensor, "B"], passed: Bool[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Rewards with a whole group at its lowest where none of its responses passed. [B], [B] int64, [B] bool → [B].
+
+    >>> level(torch.tensor([0.5, -2.0, 9.0]), torch.tensor([0, 0, 1]), torch.tensor([False, False, True]))
+    tensor([-2., -2.,  9.])
+    """
+    if not len(reward):
+        return reward
+    size = int(group.max()) + 1
+    low = reward.new_zeros(size).scatter_reduce(0, group, reward, "amin", include_self=False)
+    return torch.where((torch.bincount(group[passed], minlength=size) > 0)[group], reward, low[group])
+
+
 def counted(group: Int[Tensor, "B"], passed: Bool[Tensor, "B"]) -> Bool[Tensor, "B"]:
     """[B] bool: who passed, and everyone of a group where none did."""
     if not len(group):

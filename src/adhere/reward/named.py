@@ -105,8 +105,8 @@ class RewardConfig:
     gates: tuple[str, ...] = ()
     """What a response must pass, or get its group's minimum: `ended` by itself, `said` something, `supported` by the
     context in a word at least."""
-    training_gates: tuple[str, ...] = ()
-    """Gates that hold in training only: what scores and ranks does not ask for them."""
+    learn_from: tuple[str, ...] = ()
+    """Gates that one response of a group at least must pass too, or training learns nothing from the group."""
     logprob_floor: float | None = None
     """A gate too: no response token below this log-prob (nats) for the scorer; None = no such gate."""
     renormalise: bool = False
@@ -166,7 +166,7 @@ def _faults(config: RewardConfig) -> list[UserError]:
     ):
         if value not in known:
             faults.append(unknown_name(kind, str(value), known, where=where))
-    for option in ("gates", "training_gates"):
+    for option in ("gates", "learn_from"):
         gates: object = getattr(config, option)  # as written by a user, whatever the annotation promises
         if not isinstance(gates, tuple):
             faults.append(UserError(f"`{option}` is {gates!r}", where=where, fix=f"write a list: {option}: [ended]"))
@@ -210,7 +210,7 @@ _ATTENTION: dict[str, Any] = {
     "normalise": "none",
     "gates": ("ended", "said"),
     # Of samples that nothing supports the likeliest would be learned: an example's answer, which then spreads.
-    "training_gates": ("supported",),
+    "learn_from": ("supported",),
 }
 
 _ATTENTION_V1: dict[str, Any] = {

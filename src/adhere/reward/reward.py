@@ -20,7 +20,7 @@ from adhere.reward import controls, signals
 from adhere.reward.custom import checked, user_function
 from adhere.reward.evidence import gather, maps_read, spread_read
 from adhere.reward.gates import passes
-from adhere.reward.group import counted, gate, group_normalise
+from adhere.reward.group import counted, gate, group_normalise, level
 from adhere.reward.heads import CopyHeads, check_shape, copy_heads
 from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
 from adhere.reward.preference import PreferenceModel
@@ -212,7 +212,7 @@ class Reward:
 
     def score_evidence(self, evidence: Evidence, training: bool = False) -> Scores:
         """The signals and the reward of responses that have been read: no model runs here. `training`: as training
-        takes them, behind the `training_gates` too."""
+        takes them, with a group at its lowest reward where none of it passes `learn_from`."""
         rollout = evidence.reading.rollout
         values: dict[str, Tensor] = {}
         for name, function in self._functions.items():
@@ -220,11 +220,13 @@ class Reward:
             if not torch.isfinite(values[name]).all():
                 fix = "look for NaN in the scorer's weights"
                 raise RunFailed(f"signal {name} is not finite", where="reward", fix=fix)
-        passed = passes((*self.config.gates, *(self.config.training_gates if training else ())), evidence)
+        passed = passes(self.config.gates, evidence)
         if self.config.logprob_floor is not None:
             low = (evidence.reading.logprobs < self.config.logprob_floor) & rollout.response_mask
             passed = passed & ~low.any(-1)
         reward = combine(values, self.config, rollout.prompt_index, passed)
+        if training and self.config.learn_from:
+            reward = level(reward, rollout.prompt_index, passed & passes(self.config.learn_from, evidence))
         return Scores(reward, values, None if self.config.reads == Reads.TEXT else evidence.reading)
 
     def _function(self, name: str) -> Callable[[Evidence], Tensor]:
