@@ -112,6 +112,11 @@ def test_a_working_directory_that_is_on_the_path_keeps_its_place(user_module, mo
         assert sys.path == path
 
 
+def test_lists_of_yaml_are_taken_for_gates() -> None:
+    config = config_of({"weights": {"coverage": 1}, "gates": ["ended"], "learn_from": ["supported"]})
+    assert config.gates == ("ended",) and config.learn_from == ("supported",)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -182,7 +187,7 @@ def test_the_default_reward_is_the_sum_of_its_signals_gated(policy):
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_training_learns_nothing_from_a_group_of_which_nothing_is_supported(policy, cut):
-    """Nor where the one supported response was cut off; alone, each keeps its own reward."""
+    """Nor where the one supported response was cut off."""
     reward = Reward.named("attention", policy, HEADS)
     texts = ["w1 w2", "where is mary ?", "w3", "garden" if cut else "w4"]
     said, _ = reward.paired([PROMPTS[0]] * 4 + [PROMPTS[1]] * 2, [*texts, "w4", "w1"])
@@ -190,7 +195,7 @@ def test_training_learns_nothing_from_a_group_of_which_nothing_is_supported(poli
     plain, taught = reward(said).reward, reward(said, training=True).reward
     assert len(set(plain[:3].tolist())) == 3
     assert taught[:4].tolist() == [plain[:4].min().item()] * 4
-    assert torch.equal(taught[4:], plain[4:])  # w4 stands in the other prompt
+    assert torch.equal(taught[4:], plain[4:])  # a prompt that is all question has no context to be supported by
 
 
 def test_without_a_context_no_response_is_held_back_for_want_of_support(policy):

@@ -19,13 +19,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as parquet
-import yaml
 
 from adhere.compare.settings import folder_name
 from adhere.data import read_rows, write_jsonl
+from adhere.files import to_json
+from adhere.reward.named import NAMED
 from adhere.text import answer_words, normalise_answer
 
 ASK = "{context}\n\nQuestion: {question}\nAnswer:"
@@ -35,6 +37,11 @@ EXAMPLE = (
     "1921",
 )
 """A passage, a question and its answer, written for this purpose."""
+VARIANTS = {
+    "every-group": {**asdict(NAMED["attention"]), "learn_from": ()},
+    "gated": {**asdict(NAMED["attention"]), "gates": ("ended", "said", "supported")},
+}
+"""The default without `learn_from`, and with its gate on each response instead."""
 LONGEST = 110
 """Words of a passage."""
 SHOWN = (1, 5, 9, 13, 17)
@@ -76,7 +83,7 @@ def plan(options: argparse.Namespace, rewards: Sequence[str]) -> dict[str, objec
             "device": options.device,
         },
         "evaluation": {"num_samples": 1, "max_new_tokens": options.max_new_tokens},
-        "arms": {name: {"reward": name} for name in rewards},
+        "arms": {name: {"reward": VARIANTS.get(name, name)} for name in rewards},
     }
 
 
@@ -115,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
     parser.add_argument("--model", required=True, help="folder or hub id of a chat model")
     parser.add_argument("--output", type=Path, required=True, help="gets the rows, the plan and the runs")
-    parser.add_argument("--arms", nargs="*", default=["attention", "attention-v1"], help="rewards by name, or none")
+    parser.add_argument(
+        "--arms", nargs="*", default=["attention", "attention-v1"], help="rewards by name, every-group, gated, or none"
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--example", action="store_true", help="show an example turn first")
     parser.add_argument("--lora", action="store_true", help="train adapters rather than all weights")
@@ -136,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepared(source, options.output / "prompts.jsonl", options.example, 1000, answers="exact" in options.arms)
     prepared(fresh, options.output / "evaluation.jsonl", options.example, options.evaluated, answers=True)
     written = options.output / "plan.yaml"
-    written.write_text(yaml.safe_dump(plan(options, options.arms)), encoding="utf-8")
+    written.write_text(to_json(plan(options, options.arms), indent=1), encoding="utf-8")
     command = ["compare", str(written), "--output", str(options.output / "compare"), "--jobs", str(options.jobs)]
     status = subprocess.run([sys.executable, "-m", "adhere", *command]).returncode
     if status:

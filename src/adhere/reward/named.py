@@ -264,8 +264,9 @@ def config_of(spec: str | Mapping[str, Any]) -> RewardConfig:
         raise unknown[0] if len(unknown) == 1 else UserError("; ".join(map(str, unknown)))
     options = dict(spec)
     options.setdefault("weights", {})  # named as missing by the config's own check
-    if isinstance(options.get("gates"), list):
-        options["gates"] = tuple(options["gates"])
+    for name in ("gates", "learn_from"):
+        if isinstance(options.get(name), list):
+            options[name] = tuple(options[name])
     return RewardConfig(**options)
 
 
