@@ -21,18 +21,8 @@ from adhere.types import Reading, Rollout
 HEADS = {"copy heads": "copy_attention", "all heads": "attention"}
 """Whose attention says where a response looked → the map of a reading."""
 # Options that weigh what was read; all others change what is read.
-_WEIGHING = {
-    "weights",
-    "normalise",
-    "gates",
-    "learn_from",
-    "logprob_floor",
-    "scorer",
-    "made_for",
-    "ngram",
-    "focus_clamp",
-}
-_WEIGHING |= {"focus_clamp", "head_weights"}
+_WEIGHING = {"weights", "normalise", "gates", "learn_from", "logprob_floor"}
+_WEIGHING |= {"scorer", "made_for", "ngram", "focus_clamp", "head_weights"}
 # What is read alike whatever is done with the attention.
 _PLAIN = Reads.LOGPROBS | Reads.ENTROPY | Reads.CERTAINTY | Reads.QUESTION | Reads.UNASKED
 
