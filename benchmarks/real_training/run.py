@@ -1,19 +1,22 @@
 """Train a real model on real passages, one arm after another, and say what it learned to say.
 
     python benchmarks/real_training/run.py --data ../shared/data --model MODEL --output runs/probe --example
-    python benchmarks/real_training/run.py --data ../shared/data --model MODEL --output runs/lora --example --lora \
-        --steps 48 --learning-rate 1e-4 --arms none attention exact shuffled
+    python benchmarks/real_training/run.py --data ../shared/data --model MODEL --output runs/lora --lora --steps 40 \
+        --learning-rate 1e-4 --max-new-tokens 40 --instruction "Answer the question in one short sentence." \
+        --arms none attention contained shuffled
 
-Prompts are questions of AdversarialQA's training part on passages of at most 110 words, without their answers (the arm
-`exact` alone reads those). With `--example` an earlier turn shows a question and its answer, 1921, which a reward that
-does not read the question comes to prefer; without it, the question said again. `adhere compare` does the work, so that
-a run goes on where it was stopped; exact match, F1 and their differences are in OUTPUT/compare/compare.html. This adds,
-step by step, how many responses are the example's answer, the question, or one text for all prompts.
+Prompts are questions of AdversarialQA's training part on passages of at most 110 words, without their answers (the arms
+`exact` and `contained` alone read those). With `--example` an earlier turn shows a question and its answer, 1921, which
+a reward that does not read the question comes to prefer; without it, the question said again. `adhere compare` does the
+work, so that a run goes on where it was stopped; exact match, F1, answer contained and their differences are in
+OUTPUT/compare/compare.html. This adds, step by step, how many responses are the example's answer, the question, or one
+text for all prompts.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -23,12 +26,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+import torch
 
 from adhere.compare.settings import folder_name
 from adhere.data import read_rows, write_jsonl
 from adhere.files import to_json
 from adhere.reward.named import NAMED
-from adhere.text import answer_words, normalise_answer
+from adhere.reward.signals import Evidence
+from adhere.text import answer_words, contains_answer, normalise_answer
 
 ASK = "{context}\n\nQuestion: {question}\nAnswer:"
 EXAMPLE = (
@@ -40,20 +45,32 @@ EXAMPLE = (
 VARIANTS = {
     "every-group": {**asdict(NAMED["attention"]), "learn_from": ()},
     "gated": {**asdict(NAMED["attention"]), "gates": ("ended", "said", "supported")},
+    "contained": {"weights": {"run:contained": 1.0}, "normalise": "none", "gates": ("ended", "said")},
 }
-"""The default without `learn_from`, and with its gate on each response instead."""
+"""The default without `learn_from`, and with its gate on each response instead; and labels, for models that answer in
+sentences, which `exact` never pays."""
+LABELLED = ("exact", "contained")
 LONGEST = 110
 """Words of a passage."""
 SHOWN = (1, 5, 9, 13, 17)
 """Steps of the printed table, beside the last."""
 
 
-def prepared(source: Path, target: Path, example: bool, limit: int, answers: bool) -> None:
-    """The first `limit` rows of `source` on short passages, asked as above."""
+def contained(evidence: Evidence) -> torch.Tensor:
+    """Whether an accepted answer stands in each response: a reward with labels."""
+    rollout = evidence.reading.rollout
+    answers = [rollout.prompts.answers[group] for group in rollout.prompt_index.tolist()]
+    hits = [float(contains_answer(text, known)) for text, known in zip(rollout.responses, answers, strict=True)]
+    return torch.tensor(hits, device=rollout.prompt_index.device)
+
+
+def prepared(source: Path, target: Path, instruction: str, example: bool, limit: int, answers: bool) -> None:
+    """The first `limit` rows of `source` on short passages, asked as above, `instruction` before the question."""
+    ask = ASK.replace("Question:", f"{instruction}\n\nQuestion:") if instruction else ASK
     context, question, answer = EXAMPLE
-    shown = ASK.replace("{context}", context).replace("{question}", question)
+    shown = ask.replace("{context}", context).replace("{question}", question)
     turns = [("user", shown), ("assistant", answer)] if example else []
-    messages = [{"role": role, "content": text} for role, text in (*turns, ("user", ASK))]
+    messages = [{"role": role, "content": text} for role, text in (*turns, ("user", ask))]
     names = ("context", "question", "answers") if answers else ("context", "question")
     rows = [row.fields for row in read_rows(source) if len(row.fields["context"].split()) <= LONGEST]
     write_jsonl(target, [{**{name: row[name] for name in names}, "messages": messages} for row in rows[:limit]])
@@ -123,10 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or hub id of a chat model")
     parser.add_argument("--output", type=Path, required=True, help="gets the rows, the plan and the runs")
     parser.add_argument(
-        "--arms", nargs="*", default=["attention", "attention-v1"], help="rewards by name, every-group, gated, or none"
+        "--arms",
+        nargs="*",
+        default=["attention", "attention-v1"],
+        help="rewards by name, every-group, gated, contained, or none",
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--example", action="store_true", help="show an example turn first")
+    parser.add_argument("--instruction", default="", metavar="TEXT", help="stands between passage and question")
     parser.add_argument("--lora", action="store_true", help="train adapters rather than all weights")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=16)
@@ -142,14 +163,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing := [str(path) for path in (source, fresh) if not path.is_file()]:
         print(f"error: no {', '.join(missing)}; give the folder of the data sets with --data", file=sys.stderr)
         raise SystemExit(2)
-    prepared(source, options.output / "prompts.jsonl", options.example, 1000, answers="exact" in options.arms)
-    prepared(fresh, options.output / "evaluation.jsonl", options.example, options.evaluated, answers=True)
+    asked, labels = (options.instruction, options.example), not set(LABELLED).isdisjoint(options.arms)
+    prepared(source, options.output / "prompts.jsonl", *asked, limit=1000, answers=labels)
+    prepared(fresh, options.output / "evaluation.jsonl", *asked, limit=options.evaluated, answers=True)
     written = options.output / "plan.yaml"
     written.write_text(to_json(plan(options, options.arms), indent=1), encoding="utf-8")
     command = ["compare", str(written), "--output", str(options.output / "compare"), "--jobs", str(options.jobs)]
-    status = subprocess.run([sys.executable, "-m", "adhere", *command]).returncode
-    if status:
-        raise SystemExit(status)
+    here = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = subprocess.run([sys.executable, "-m", "adhere", *command], env={**os.environ, "PYTHONPATH": here})
+    if found.returncode:
+        raise SystemExit(found.returncode)
     for name in options.arms:
         for seed in options.seeds if name != "none" else ():
             run = options.output / "compare" / folder_name(options.model) / folder_name(name) / f"seed-{seed}"

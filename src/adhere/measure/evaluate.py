@@ -231,6 +231,7 @@ def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[
     return {
         "exact_match": metrics.exact_match(greedy, answers),
         "f1": metrics.f1(greedy, answers),
+        "contained": metrics.contained(greedy, answers),
         "rouge_l": metrics.rouge_l(greedy, [[row.reference] if row.reference else [] for row in rows]),
         "faithfulness": metrics.faithfulness(greedy, answers, priors),
         "prior_rate": metrics.prior_rate(greedy, answers, priors),

@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from adhere.errors import UserError
 from adhere.reward.salience import FUNCTION_WORDS
-from adhere.text import answer_words, is_answer, words
+from adhere.text import answer_words, contains_answer, is_answer, words
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -39,6 +39,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "exact_match": Metric("Exact match", 1, "share of greedy responses that are an accepted answer"),
     "f1": Metric("Answer F1", 1, "word overlap of the greedy response with the nearest accepted answer"),
+    "contained": Metric("Answer contained", 1, "share of greedy responses that hold an accepted answer word for word"),
     "rouge_l": Metric("ROUGE-L", 1, "longest common subsequence of words with the reference text, F1"),
     "faithfulness": Metric(
         "Faithfulness", 1, "where prompt and prior disagree: right answers / (right answers + prior)"
@@ -90,6 +91,14 @@ def exact_match(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> l
 def f1(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float | None]:
     """max over the accepted answers of `token_f1`; None without answers (SQuAD)."""
     return _against(lambda response, known: max(token_f1(response, a) for a in known), responses, answers)
+
+
+def contained(responses: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float | None]:
+    """1 where an accepted answer stands in the response word for word, else 0; None without answers.
+
+    For models that answer in sentences. A response that repeats the passage has it too: read it beside `length`.
+    """
+    return _against(contains_answer, responses, answers)
 
 
 def rouge_l(responses: Sequence[str], references: Sequence[Sequence[str]]) -> list[float | None]:

@@ -13,7 +13,17 @@ from adhere.measure.metrics import METRICS
 from adhere.report.curves import curve, curves
 from adhere.report.markup import clip, document, escape
 
-MAIN = ("exact_match", "relevance", "relevance_words", "rouge_l", "consistency", "faithfulness", "length")
+MAIN = (
+    "exact_match",
+    "f1",
+    "contained",
+    "relevance",
+    "relevance_words",
+    "rouge_l",
+    "consistency",
+    "faithfulness",
+    "length",
+)
 """Metrics of the table, where the rows have what they need."""
 QUALITY = ("exact_match", "rouge_l", "relevance", "relevance_words")
 """The first of these that was measured is the quality of the label-efficiency curve."""
