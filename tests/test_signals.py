@@ -3,6 +3,7 @@ says where nothing can be said (no tokens, no salient mass, one salient token, a
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,8 @@ READING = [
     signals.reliance,
     signals.comprehensiveness,
     signals.question_reliance,
+    signals.leave_one_out,
+    signals.selfcite,
     signals.agreement,
 ]
 
@@ -60,6 +63,8 @@ def evidence_of(prompt, response, attention=None, *, salience=None, content=None
         question_logprobs=zeros,
         unasked_logprobs=zeros,
         ablated_logprobs=zeros,
+        left_out_logprobs=zeros[:, None],
+        cited_logprobs=zeros,
         head_mass=heads,
     )
 
@@ -239,7 +244,7 @@ def reads(draw):
     evidence = evidence_of(
         prompt.tolist(), response.tolist(), attention.tolist(), salience=salience.tolist(), content=content.tolist()
     )
-    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(7)]
+    floats = [torch.rand(2, r, generator=generator) * 5 * kept for _ in range(11)]
     reading = replace(evidence.reading, logprobs=-floats[0], entropy=floats[1], certainty=floats[2])
     question = (torch.rand(2, p, generator=generator) < 0.3) & mask
     sentences = torch.randint(0, 3, (2, p), generator=generator).masked_fill(question | ~mask, -1)
@@ -254,6 +259,8 @@ def reads(draw):
         contrast_logprobs=-floats[3],
         question_logprobs=-floats[4],
         ablated_logprobs=-floats[5],
+        left_out_logprobs=-torch.stack(floats[7:10], dim=1),
+        cited_logprobs=-floats[10],
     )
 
 
@@ -292,6 +299,8 @@ def padded(evidence: Evidence, before: int, after: int, junk: int) -> Evidence:
         wide(evidence.question_logprobs, 0, after),
         wide(evidence.unasked_logprobs, 0, after),
         wide(evidence.ablated_logprobs, 0, after),
+        wide(evidence.left_out_logprobs, 0, after),
+        wide(evidence.cited_logprobs, 0, after),
         evidence.head_mass,
         None if evidence.keep is None else wide(evidence.keep, before, after, False),
     )
@@ -353,6 +362,24 @@ def asked(**changes):
     sentences = torch.tensor([[0, 0, 1, 1, -1, -1]])
     given = {"context": context, "question": ~context, "sentences": sentences} | changes
     return replace(evidence, reading=reading, unasked_logprobs=torch.tensor([[-3.0, -9.0, -4.0]]), **given)
+
+
+def test_leave_one_out_is_the_drop_of_the_sentence_that_matters_most():
+    """Two tokens at −1 and −2; without sentence 0 −1 and −2.5, without sentence 1 −4 and −2: drops ¼ and 3/2. A third
+    sentence, of another prompt, is not there, whatever stands in its place."""
+    evidence = evidence_of([[5, 6, 7, 8]], [[6, 7]], [[[0.0, 0.6, 0.1, 0.0], [0.0, 0.2, 0.0, 0.4]]])
+    evidence = replace(
+        evidence,
+        reading=replace(evidence.reading, logprobs=torch.tensor([[-1.0, -2.0]])),
+        sentences=torch.tensor([[0, 0, 1, -1]]),
+        left_out_logprobs=torch.tensor([[[-1.0, -2.5], [-4.0, -2.0], [-90.0, -90.0]]]),
+        cited_logprobs=torch.tensor([[-0.5, -1.0]]),
+    )
+    assert signals.sentence_drops(evidence).tolist() == [[0.25, 1.5, -math.inf]]
+    assert signals.leave_one_out(evidence).tolist() == [1.5]
+    # The copy heads look at sentence 0 most (0.8 against 0.1): −0.75 on average by itself, −1.75 without it.
+    assert signals.cited_sentence(evidence).tolist() == [0]
+    assert signals.selfcite(evidence).tolist() == [1.0]
 
 
 def test_question_reliance_counts_what_the_question_does_not_say():

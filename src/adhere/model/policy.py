@@ -304,14 +304,18 @@ class Policy:
         assert question is None or copy_weights is not None, "the question is read with the copy heads"
         return self.reader.read(rollout, self.constraints, maps, spread, self.progress, question)
 
+    def read_without(self, rollout: Rollout, parts: Tensor) -> Tensor:
+        """[B, S, R] float32 log-probs of the responses without part s of their prompt (`adhere.model.leave_out`), 0
+        where it has none such. `parts` [N, P] int64: the part, 0 … S − 1, of each prompt token; -1 = always there."""
+        return self.reader.read_without(rollout, parts, self.constraints, self.progress)
+
     def inspect(
         self, prompt: Prompt, response: str | None = None, *, max_new_tokens: int = 64, name: str = ""
     ) -> Inspection:
         """Where each response token looked in the prompt: a view in a notebook, a table in a terminal.
 
-        Without a response the greedy one is inspected, of at most `max_new_tokens`. Raises `UserError` where prompt and
-        response do not fit the context; `name` says where they come from.
-        """
+        Without a response the greedy one is inspected, of at most `max_new_tokens`. Raises `UserError` where both do
+        not fit the context; `name` says where they come from."""
         return Inspection.of(self.read(self.answered(prompt, response, max_new_tokens, name)), self.tokenizer)
 
     def answered(self, prompt: Prompt, response: str | None, max_new_tokens: int, name: str = "") -> Rollout:

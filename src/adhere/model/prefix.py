@@ -118,7 +118,7 @@ def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -
         attention_mask=prompts.mask.long(),
         past_key_values=cache,
         use_cache=True,
-        **_accepted(model, position_ids=positions(prompts.mask), logits_to_keep=1),
+        **accepted(model, position_ids=positions(prompts.mask), logits_to_keep=1),
     )
     return Prefix(out.past_key_values, prompts.mask), out.logits[:, -1]
 
@@ -163,7 +163,7 @@ def extend(model: PreTrainedModel, prefix: Prefix, ids: Tensor, mask: Tensor | N
             attention_mask=torch.cat([prefix.mask, seen], dim=1).long(),
             past_key_values=prefix.cache,
             use_cache=True,
-            **_accepted(model, position_ids=places),
+            **accepted(model, position_ids=places),
         )
     prefix.extended += count
     logits: Tensor = out.logits
@@ -183,12 +183,17 @@ def forwards(
     stay, else by the plain batch. Where RoPE depends on length, `rollout` is one of `adhere.model.chunks.chunks`.
 
     `question` [N, P] bool: tokens whose attention is to be observed as well, by a decoder that reads the prompt."""
-    prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
     with freeing_layers(model):
-        if share and bool(prefixes_keep(model, prompt, rollout.lengths).all()):
+        if reads_prompts_once(model, rollout, share):
             yield from shared_forwards(model, rollout, around, head, question)
         else:
             yield from plain_forwards(model, rollout, around, head, question, **extra)
+
+
+def reads_prompts_once(model: PreTrainedModel, rollout: Rollout, share: bool) -> bool:
+    """Whether the prompts of a chunk are run once: `share` says so, and the frequencies of its RoPE stay."""
+    prompt = rollout.prompts.mask.sum(-1)[rollout.prompt_index]
+    return share and bool(prefixes_keep(model, prompt, rollout.lengths).all())
 
 
 def shared_forwards(
@@ -203,16 +208,16 @@ def shared_forwards(
     places = prompts.ids.shape[1]
     columns = slice(0, places)
     last = 0 if model.config.is_encoder_decoder else places - 1
-    with original_frequencies(model), _reading(head) as kept:
+    with original_frequencies(model), reading(head) as kept:
         with around(_window(model, slice(last, last + 1), columns, len(prompts), slice(0, 1), question)):
             prefix, logits = prefill(model, prompts)
-        first = _predictions(head, kept, logits[:, None], slice(0, 1))
+        first = predictions(head, kept, logits[:, None], slice(0, 1))
         yield first.select(rollout.prompt_index)
         if size > 1:
             with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
                 responses = prefix.shared(rollout.prompt_index)
                 logits = extend(model, responses, rollout.response_ids[:, :-1], rollout.response_mask[:, :-1])
-            yield _predictions(head, kept, logits, slice(1, size))
+            yield predictions(head, kept, logits, slice(1, size))
 
 
 def plain_forwards(
@@ -233,7 +238,7 @@ def plain_forwards(
     first = 0 if encoder_decoder else places - 1
     asked = None if question is None else question[rollout.prompt_index]
     window = _window(model, slice(first, first + size), slice(0, places), len(rollout), slice(0, size), asked)
-    with original_frequencies(model), _reading(head) as kept, around(window):
+    with original_frequencies(model), reading(head) as kept, around(window):
         if encoder_decoder:
             out = model(
                 input_ids=prompts.ids,
@@ -248,10 +253,10 @@ def plain_forwards(
                 input_ids=torch.cat([prompts.ids, ids], dim=1),
                 attention_mask=mask.long(),
                 use_cache=False,
-                **_accepted(model, position_ids=positions(mask), logits_to_keep=ids.shape[1] + 1),
+                **accepted(model, position_ids=positions(mask), logits_to_keep=ids.shape[1] + 1),
                 **extra,
             )
-    yield _predictions(head, kept, out.logits, slice(0, size), ids.shape[1] + 1 - size)
+    yield predictions(head, kept, out.logits, slice(0, size), ids.shape[1] + 1 - size)
 
 
 def _window(
@@ -267,7 +272,7 @@ def _window(
     return Window(slice(first, rows.stop), columns, batch, response, asked)
 
 
-def _predictions(head: Head | None, kept: list[Tensor], logits: Tensor, response: slice, after: int = 0) -> Predictions:
+def predictions(head: Head | None, kept: list[Tensor], logits: Tensor, response: slice, after: int = 0) -> Predictions:
     """What the last forward predicted for `response`: its last rows, but for `after` of them."""
     count = response.stop - response.start
 
@@ -283,7 +288,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _accepted(model: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
+def accepted(model: PreTrainedModel, **arguments: Any) -> dict[str, Any]:
     """Those of `arguments` that the model's forward takes: a few families count positions themselves."""
     names = inspect.signature(model.forward).parameters
     return {name: value for name, value in arguments.items() if name in names}
@@ -294,5 +299,6 @@ def _start(model: PreTrainedModel, count: int, device: torch.device) -> Tensor:
     return torch.full((count, 1), decoder_start(model), dtype=torch.long, device=device)
 
 
-def _reading(head: Head | None) -> AbstractContextManager[list[Tensor]]:
+def reading(head: Head | None) -> AbstractContextManager[list[Tensor]]:
+    """Within this context, what the head reads is kept in a list; nothing is without a head."""
     return nullcontext([]) if head is None else head.inputs()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ from adhere.model.chunks import chunks
 from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
 from adhere.model.head import Head
+from adhere.model.leave_out import masked_forwards
 from adhere.model.memory import TokenBudget, freeing
 from adhere.model.observe import AttentionObserver, Maps, ObservedMaps
 from adhere.model.tokens import token_statistics
-from adhere.progress import Progress
+from adhere.progress import Progress, silent
 from adhere.types import Chunk, Reading, Rollout
 
 FORWARD_TOKENS = 16_384
@@ -99,6 +101,46 @@ class Reader:
             return Reading(rollout, **whole)
 
         return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
+
+    @torch.no_grad()
+    def read_without(
+        self, rollout: Rollout, parts: Tensor, constraints: Constraints | None, progress: Progress
+    ) -> Tensor:
+        """See `Policy.read_without`."""
+        count = int(parts.max()) + 1 if parts.numel() else 0
+
+        def work(max_tokens: int) -> Tensor:
+            found = torch.zeros(len(rollout), count, rollout.response_ids.shape[1], device=self.network.device)
+            # Prompt by prompt: where one ends, another's parts may go on, and no score depends on its company.
+            prompts = progress(range(len(rollout.prompts)), "reading", len(rollout.prompts))
+            for number in freeing(prompts):
+                group = rollout.groups(number, number + 1)
+                own = parts[number, group.span]
+                if len(group.rollout) and bool((own >= 0).any()):
+                    for pairs, logprobs in self._without(group.rollout, own, constraints, max_tokens):
+                        found[group.rows][pairs[:, 0], pairs[:, 1], group.columns] = logprobs
+            return found
+
+        return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
+
+    def _without(
+        self, group: Rollout, parts: Tensor, constraints: Constraints | None, max_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(response, part) [m, 2] int64 and log-probs [m, R] of those responses without that part, for one prompt."""
+        if not self._encodes and prefix.reads_prompts_once(self.network, group, self.shares_prefixes):
+            with self._active():
+                for pairs, own, piece in masked_forwards(self.network, group, parts, self.head, max_tokens):
+                    yield pairs, token_statistics(piece, own, self.head, constraints, ())["logprobs"]
+            return
+        every = torch.arange(len(group), device=parts.device)
+        for one in parts[parts >= 0].unique():
+            rest = group.prompts.only(group.prompts.mask & (parts != one), left=not self._encodes)
+            logprobs = self.read(replace(group, prompts=rest), constraints, {}, (), silent).logprobs
+            yield torch.stack([every, one.expand_as(every)], dim=1), logprobs
+
+    @property
+    def _encodes(self) -> bool:
+        return bool(self.network.config.is_encoder_decoder)
 
     @torch.no_grad()
     def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:

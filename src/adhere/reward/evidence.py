@@ -26,7 +26,7 @@ from adhere.reward.salience import (
     user_tokens,
     written_tokens,
 )
-from adhere.reward.signals import Evidence
+from adhere.reward.signals import Evidence, cited_sentence
 from adhere.reward.sources import context_sentences
 from adhere.reward.words import Spelling
 from adhere.types import Prompts, Reading, Rollout
@@ -60,7 +60,7 @@ def gather(
     reading: Reading | None = None,
 ) -> Evidence:
     """What the signals of `config` read of a rollout, from one forward of `scorer` and one more for each prompt that is
-    changed (`contrast`, `reliance`, `question_reliance`, `comprehensiveness`); none for text alone.
+    changed (`contrast`, `reliance`, `question_reliance`, `comprehensiveness`, `leave_one_out`); none for text alone.
 
     `reading`: what `scorer` has read of the rollout already. `classes` [V] and `spelling` are those of its tokenizer.
     """
@@ -84,7 +84,9 @@ def gather(
     weighed = salience(config.salience if seen else "content", reading, classes)
     own = user_tokens(rollout.prompts, classes)
     said = rollout.response_mask & (classes_of(rollout.response_ids, classes) != TokenClass.SPECIAL)
-    return Evidence(
+    by_sentence = bool(reads & (Reads.ASKING | Reads.LEFT_OUT))
+    sentences = context_sentences(rollout.prompts, classes) if by_sentence else None
+    evidence = Evidence(
         reading,
         weighed,
         response_content(rollout, classes),
@@ -94,18 +96,18 @@ def gather(
         context_tokens(rollout.prompts, classes)[rollout.prompt_index],
         question[rollout.prompt_index],
         written_tokens(rollout.prompts, classes)[rollout.prompt_index],
-        sentences=(
-            context_sentences(rollout.prompts, classes)[rollout.prompt_index] if Reads.ASKING in reads else None
-        ),
+        sentences=None if sentences is None else sentences[rollout.prompt_index],
         contrast_logprobs=_contrast(rollout, scorer) if Reads.CONTRAST in reads else None,
         question_logprobs=_after_question(rollout, scorer, classes) if Reads.QUESTION in reads else None,
         unasked_logprobs=_without_question(rollout, scorer, classes) if Reads.UNASKED in reads else None,
         ablated_logprobs=(
             _without_attended(reading, scorer, classes, config.ablate) if Reads.ABLATED in reads else None
         ),
+        left_out_logprobs=_without_each(rollout, scorer, sentences) if Reads.LEFT_OUT in reads else None,
         head_mass=scorer.head_mass(rollout, weighed) if Reads.HEADS in reads else None,
         keep=own[rollout.prompt_index] if config.renormalise else None,
     )
+    return replace(evidence, cited_logprobs=_cited_alone(evidence, scorer)) if Reads.CITED in reads else evidence
 
 
 def _unread(rollout: Rollout) -> Reading:
@@ -140,6 +142,25 @@ def _without_question(rollout: Rollout, scorer: Policy, classes: Tensor) -> Tens
     unasked = prompts.only(keep, left=not scorer.is_encoder_decoder)
     with phase(scorer.progress, "without the question"):
         return _logprobs(scorer, rollout, unasked)
+
+
+def _without_each(rollout: Rollout, scorer: Policy, sentences: Tensor | None) -> Tensor:
+    """[B, S, R] log-probs of the responses without each sentence [N, P] of the context."""
+    assert sentences is not None
+    with phase(scorer.progress, "without each sentence"):
+        return scorer.read_without(rollout, sentences)
+
+
+def _cited_alone(evidence: Evidence, scorer: Policy) -> Tensor:
+    """[B, R] log-probs of the responses with the sentence that each cites as the whole context."""
+    rollout, sentences = evidence.reading.rollout, evidence.sentences
+    assert sentences is not None
+    prompts = rollout.prompts.select(rollout.prompt_index)  # each response keeps a sentence of its own
+    keep = prompts.mask & ((sentences < 0) | (sentences == cited_sentence(evidence)[:, None]))
+    alone = prompts.only(keep, left=not scorer.is_encoder_decoder)
+    apart = replace(rollout, prompts=alone, prompt_index=torch.arange(len(rollout), device=keep.device))
+    with phase(scorer.progress, "the cited sentence alone"):
+        return scorer.read(apart, attention=False, spread=()).logprobs
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:

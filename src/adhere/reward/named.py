@@ -34,6 +34,8 @@ class Reads(enum.Flag):
     UNASKED = enum.auto()
     ASKING = enum.auto()
     HEADS = enum.auto()
+    LEFT_OUT = enum.auto()
+    CITED = enum.auto()
 
 
 PREFERENCE = "preference:"
@@ -67,6 +69,8 @@ SIGNALS: dict[str, Signal] = {
     "contrast": Signal(Reads.LOGPROBS | Reads.CONTRAST),
     "reliance": Signal(Reads.LOGPROBS | Reads.QUESTION),
     "comprehensiveness": Signal(Reads.LOGPROBS | Reads.COPY | Reads.ABLATED),
+    "leave_one_out": Signal(Reads.LOGPROBS | Reads.LEFT_OUT),
+    "selfcite": Signal(Reads.COPY | Reads.LEFT_OUT | Reads.CITED),
     "question_reliance": Signal(Reads.LOGPROBS | Reads.UNASKED),
     "agreement": Signal(Reads.COPY | Reads.ASKING),
     "support": Signal(Reads.TEXT),

@@ -57,6 +57,11 @@ class Evidence:
     """[B, R] log-prob of the same responses after the prompt without its question; None when no signal asked for it."""
     ablated_logprobs: Tensor | None = None
     """[B, R] log-prob of the same responses without the context they attend to most; None when not asked for."""
+    left_out_logprobs: Tensor | None = None
+    """[B, S, R] log-prob of the same responses without sentence s of their context, 0 where it has none such; None when
+    not asked for."""
+    cited_logprobs: Tensor | None = None
+    """[B, R] log-prob of the same responses with `cited_sentence` as the whole context; None when not asked for."""
     head_mass: Tensor | None = None
     """[B, L, H] mean attention of each head to the salient prompt; None when no signal asked for it."""
     keep: Tensor | None = None
@@ -235,6 +240,56 @@ def comprehensiveness(evidence: Evidence) -> Tensor:
     assert evidence.ablated_logprobs is not None, "no log-probs without the attended context were measured"
     gain = _floored(evidence.reading.logprobs) - _floored(evidence.ablated_logprobs)
     return masked_mean(gain, evidence.reading.response_mask)
+
+
+def leave_one_out(evidence: Evidence) -> Tensor:
+    """What the sentence that matters most does for the response: max_s (1/m) Σ_t log p(y_t|x) − log p(y_t|x without s),
+    nats. [B].
+
+    ContextCite's leave-one-out score (Cohen-Wang et al. 2024, arXiv 2409.00729) of the best source, a mean over tokens.
+    An answer from habit, or one spread over the passage, needs no sentence. 0 without a context.
+    """
+    drops = sentence_drops(evidence)
+    return drops.amax(-1).masked_fill(drops.amax(-1).isinf(), 0.0) if drops.shape[1] else drops.sum(-1)
+
+
+def sentence_drops(evidence: Evidence) -> Tensor:
+    """Mean drop of the log-prob of the response tokens without each sentence of the context, nats: [B, S]. -inf for
+    sentences that a context does not have."""
+    assert evidence.left_out_logprobs is not None and evidence.sentences is not None, "no sentence was left out"
+    reading = evidence.reading
+    drops = _floored(reading.logprobs).unsqueeze(1) - _floored(evidence.left_out_logprobs)
+    mean = masked_mean(drops, reading.response_mask.unsqueeze(1))
+    there = sentence_mass(torch.ones_like(evidence.sentences, dtype=mean.dtype), evidence.sentences, mean.shape[1]) > 0
+    return mean.masked_fill(~there, -torch.inf)
+
+
+def selfcite(evidence: Evidence) -> Tensor:
+    """What the cited sentence does by itself, and the rest does not: (1/m) Σ_t log p(y_t|question, cited sentence) −
+    log p(y_t|x without it), nats. [B].
+
+    The reward of SelfCite (Chuang et al. 2025, arXiv 2502.09604): probability drop plus probability hold. The citation
+    is the sentence that the copy heads looked at most, since responses here cite none themselves. 0 without a context.
+    """
+    assert evidence.left_out_logprobs is not None and evidence.cited_logprobs is not None
+    cited = cited_sentence(evidence)
+    rows = torch.arange(len(cited), device=cited.device)
+    if not evidence.left_out_logprobs.shape[1]:
+        return evidence.reading.logprobs.new_zeros(len(cited))
+    without = evidence.left_out_logprobs[rows, cited.clamp(min=0)]
+    gain = _floored(evidence.cited_logprobs) - _floored(without)
+    return masked_mean(gain, evidence.reading.response_mask) * (cited >= 0)
+
+
+def cited_sentence(evidence: Evidence) -> Tensor:
+    """The sentence of the context that the copy heads looked at most from a response: [B] int64, -1 without any."""
+    reading, sentences = evidence.reading, evidence.sentences
+    assert reading.copy_attention is not None and sentences is not None
+    count = int(sentences.max()) + 1 if sentences.numel() else 0
+    if not count:
+        return torch.full_like(reading.rollout.prompt_index, -1)
+    mass = sentence_mass(reading.copy_attention.sum(1), sentences, count)
+    return mass.argmax(-1).masked_fill(mass.sum(-1) == 0, -1)
 
 
 def question_reliance(evidence: Evidence) -> Tensor:
