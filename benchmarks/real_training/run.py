@@ -51,7 +51,7 @@ VARIANTS = {
 sentences, which `exact` never pays."""
 LABELLED = ("exact", "contained")
 LONGEST = 110
-"""Words of a passage."""
+"""Words of a passage to train on."""
 SHOWN = (1, 5, 9, 13, 17)
 """Steps of the printed table, beside the last."""
 
@@ -64,15 +64,18 @@ def contained(evidence: Evidence) -> torch.Tensor:
     return torch.tensor(hits, device=rollout.prompt_index.device)
 
 
-def prepared(source: Path, target: Path, instruction: str, example: bool, limit: int, answers: bool) -> None:
-    """The first `limit` rows of `source` on short passages, asked as above, `instruction` before the question."""
+def prepared(
+    source: Path, target: Path, instruction: str, example: bool, limit: int, answers: bool, longest: int = LONGEST
+) -> None:
+    """The first `limit` rows of `source` on passages of at most `longest` words, asked as above, `instruction` before
+    the question."""
     ask = ASK.replace("Question:", f"{instruction}\n\nQuestion:") if instruction else ASK
     context, question, answer = EXAMPLE
     shown = ask.replace("{context}", context).replace("{question}", question)
     turns = [("user", shown), ("assistant", answer)] if example else []
     messages = [{"role": role, "content": text} for role, text in (*turns, ("user", ask))]
     names = ("context", "question", "answers") if answers else ("context", "question")
-    rows = [row.fields for row in read_rows(source) if len(row.fields["context"].split()) <= LONGEST]
+    rows = [row.fields for row in read_rows(source) if len(row.fields["context"].split()) <= longest]
     write_jsonl(target, [{**{name: row[name] for name in names}, "messages": messages} for row in rows[:limit]])
 
 
@@ -156,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dynamic-sampling", type=int, default=0)
     parser.add_argument("--part", choices=("validation", "test"), default="validation", help="of XQuAD, to evaluate on")
     parser.add_argument("--evaluated", type=int, default=60, help="questions to evaluate on")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="words of a passage to evaluate on")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
@@ -165,7 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     asked, labels = (options.instruction, options.example), not set(LABELLED).isdisjoint(options.arms)
     prepared(source, options.output / "prompts.jsonl", *asked, limit=1000, answers=labels)
-    prepared(fresh, options.output / "evaluation.jsonl", *asked, limit=options.evaluated, answers=True)
+    prepared(
+        fresh,
+        options.output / "evaluation.jsonl",
+        *asked,
+        limit=options.evaluated,
+        answers=True,
+        longest=options.longest,
+    )
     written = options.output / "plan.yaml"
     written.write_text(to_json(plan(options, options.arms), indent=1), encoding="utf-8")
     command = ["compare", str(written), "--output", str(options.output / "compare"), "--jobs", str(options.jobs)]
