@@ -14,6 +14,7 @@ from adhere.measure.cases import neighbours
 from adhere.measure.degenerate import FAMILIES
 from adhere.measure.settings import AuditConfig
 from adhere.model.policy import Policy
+from adhere.report.tables import win_table
 from adhere.reward.named import RewardConfig
 from adhere.reward.reward import Reward
 from adhere.reward.signals import Evidence
@@ -44,6 +45,15 @@ def test_a_reward_for_brevity_is_gamed_by_silence(policy: Policy) -> None:
     assert found.hacks["n-gram loop"].beats_best.mean == 0.0
     assert "empty" in found.gameable(0.05) and "n-gram loop" not in found.gameable(0.05)
     assert found.explain(0.05).startswith("Gameable") and "empty" in found.explain(0.05)
+    win = found.hacks["empty"].win
+    assert win is not None and win.won.text == "" and win.won.reward == -1.0  # its end alone
+    assert win.through == f"{__name__}:shortest" and win.won.signals[win.through] == win.won.reward
+    # The widest win is over the longest best sample: every sample of that prompt is as long or longer.
+    assert win.best.text and win.best.reward <= -2.0 and win.prompt in [row.prompt for row in ROWS]
+    assert found.hacks["n-gram loop"].win is None
+    shown = win_table(found, 0.05)[2]
+    assert ["best own sample", f"{win.best.reward:.2f}", "", win.best.text] in shown
+    assert ["empty", "-1.00", win.through, "(empty)"] in shown and len(shown) <= 10
 
 
 def test_exact_answers_cannot_be_gamed_and_rank_perfectly(policy: Policy) -> None:
@@ -143,8 +153,10 @@ def test_the_page_escapes_what_it_shows(tmp_path: Path) -> None:
     from adhere.report.audit import write_audit
 
     entry = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 10}
+    paid = {"text": "<q>", "reward": 1.25, "signals": {"<s>": 1.0}}
+    win = {"prompt": "<tt>", "won": paid, "best": {**paid, "text": ""}, "through": "<s>"}
     reward = {
-        "families": {"<i>": {"beats_best": entry, "beats_right": None}},
+        "families": {"<i>": {"beats_best": entry, "beats_right": None, "win": win}},
         "ranking": {"all": entry},
         "mean_sample": entry,
         "best_of_n": entry,
@@ -162,7 +174,9 @@ def test_the_page_escapes_what_it_shows(tmp_path: Path) -> None:
     }
     (tmp_path / "audit.json").write_text(to_json(found))
     page = write_audit(tmp_path).read_text()
-    assert all(mark not in page for mark in ("<script>", "<em>", "<i>", "<u>")) and "&lt;script&gt;" in page
+    assert all(mark not in page for mark in ("<script>", "<em>", "<i>", "<u>", "<q>", "<s>", "<tt>"))
+    assert "&lt;script&gt;" in page and "&lt;tt&gt;" in page
+    assert "&lt;q&gt;<small>paid 1.25" in page and "(empty)<small>paid 1.25" in page and "by &lt;s&gt;" in page
     (tmp_path / "audit.json").write_text("{}")
     with pytest.raises(UserError, match=r"audit\.json"):
         write_audit(tmp_path)

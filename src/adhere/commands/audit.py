@@ -63,7 +63,7 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
 
     from adhere.measure.audit import audit, summary, with_controls
     from adhere.report.audit import write_audit
-    from adhere.report.tables import audit_tables
+    from adhere.report.tables import audit_tables, win_table
     from adhere.reward.reward import Reward
 
     tell_prompting(console, policy, rows)
@@ -76,6 +76,8 @@ def _audit(options: argparse.Namespace, console: Console) -> int:
     page = write_audit(options.output)
     for table in audit_tables(verdicts):
         console.table(*table)
+    if found["gameable"]:
+        console.table(*win_table(verdicts[options.reward[0]], config.max_hack_rate))
     (console.warn if found["gameable"] else console.note)(f"{options.reward[0]}: {found['verdict']}")
     console.note(f"report in {page}")
     console.result(found)

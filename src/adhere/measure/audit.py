@@ -34,6 +34,28 @@ TIE = 1e-4
 
 
 @dataclass(frozen=True)
+class Paid:
+    """A response and what it was paid."""
+
+    text: str
+    reward: float
+    signals: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Win:
+    """The degenerate response of a family that beat the best own sample by the most."""
+
+    prompt: str
+    """What the model read, template applied."""
+    won: Paid
+    best: Paid
+    """The own sample that was paid best."""
+    through: str
+    """The signal whose weighted difference is largest; empty where a gate decided, and no signal is for the winner."""
+
+
+@dataclass(frozen=True)
 class Hack:
     """How one family fares, over the prompts where it has something to say that the policy did not."""
 
@@ -41,6 +63,8 @@ class Hack:
     """Share of prompts where it gets more than the best own sample."""
     beats_right: Estimate | None = None
     """Share of prompts where it gets more than the right answer."""
+    win: Win | None = None
+    """None where it never beat the best own sample."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,11 @@ class Verdict:
 
         return {
             "families": {
-                name: {"beats_best": figure(hack.beats_best), "beats_right": figure(hack.beats_right)}
+                name: {
+                    "beats_best": figure(hack.beats_best),
+                    "beats_right": figure(hack.beats_right),
+                    "win": None if hack.win is None else asdict(hack.win),
+                }
                 for name, hack in self.hacks.items()
             },
             "ranking": {name: figure(value) for name, value in self.ranking.items()},
@@ -177,6 +205,8 @@ class _Tally:
     def __init__(self) -> None:
         self.best: dict[str, list[float]] = {name: [] for name in FAMILIES}
         self.right: dict[str, list[float]] = {name: [] for name in FAMILIES}
+        self.wins: dict[str, tuple[float, Win]] = {}
+        """Family → by how much it won at most, and where."""
         self.ranking: dict[str, list[float]] = {}
         self.first: list[float] = []
         self.share: list[float] = []
@@ -190,8 +220,13 @@ class _Tally:
         def figure(values: list[float]) -> Estimate | None:
             return bootstrap(values) if values else None
 
+        wins = {name: win for name, (_, win) in self.wins.items()}
         return Verdict(
-            {name: Hack(bootstrap(values), figure(self.right[name])) for name, values in self.best.items() if values},
+            {
+                name: Hack(bootstrap(values), figure(self.right[name]), wins.get(name))
+                for name, values in self.best.items()
+                if values
+            },
             {name: bootstrap(values) for name, values in self.ranking.items()},
             figure(self.first),
             figure(self.share),
@@ -218,29 +253,67 @@ def _score_batch(tally: _Tally, reward: Reward, policy: Policy, batch: AuditBatc
     for (name, _), extra in batch.slots.items():
         if name == RIGHT:
             continue
-        for place, gain in _gains(reward, evidence, own, extra, None).items():
-            best[name][place] = max(best[name].get(place, 0.0), float(gain > TIE))
+        for place, pair in _pairs(reward, evidence, own, extra, None).items():
+            best[name][place] = max(best[name].get(place, 0.0), float(pair.gain > TIE))
+            if pair.gain > max(TIE, tally.wins[name][0] if name in tally.wins else 0.0):
+                tally.wins[name] = pair.gain, _win(pair, reward, rollout)
         if truth is not None:
-            for place, gain in _gains(reward, evidence, own, extra, truth).items():
-                right[name][place] = max(right[name].get(place, 0.0), float(gain > TIE))
+            for place, pair in _pairs(reward, evidence, own, extra, truth).items():
+                right[name][place] = max(right[name].get(place, 0.0), float(pair.gain > TIE))
     for name in FAMILIES:
         tally.best[name] += best[name].values()
         tally.right[name] += right[name].values()
 
 
-def _gains(reward: Reward, evidence: Evidence, own: Tensor, extra: Tensor, truth: Tensor | None) -> dict[int, float]:
-    """Prompt → reward of its extra response in its group, less that of the best own sample (or of the right answer)."""
+@dataclass(frozen=True)
+class _Pair:
+    """An extra response of a prompt and what it is held against, with the scores of both in their group."""
+
+    rows: tuple[int, int]
+    """Of the rollout."""
+    rewards: tuple[float, float]
+    signals: tuple[dict[str, float], dict[str, float]]
+
+    @property
+    def gain(self) -> float:
+        return self.rewards[0] - self.rewards[1]
+
+
+def _pairs(reward: Reward, evidence: Evidence, own: Tensor, extra: Tensor, truth: Tensor | None) -> dict[int, _Pair]:
+    """Prompt → its extra response in its group, held against the best own sample (or the right answer)."""
     company = own if truth is None else torch.cat([own, truth])
     rows = torch.cat([company, extra]).sort().values
-    scores = reward.score_evidence(evidence.select(rows)).reward
+    scores = reward.score_evidence(evidence.select(rows))
     place = evidence.reading.rollout.prompt_index[rows]
     added, compared = torch.isin(rows, extra), torch.isin(rows, own if truth is None else truth)
+
+    def top(among: Tensor) -> int:
+        """The best paid of them."""
+        places = among.nonzero().flatten()
+        return int(places[scores.reward[places].argmax()])
+
     found = {}
     for prompt in place[added].tolist():
-        others = scores[compared & (place == prompt)]
-        if len(others):
-            found[prompt] = float(scores[added & (place == prompt)].max() - others.max())
+        if bool((others := compared & (place == prompt)).any()):
+            two = top(added & (place == prompt)), top(others)
+            signals = tuple({name: float(value[n]) for name, value in scores.signals.items()} for n in two)
+            found[prompt] = _Pair(
+                (int(rows[two[0]]), int(rows[two[1]])),
+                (float(scores.reward[two[0]]), float(scores.reward[two[1]])),
+                (signals[0], signals[1]),
+            )
     return found
+
+
+def _win(pair: _Pair, reward: Reward, rollout: Rollout) -> Win:
+    won, best = (
+        Paid(rollout.responses[row], paid, signals)
+        for row, paid, signals in zip(pair.rows, pair.rewards, pair.signals, strict=True)
+    )
+    gains = {name: weight * (won.signals[name] - best.signals[name]) for name, weight in reward.config.weights.items()}
+    through = max(gains, key=lambda name: gains[name])
+    prompt = rollout.prompts.texts[int(rollout.prompt_index[pair.rows[0]])]
+    return Win(prompt, won, best, through if gains[through] > 0 else "")
 
 
 def _rank(tally: _Tally, scores: Tensor, own: Rollout, rows: Sequence[Row]) -> None:

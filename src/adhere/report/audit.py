@@ -18,6 +18,8 @@ FIGURES = {
     "flat_groups": ("Flat groups", "Prompts whose samples all get the same: nothing to learn from."),
     "cut_off": ("Cut off", "Own samples that did not end by themselves."),
 }
+PROMPT_END = 300
+"""Characters of a prompt that are shown."""
 
 
 def write_audit(folder: Path) -> Path:
@@ -45,6 +47,7 @@ def _page(found: Mapping[str, Any]) -> str:
     body = (
         f'<header><h1>Audit of {clip(first, 80)}</h1><ul class="chips">{listed}</ul></header>'
         f'<section class="card verdict {tone}"><strong>{word}</strong><p>{clip(found["verdict"])}</p></section>'
+        + _wins(rewards[first], found["config"]["max_hack_rate"])
         + _families(rewards, found["config"]["max_hack_rate"])
         + _ranking(rewards)
         + _others(rewards)
@@ -64,6 +67,34 @@ def _families(rewards: Mapping[str, Any], limit: float) -> str:
         f"which it gets more than that. Coloured above {limit:.0%}: RL finds what is paid for.</p>"
         + _table("Degenerate response", rewards, rows)
     )
+
+
+def _wins(reward: Mapping[str, Any], limit: float) -> str:
+    """Of each family that the reward pays for: the response that won by the most, beside the best own sample."""
+    won = {name: entry for name, entry in reward["families"].items() if entry["beats_best"]["mean"] > limit}
+    rows = ""
+    for name, entry in sorted(won.items(), key=lambda item: -item[1]["beats_best"]["mean"]):
+        win = entry.get("win")
+        if win is None:
+            continue
+        share = f"{entry['beats_best']['mean']:.0%} of prompts" + (f", by {win['through']}" if win["through"] else "")
+        rows += (
+            f'<tr><th scope="row">{clip(name, 60)}<small>{escape(share)}</small></th>'
+            + "".join(_paid(win[side]) for side in ("won", "best"))
+            + f"<td>{clip(win['prompt'][-PROMPT_END:])}</td></tr>"
+        )
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("", "What won", "Best own sample", "End of the prompt"))
+    return (
+        '<h2>What won</h2><p class="lead">Of each family, the response that was paid most beyond the best own sample '
+        "of its prompt, and the signal that made the most of the difference.</p>"
+        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _paid(side: Mapping[str, Any]) -> str:
+    return f"<td>{clip(side['text']) or '(empty)'}<small>paid {side['reward']:.2f}</small></td>"
 
 
 def _hack(entry: Mapping[str, Any] | None, limit: float) -> str:

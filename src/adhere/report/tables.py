@@ -14,6 +14,10 @@ from adhere.report.compare import metrics_of
 Table = tuple[str, list[str], list[list[object]]]
 COMPARED = ("swapped", "distractor", "unanswerable", "samples", "best of n", "swapped best of n")
 """Figures of a bench whose differences are shown; the file has those of all."""
+WINS = 5
+"""Families whose winner is shown."""
+WIDE = 60
+"""Characters of a response that are shown."""
 ACROSS = 3
 """Figures with intervals beside each other that 80 columns have room for."""
 
@@ -51,6 +55,23 @@ def audit_tables(verdicts: Mapping[str, Verdict]) -> list[Table]:
             _shares("right before wrong, own samples of a prompt (0.5 = chance)", ["prompts", *verdicts], ranks)
         )
     return tables
+
+
+def win_table(verdict: Verdict, limit: float) -> Table:
+    """Of a gameable reward: what won, beside the best own sample, for the families that win most often."""
+    families = sorted(verdict.gameable(limit), key=lambda name: -verdict.hacks[name].beats_best.mean)[:WINS]
+    rows: list[list[object]] = []
+    for name in families:
+        win = verdict.hacks[name].win
+        assert win is not None, "a family above the limit has won somewhere"
+        for label, paid in ((name, win.won), ("best own sample", win.best)):
+            rows.append([label, f"{paid.reward:.2f}", win.through if paid is win.won else "", _clipped(paid.text)])
+    return "what won most clearly", ["response", "paid", "through", "text"], rows
+
+
+def _clipped(text: str) -> str:
+    line = " ".join(text.split())
+    return (line if len(line) <= WIDE else f"{line[: WIDE - 1]}…") or "(empty)"
 
 
 def compare_tables(found: Mapping[str, Any]) -> list[Table]:
