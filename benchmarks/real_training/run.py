@@ -2,26 +2,27 @@
 
     python benchmarks/real_training/run.py --data ../shared/data --model MODEL --output runs/probe --example
     python benchmarks/real_training/run.py --data ../shared/data --model MODEL --output runs/lora --lora --steps 40 \
-        --learning-rate 1e-4 --max-new-tokens 40 --instruction "Answer the question in one short sentence." \
-        --arms none attention contained shuffled
+        --learning-rate 1e-4 --kl-coef 0.04 --max-new-tokens 40 --evaluated 100 --test 300 \
+        --instruction "Answer the question in one short sentence." --arms attention contained none shuffled overlap
 
 Prompts are questions of AdversarialQA's training part on passages of at most 110 words, without their answers (the arms
 `exact` and `contained` alone read those). With `--example` an earlier turn shows a question and its answer, 1921, which
 a reward that does not read the question comes to prefer; without it, the question said again. `adhere compare` does the
 work, so that a run goes on where it was stopped; exact match, F1, answer contained and their differences are in
 OUTPUT/compare/compare.html. This adds, step by step, how many responses are the example's answer, the question, or one
-text for all prompts.
+text for all prompts; and with `--test`, what each trained model answers to questions of the test part.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +31,11 @@ import torch
 
 from adhere.compare.settings import folder_name
 from adhere.data import read_rows, write_jsonl
-from adhere.files import to_json
+from adhere.files import atomic_write, to_json
+from adhere.measure import metrics
+from adhere.measure.stats import bootstrap
+from adhere.model.policy import Policy
+from adhere.model.settings import Sampling
 from adhere.reward.named import NAMED
 from adhere.reward.signals import Evidence
 from adhere.text import answer_words, contains_answer, normalise_answer
@@ -52,6 +57,9 @@ sentences, which `exact` never pays."""
 LABELLED = ("exact", "contained")
 LONGEST = 110
 """Words of a passage to train on."""
+ANY_LENGTH = 1_000_000
+TOGETHER = 16
+"""Test questions answered at a time."""
 SHOWN = (1, 5, 9, 13, 17)
 """Steps of the printed table, beside the last."""
 
@@ -137,6 +145,36 @@ def echoes(response: str, prompt: str) -> bool:
     return len(found) >= 3 and sum(word in asked for word in found) >= 0.8 * len(found)
 
 
+def tested(models: Mapping[str, str], options: argparse.Namespace) -> str:
+    """What each model answers to the test questions: figures, and their differences to the first, question by question.
+    The answers of a model are kept in OUTPUT/test."""
+    rows = read_rows(options.output / "test.jsonl")
+    lines = ["| model | exact match | F1 | answer contained | F1, gain | contained, gain |", "|---" * 6 + "|"]
+    first: Mapping[str, Sequence[float | None]] | None = None
+    for label, model in models.items():
+        kept = options.output / "test" / f"{folder_name(label)}.json"
+        if not kept.exists():
+            policy = Policy.load(model, device=options.device)
+            greedy = Sampling(temperature=0.0, max_new_tokens=options.max_new_tokens)
+            said: list[str] = []
+            for start in range(0, len(rows), TOGETHER):
+                prompts = policy.encode([row.prompt for row in rows[start : start + TOGETHER]])
+                said += policy.sample(prompts, sampling=greedy).responses
+            atomic_write(kept, to_json(said, indent=1))
+        said = json.loads(kept.read_text(encoding="utf-8"))
+        known = [row.answers for row in rows]
+        values = {name: getattr(metrics, name)(said, known) for name in ("exact_match", "f1", "contained")}
+        first = first or values
+        gains = [
+            [after - before for after, before in zip(values[name], first[name], strict=True)]
+            for name in ("f1", "contained")
+        ]
+        figures = [*(bootstrap(found) for found in values.values()), *(bootstrap(gain) for gain in gains)]
+        cells = [f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in figures]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
@@ -157,26 +195,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--kl-coef", type=float, default=0.02)
     parser.add_argument("--dynamic-sampling", type=int, default=0)
-    parser.add_argument("--part", choices=("validation", "test"), default="validation", help="of XQuAD, to evaluate on")
-    parser.add_argument("--evaluated", type=int, default=60, help="questions to evaluate on")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="words of a passage to evaluate on")
+    parser.add_argument("--evaluated", type=int, default=60, help="validation questions of XQuAD to evaluate on")
+    parser.add_argument(
+        "--test", type=int, default=0, metavar="N", help="then answer N of its test questions, greedily"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    source, fresh = options.data / "adversarialqa/train.jsonl", options.data / f"squad_xquad/{options.part}.jsonl"
-    if missing := [str(path) for path in (source, fresh) if not path.is_file()]:
+    source = options.data / "adversarialqa/train.jsonl"
+    fresh, test = (options.data / f"squad_xquad/{part}.jsonl" for part in ("validation", "test"))
+    if missing := [str(path) for path in (source, fresh, test) if not path.is_file()]:
         print(f"error: no {', '.join(missing)}; give the folder of the data sets with --data", file=sys.stderr)
         raise SystemExit(2)
     asked, labels = (options.instruction, options.example), not set(LABELLED).isdisjoint(options.arms)
     prepared(source, options.output / "prompts.jsonl", *asked, limit=1000, answers=labels)
-    prepared(
-        fresh,
-        options.output / "evaluation.jsonl",
-        *asked,
-        limit=options.evaluated,
-        answers=True,
-        longest=options.longest,
-    )
+    prepared(fresh, options.output / "evaluation.jsonl", *asked, limit=options.evaluated, answers=True)
+    prepared(test, options.output / "test.jsonl", *asked, limit=options.test, answers=True, longest=ANY_LENGTH)
     written = options.output / "plan.yaml"
     written.write_text(to_json(plan(options, options.arms), indent=1), encoding="utf-8")
     command = ["compare", str(written), "--output", str(options.output / "compare"), "--jobs", str(options.jobs)]
@@ -184,10 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = subprocess.run([sys.executable, "-m", "adhere", *command], env={**os.environ, "PYTHONPATH": here})
     if found.returncode:
         raise SystemExit(found.returncode)
-    for name in options.arms:
-        for seed in options.seeds if name != "none" else ():
-            run = options.output / "compare" / folder_name(options.model) / folder_name(name) / f"seed-{seed}"
-            print(f"\n{name}, seed {seed}\n\n{table(run)}")
+    runs = options.output / "compare" / folder_name(options.model)
+    folders = {
+        f"{name}, seed {seed}": runs / folder_name(name) / f"seed-{seed}"
+        for name in options.arms
+        for seed in (options.seeds if name != "none" else ())
+    }
+    for label, run in folders.items():
+        print(f"\n{label}\n\n{table(run)}")
+    if options.test:
+        models = {"untrained": options.model, **{label: str(run / "model") for label, run in folders.items()}}
+        print("\n" + tested(models, options))
 
 
 if __name__ == "__main__":
