@@ -32,7 +32,7 @@ LAYERS = [
     {"learn"},
     {"measure"},
     {"preferences"},
-    {"ranking", "ranking_settings", "faithfulness", "serve", "report", "integrations", "console"},
+    {"ranking", "ranking_settings", "checking", "faithfulness", "serve", "report", "integrations", "console"},
     {"toy"},
     {"api", "demo", "compare"},
     {"commands"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from adhere.commands.audit import AUDIT
 from adhere.commands.bench import BENCH
 from adhere.commands.calibrate import CALIBRATE
+from adhere.commands.check import CHECK
 from adhere.commands.common import Command
 from adhere.commands.compare import COMPARE
 from adhere.commands.eval import EVAL
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "audit": AUDIT,
     "bench": BENCH,
     "score": SCORE,
+    "check": CHECK,
     "rank": RANK,
     "inspect": INSPECT,
     "heads": HEADS,
