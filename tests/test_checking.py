@@ -100,6 +100,15 @@ def test_the_command_writes_every_row_and_tells_what_is_unsupported(tmp_path: Pa
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["response"] for row in written] == [row["response"] for row in ROWS]
     assert all(0 <= one["support"] <= 1 for row in written for one in row["sentences"])
+    assert main([*arguments, "--output", str(tmp_path / "two"), "--limit", "2"]) == 0
+    first = [json.loads(line) for line in (tmp_path / "two").read_text().splitlines()]
+    assert [one["faithfulness"] for one in first] == pytest.approx(
+        [one["faithfulness"] for one in written[:2]], abs=1e-3
+    )
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"prompt": "where is mary ?", "response": "garden"}\n')
+    assert main(["check", "--model", "toy-causal", "--input", str(bare), "--output", str(tmp_path / "new")]) == 2
+    assert f"{bare}:1: has no context" in capsys.readouterr().err
     assert main([*arguments, "--output", str(out)]) == 2  # never overwritten
     assert main([*arguments, "--output", str(tmp_path / "new"), "--threshold", "2"]) == 2
     assert not (tmp_path / "new").exists() and "0 to 1" in capsys.readouterr().err

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from adhere.data import Row
+from adhere.data import Row, require_documents
 from adhere.errors import TooLong, UserError
 from adhere.measure import metrics
 from adhere.model.policy import Policy
-from adhere.prompt import documents_of
 from adhere.ranking import batched
 from adhere.reward.salience import token_classes
 from adhere.reward.signals import LOWEST_LOGPROB
@@ -43,9 +42,7 @@ def check_rows(
 
     Raises `UserError` for a row without a context, and where prompt and response do not fit the model's context.
     """
-    for row in rows:
-        if not documents_of(row.prompt):
-            raise UserError("has no context to check against", where=row.where, fix="add `context` or `documents`")
+    require_documents(rows)
     classes = token_classes(policy.tokenizer)
     pieces = batched(rows, batch_size)
     for batch in policy.progress(pieces, "checking", len(rows), size=len):
@@ -61,8 +58,8 @@ def check_rows(
             told = _sentences(policy, rollout, place, drops[place], threshold)
             support = [one["support"] for one in told]
             mean = float(logprobs[place].sum() / rollout.response_mask[place].sum().clamp(min=1))
-            faithful = sum(support) / len(support) if support else None
-            yield {**row.fields, "faithfulness": faithful, "logprob": mean, "sentences": told}
+            faithful = round(sum(support) / len(support), 4) if support else None
+            yield {**row.fields, "faithfulness": faithful, "logprob": round(mean, 4), "sentences": told}
 
 
 def _sentences(policy: Policy, rollout: Rollout, place: int, drops: Tensor, threshold: float) -> list[dict[str, Any]]:

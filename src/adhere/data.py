@@ -13,6 +13,7 @@ from typing import Any
 
 from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
+from adhere.prompt import documents_of
 from adhere.row_files import Fault, FilePosition, kind, records, short, told
 from adhere.row_lists import unpacked
 from adhere.row_prompt import Messages, check_field, prompt_of, template_fields, text_of
@@ -174,6 +175,13 @@ def _rows(given: Iterable[tuple[str, Any]], columns: Columns, need: Sequence[str
         faults.append(f"… and {bad - SHOWN} more")
     if bad:
         raise UserError("\n".join(faults))
+
+
+def require_documents(rows: Iterable[Row]) -> None:
+    """Raise `UserError` for a row that does not say what its evidence is."""
+    for row in rows:
+        if not documents_of(row.prompt):
+            raise UserError("has no context to check against", where=row.where, fix="add `context` or `documents`")
 
 
 def writable(row: Row) -> str:

@@ -18,7 +18,7 @@ from adhere.commands.common import (
 )
 from adhere.commands.parser import Parser, count
 from adhere.console import Console
-from adhere.data import read_rows, writable, write_jsonl
+from adhere.data import read_rows, require_documents, writable, write_jsonl
 from adhere.errors import UserError
 
 THRESHOLD = 0.2
@@ -56,6 +56,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     check_models(options.model)
     check_new(options.output)
     rows = read_rows(options.input, columns_of(options), need=("response",), limit=options.limit)
+    require_documents(rows)
     for row in rows:
         writable(row)
 
