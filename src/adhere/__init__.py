@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what type checkers see of the list below; a test compares the two
     from adhere.api import audit as audit
     from adhere.api import bench as bench
+    from adhere.api import check as check
     from adhere.api import evaluate as evaluate
     from adhere.api import rank as rank
     from adhere.api import score as score
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # what type checkers see of the list below; a test compares t
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adhere.api": ("audit", "bench", "evaluate", "rank", "score", "train"),
+    "adhere.api": ("audit", "bench", "check", "evaluate", "rank", "score", "train"),
     "adhere.console": ("progress_bars",),
     "adhere.data": ("Row",),
     "adhere.errors": ("RunFailed", "UnsupportedModel", "UserError"),

@@ -19,7 +19,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from adhere import ranking
+from adhere import checking, ranking
 from adhere.config import load_config, to_dict
 from adhere.data import Columns, Row, read_rows, rows_of
 from adhere.errors import UserError, unknown_name
@@ -133,6 +133,25 @@ def score(
     spec = config_of(_named(reward))
     found = _rows(rows, columns, spec, "response")
     return ranking.score_rows(_bound(reward, policy), found, batch_size=batch_size)
+
+
+def check(policy: Policy, rows: Prompts, *, threshold: float = 0.2, **given: Any) -> list[dict[str, Any]]:
+    """Each row, which brings a context and a `response`, with its `faithfulness` in [0, 1] and the support of each
+    sentence of the response, as `adhere.checking.check_rows` says.
+
+    Options are the fields of `adhere.data.Columns`. Raises `UserError` for a row without a context.
+
+    >>> from adhere import Policy, check
+    >>> from adhere.toy import model_path
+    >>> policy = Policy.load(model_path("causal"), device="cpu")
+    >>> story = "mary went to the garden . john is in the office ."
+    >>> (row,) = check(policy, [{"context": story, "question": "where is mary ?", "response": "garden"}])
+    >>> row["faithfulness"] > 0.9, row["sentences"][0]["sources"][0]["text"]
+    (True, 'mary went to the garden .')
+    """
+    (columns,) = _settings(given, {Columns: {}}, also=("threshold",))
+    found = _rows(rows, columns, None, "response")
+    return list(checking.check_rows(policy, found, threshold=threshold))
 
 
 def rank(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", **given: Any) -> list[ranking.Ranked]:
