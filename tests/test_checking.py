@@ -13,6 +13,7 @@ from adhere.checking import area, calibration, check_rows
 from adhere.cli import main
 from adhere.data import rows_of
 from adhere.errors import UserError
+from adhere.measure.settings import CheckConfig
 from adhere.model.policy import Policy
 from adhere.reward.salience import token_classes
 from adhere.reward.sources import context_sentences
@@ -34,7 +35,7 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 def test_support_is_the_share_of_probability_that_its_best_sentence_gives(policy: Policy) -> None:
     rows = rows_of(ROWS)
-    checked = list(check_rows(policy, rows, threshold=0.2, batch_size=3))
+    checked = list(check_rows(policy, rows, CheckConfig(batch_size=3)))
     assert [len(one["sentences"]) for one in checked] == [1, 2, 1, 0] and checked[3]["faithfulness"] is None
     rollout = policy.paired([rows[0].prompt], ["garden"])
     parts = context_sentences(rollout.prompts, token_classes(policy.tokenizer))
@@ -55,15 +56,15 @@ def test_support_is_the_share_of_probability_that_its_best_sentence_gives(policy
 
 def test_a_row_is_checked_alike_alone(policy: Policy) -> None:
     rows = rows_of(ROWS)
-    together = list(check_rows(policy, rows, threshold=0.2))
+    together = list(check_rows(policy, rows))
     for row, one in zip(rows, together, strict=True):
-        (alone,) = check_rows(policy, [row], threshold=0.2)
+        (alone,) = check_rows(policy, [row])
         assert alone["faithfulness"] == pytest.approx(one["faithfulness"], abs=1e-3)
 
 
 def test_what_cannot_be_checked_is_named(policy: Policy) -> None:
     with pytest.raises(UserError, match="no context to check against"):
-        list(check_rows(policy, rows_of([{"prompt": "where is mary ?", "response": "garden"}]), threshold=0.2))
+        list(check_rows(policy, rows_of([{"prompt": "where is mary ?", "response": "garden"}])))
     with pytest.raises(UserError, match="neither true nor false"):
         calibration([{"faithfulness": 1.0}], rows_of([{**ROWS[0], "supported": "yes"}]))
 
@@ -111,4 +112,4 @@ def test_the_command_writes_every_row_and_tells_what_is_unsupported(tmp_path: Pa
     assert f"{bare}:1: has no context" in capsys.readouterr().err
     assert main([*arguments, "--output", str(out)]) == 2  # never overwritten
     assert main([*arguments, "--output", str(tmp_path / "new"), "--threshold", "2"]) == 2
-    assert not (tmp_path / "new").exists() and "0 to 1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists() and "threshold is 2.0" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from adhere.learn import train as training
 from adhere.learn.settings import TrainConfig
 from adhere.measure import audit as auditing
 from adhere.measure import evaluate as evaluation
-from adhere.measure.settings import AuditConfig, EvalConfig
+from adhere.measure.settings import AuditConfig, CheckConfig, EvalConfig
 from adhere.model.embedded import EMBEDDED
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
@@ -135,11 +135,12 @@ def score(
     return ranking.score_rows(_bound(reward, policy), found, batch_size=batch_size)
 
 
-def check(policy: Policy, rows: Prompts, *, threshold: float = 0.2, **given: Any) -> list[dict[str, Any]]:
+def check(policy: Policy, rows: Prompts, **given: Any) -> list[dict[str, Any]]:
     """Each row, which brings a context and a `response`, with its `faithfulness` in [0, 1] and the support of each
     sentence of the response, as `adhere.checking.check_rows` says.
 
-    Options are the fields of `adhere.data.Columns`. Raises `UserError` for a row without a context.
+    Options are the fields of `adhere.measure.settings.CheckConfig` and `adhere.data.Columns`. Raises `UserError` for a
+    row without a context.
 
     >>> from adhere import Policy, check
     >>> from adhere.toy import model_path
@@ -149,9 +150,8 @@ def check(policy: Policy, rows: Prompts, *, threshold: float = 0.2, **given: Any
     >>> row["faithfulness"] > 0.9, row["sentences"][0]["sources"][0]["text"]
     (True, 'mary went to the garden .')
     """
-    (columns,) = _settings(given, {Columns: {}}, also=("threshold",))
-    found = _rows(rows, columns, None, "response")
-    return list(checking.check_rows(policy, found, threshold=threshold))
+    config, columns = _settings(given, {CheckConfig: {}, Columns: {}})
+    return list(checking.check_rows(policy, _rows(rows, columns, None, "response"), config))
 
 
 def rank(policy: Policy, prompts: Prompts, *, reward: AnyReward = "attention", **given: Any) -> list[ranking.Ranked]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from adhere.data import Row, require_documents
 from adhere.errors import TooLong, UserError
 from adhere.measure import metrics
+from adhere.measure.settings import CheckConfig
 from adhere.model.policy import Policy
 from adhere.ranking import batched
 from adhere.reward.salience import token_classes
@@ -33,18 +34,17 @@ BINS = 5
 RESAMPLES = 1_000
 
 
-def check_rows(
-    policy: Policy, rows: Sequence[Row], *, threshold: float, batch_size: int = 8
-) -> Iterator[dict[str, Any]]:
+def check_rows(policy: Policy, rows: Sequence[Row], config: CheckConfig | None = None) -> Iterator[dict[str, Any]]:
     """Each row with `faithfulness`, the mean support of the sentences of its `response` in [0, 1], and `sentences`:
     `{"span", "text", "support", "supported", "sources": [{"document", "span", "text", "drop"}, …]}`, best source first;
     `logprob` of the response, nats a token, stands beside. A response without a sentence has no faithfulness: null.
 
     Raises `UserError` for a row without a context, and where prompt and response do not fit the model's context.
     """
+    config = config or CheckConfig()
     require_documents(rows)
     classes = token_classes(policy.tokenizer)
-    pieces = batched(rows, batch_size)
+    pieces = batched(rows, config.batch_size)
     for batch in policy.progress(pieces, "checking", len(rows), size=len):
         rollout = policy.paired([row.prompt for row in batch], [row.response or "" for row in batch])
         for row, fits in zip(batch, policy.fits(rollout).tolist(), strict=True):
@@ -55,7 +55,7 @@ def check_rows(
         without = policy.read_without(rollout, context_sentences(rollout.prompts, classes)).clamp(min=LOWEST_LOGPROB)
         drops = logprobs.unsqueeze(1) - without
         for place, row in enumerate(batch):
-            told = _sentences(policy, rollout, place, drops[place], threshold)
+            told = _sentences(policy, rollout, place, drops[place], config.threshold)
             support = [one["support"] for one in told]
             mean = float(logprobs[place].sum() / rollout.response_mask[place].sum().clamp(min=1))
             faithful = round(sum(support) / len(support), 4) if support else None

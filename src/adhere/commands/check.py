@@ -16,12 +16,12 @@ from adhere.commands.common import (
     row_arguments,
     tell_prompting,
 )
-from adhere.commands.parser import Parser, count
+from adhere.commands.parser import Parser
+from adhere.config import flags_given, load_config
 from adhere.console import Console
 from adhere.data import read_rows, require_documents, writable, write_jsonl
-from adhere.errors import UserError
+from adhere.measure.settings import CheckConfig
 
-THRESHOLD = 0.2
 SHOWN = 20
 """Unsupported sentences that are shown; the file has all."""
 
@@ -38,21 +38,11 @@ def _arguments(parser: Parser) -> None:
         "--output", required=True, type=Path, metavar="FILE", help="gets each row plus faithfulness and sentences"
     )
     row_arguments(parser)
-    parser.common.add_argument(
-        "--threshold",
-        type=float,
-        default=THRESHOLD,
-        metavar="X",
-        help=f"support from which on a sentence is supported, 0 to 1 (default: {THRESHOLD})",
-    )
-    parser.advanced.add_argument(
-        "--batch-size", type=count, default=8, metavar="N", help="rows checked at a time (default: 8)"
-    )
+    parser.add_options(CheckConfig, "threshold")
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:
-    if not 0 <= options.threshold <= 1:
-        raise UserError(f"--threshold is {options.threshold}", fix="set it from 0 to 1")
+    config = load_config(CheckConfig, None, flags_given(options, CheckConfig))
     check_models(options.model)
     check_new(options.output)
     rows = read_rows(options.input, columns_of(options), need=("response",), limit=options.limit)
@@ -65,7 +55,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     from adhere.checking import calibration, check_rows
 
     tell_prompting(console, policy, rows)
-    checked = list(check_rows(policy, rows, threshold=options.threshold, batch_size=options.batch_size))
+    checked = list(check_rows(policy, rows, config))
     found = calibration(checked, rows)
     write_jsonl(options.output, checked)
     told = [one for row in checked for one in row["sentences"]]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from adhere.options import Above, AtLeast, Below, check
+from adhere.options import Above, AtLeast, AtMost, Below, check
 from adhere.reward.named import config_of
 
 
@@ -37,6 +37,19 @@ class EvalConfig:
         check(self)
         if self.judge is not None:
             config_of(self.judge)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """How given answers are checked."""
+
+    threshold: Annotated[float, AtLeast(0), AtMost(1)] = 0.2
+    """Support from which on a sentence counts as supported."""
+    batch_size: Annotated[int, AtLeast(1)] = 8
+    """Rows checked at a time."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
