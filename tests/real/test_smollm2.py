@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from adhere import api
-from adhere.data import Row, read_rows
+from adhere.checking import check_rows
+from adhere.data import Row, read_rows, rows_of
 from adhere.integrations.trl import AttentionReward
 from adhere.model.policy import Policy
 from adhere.model.settings import Lora, Sampling
 from adhere.ranking import Group, score_groups, score_rows
 from adhere.reward.heads import copy_heads, load_heads, measure_by_copying
 from adhere.reward.reward import Reward
+from adhere.reward.salience import token_classes
+from adhere.reward.sources import context_sentences
 from tests.real.fetch import default_folder
 
 FOLDER = default_folder() / "smollm2"
@@ -115,6 +119,27 @@ def test_a_response_is_worth_the_same_wherever_it_is_scored(policy, reward, tmp_
     subprocess.run(command, check=True, timeout=300)
     lines = [line for file in sorted((tmp_path / "scored").glob("part-*")) for line in file.read_text().splitlines()]
     assert [json.loads(line)["reward"] for line in lines] == pytest.approx(in_file, abs=1e-4)
+
+
+def test_a_checked_answer_rests_on_the_sentence_that_says_it(policy):
+    """And sentences left out by their masked keys come near the shortened prompt: r = 0.94 here, 0.998 on samples."""
+    asked = {"context": PASSAGE, "question": "Who founded the bakery?"}
+    rows = rows_of([{**asked, "response": text} for text in ("Ada Brook", "Tim Moss", "The ferry left at noon.")])
+    right, elsewhere, off = check_rows(policy, rows)
+    (source, *_) = right["sentences"][0]["sources"]
+    assert source["text"] == "Its founder, Ada Brook, sold only rye bread at first."
+    assert right["faithfulness"] > 0.5 > elsewhere["faithfulness"] and right["faithfulness"] > off["faithfulness"]
+    rollout = policy.paired([row.prompt for row in rows], [row.response for row in rows])
+    parts = context_sentences(rollout.prompts, token_classes(policy.tokenizer))
+    masked = policy.read_without(rollout, parts)
+    shorter = [
+        policy.read(replace(rollout, prompts=rollout.prompts.only(rollout.prompts.mask & (parts != part), left=True)),
+                    attention=False, spread=()).logprobs
+        for part in range(4)
+    ]  # fmt: skip
+    own = policy.read(rollout, attention=False, spread=()).logprobs[:, None]
+    drops = [(own - found).sum(-1).flatten() for found in (masked, torch.stack(shorter, dim=1))]
+    assert float(torch.corrcoef(torch.stack(drops))[0, 1]) >= 0.9
 
 
 def test_the_empty_response_never_wins(policy, reward):
