@@ -43,7 +43,7 @@ class EvalConfig:
 class CheckConfig:
     """How given answers are checked."""
 
-    threshold: Annotated[float, AtLeast(0), AtMost(1)] = 0.2
+    threshold: Annotated[float, AtLeast(0), AtMost(1)] = 0.35
     """Support from which on a sentence counts as supported."""
     batch_size: Annotated[int, AtLeast(1)] = 8
     """Rows checked at a time."""
