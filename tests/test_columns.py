@@ -145,7 +145,19 @@ def test_columns_that_make_no_sense(columns: dict[str, str], message: str) -> No
         Columns(**columns)
 
 
-READING = ("train", "audit", "bench", "score", "rank", "inspect", "eval", "calibrate", "heads", "preferences make|fit")
+READING = (
+    "train",
+    "audit",
+    "bench",
+    "score",
+    "check",
+    "rank",
+    "inspect",
+    "eval",
+    "calibrate",
+    "heads",
+    "preferences make|fit",
+)
 
 
 def test_every_command_that_reads_rows_takes_their_names(capsys: pytest.CaptureFixture[str]) -> None:
