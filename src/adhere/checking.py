@@ -100,7 +100,7 @@ def _sentences(policy: Policy, rollout: Rollout, place: int, drops: Tensor, thre
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RocArea:
     """How well a score tells supported answers from others: the area under the ROC curve, 0.5 = chance."""
 
     area: float
@@ -114,7 +114,7 @@ class Calibration:
 
     rows: int
     supported: int
-    areas: dict[str, Ranked]
+    areas: dict[str, RocArea]
     """Of `faithfulness`, with `logprob` and word `overlap` beside it; 95 % bootstrap intervals over rows."""
     curve: list[dict[str, float]]
     """Bins of equally many rows, lowest faithfulness first: `from`, `to`, `rows`, and the share `supported`."""
@@ -162,7 +162,7 @@ def calibration(checked: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Calib
     return Calibration(len(labels), int(labels.sum()), areas, curve, float(cut), float(best))
 
 
-def area(scores: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], seed: int = 0) -> Ranked:
+def area(scores: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], seed: int = 0) -> RocArea:
     """Area under the ROC curve, ties half, with its bootstrap interval over rows. [n] floats, [n] bools of both kinds.
 
     >>> area(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])).area
@@ -178,4 +178,4 @@ def area(scores: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], seed: int =
     generator, count = np.random.default_rng(seed), len(scores)
     drawn = [of(generator.integers(0, count, count)) for _ in range(RESAMPLES)]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Ranked(of(np.arange(count)), float(low), float(high))
+    return RocArea(of(np.arange(count)), float(low), float(high))

@@ -52,7 +52,8 @@ class Win:
     best: Paid
     """The own sample that was paid best."""
     through: str
-    """The signal whose weighted difference is largest; empty where a gate decided, and no signal is for the winner."""
+    """The signal whose weighted difference, before any normalising, is largest; empty where a gate decided, and no
+    signal is for the winner."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def gather(
     reading: Reading | None = None,
 ) -> Evidence:
     """What the signals of `config` read of a rollout, from one forward of `scorer` and one more for each prompt that is
-    changed (`contrast`, `reliance`, `question_reliance`, `comprehensiveness`, `leave_one_out`); none for text alone.
+    changed (`contrast`, `reliance`, `question_reliance`, `comprehensiveness`, and without each sentence `leave_one_out`
+    and `selfcite`); none for text alone.
 
     `reading`: what `scorer` has read of the rollout already. `classes` [V] and `spelling` are those of its tokenizer.
     """
@@ -158,9 +159,9 @@ def _cited_alone(evidence: Evidence, scorer: Policy) -> Tensor:
     prompts = rollout.prompts.select(rollout.prompt_index)  # each response keeps a sentence of its own
     keep = prompts.mask & ((sentences < 0) | (sentences == cited_sentence(evidence)[:, None]))
     alone = prompts.only(keep, left=not scorer.is_encoder_decoder)
-    apart = replace(rollout, prompts=alone, prompt_index=torch.arange(len(rollout), device=keep.device))
+    apart = replace(rollout, prompt_index=torch.arange(len(rollout), device=keep.device))
     with phase(scorer.progress, "the cited sentence alone"):
-        return scorer.read(apart, attention=False, spread=()).logprobs
+        return _logprobs(scorer, apart, alone)
 
 
 def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
