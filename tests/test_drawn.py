@@ -133,11 +133,14 @@ import torch
 from accelerate import PartialState
 from tests.test_drawn import trainer, weights
 torch.set_num_threads(1)
-folder, rank = Path(sys.argv[1]), PartialState(cpu=True).process_index
+state = PartialState(cpu=True)
+folder, rank = Path(sys.argv[1]), state.process_index
 made = trainer(folder, dynamic_sampling=1)
 order = [(made._places(step).tolist(), made._spare(step, made._places(step)).tolist()) for step in range(2)]
 found = [made.step() for _ in range(2)]
 torch.save((weights(made), found, order), folder / f"rank-{rank}.pt")
+state.wait_for_everyone()
+state.destroy_process_group()  # a process that ends with its group alive may abort
 """
 
 

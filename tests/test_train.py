@@ -503,6 +503,8 @@ for _ in range(3):
 weights = torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
 heads = None if trainer.reward.heads is None else trainer.reward.heads.scores.tolist()
 torch.save((weights, metrics["loss"], metrics["reward"], heads), run / f"rank-{{state.process_index}}.pt")
+state.wait_for_everyone()
+state.destroy_process_group()  # a process that ends with its group alive may abort
 """
 
 

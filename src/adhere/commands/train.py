@@ -178,6 +178,7 @@ def _run(
 ) -> tuple[Trained, list[Mapping[str, float]]]:
     """Train, showing the figures of each step and warning once of flat groups; how it ended, and the metrics of all
     steps."""
+    from adhere.learn.launch import leave
     from adhere.learn.train import train
 
     steps: list[Mapping[str, float]] = []
@@ -189,7 +190,9 @@ def _run(
             console.warn(_flat(steps, config))
 
     console.note(f"training on {reward_name(config.reward)}")
-    return train(config, policy, rows, run, resume=resume, on_start=on_start, on_step=on_step), steps
+    trained = train(config, policy, rows, run, resume=resume, on_start=on_start, on_step=on_step)
+    leave()
+    return trained, steps
 
 
 def _tell(

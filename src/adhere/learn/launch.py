@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from adhere.errors import UserError
 
@@ -30,6 +30,15 @@ def accelerator(device: torch.device, dtype: str) -> Accelerator:
     """The accelerator of this process. Raises `UserError` as `refuse_environment` does."""
     refuse_environment(dtype)
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+
+
+def leave() -> None:
+    """Part from the other processes, once none of them waits for this one any more.
+
+    A process that ends with its group alive may abort in the threads of the group, after all its work is done."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def refuse_environment(dtype: str = "auto") -> None:
