@@ -12,7 +12,7 @@ reads the same tiles from `output_attentions` at the price of full maps), and gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from adhere.errors import UnsupportedModel
 from adhere.model.accumulate import Accumulator, Tile, WeightedMap
 from adhere.model.families import attention_layers, bypasses, prompt_attention_modules
+from adhere.model.joined import Joined, Keys
 
 IMPLEMENTATION = "adhere"
 # Scores of this many elements stay near the core on a CPU and keep a GPU busy; larger tiles only cost memory.
@@ -61,7 +62,7 @@ def capture(model: PreTrainedModel, rows: slice, columns: slice, accumulators: S
     state = _Capture(prompt_attention_modules(model), rows, columns, accumulators)
     token = _ACTIVE.set(state)
     try:
-        with _implementation(model, IMPLEMENTATION), torch.no_grad():
+        with attention_implementation(model), torch.no_grad():
             yield
     finally:
         _ACTIVE.reset(token)
@@ -82,7 +83,7 @@ def capture_eager(
 
 
 @contextmanager
-def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+def attention_implementation(model: PreTrainedModel, name: str = IMPLEMENTATION) -> Iterator[None]:
     """Run `model` with the attention implementation `name`, then put back what every sub-configuration had."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = {key: config._attn_implementation for key, config in configs.items()}
@@ -92,6 +93,13 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
+
+
+def attention_in_parts(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Within this context attention reads a prompt that is held once where it is (`adhere.model.joined`), as far as
+    the attention of `model` can be set; where not, or with another kernel than SDPA, it is copied for each response."""
+    settable = model._can_set_attn_implementation() and model.config._attn_implementation in ("sdpa", IMPLEMENTATION)
+    return attention_implementation(model) if settable and not model.config.is_encoder_decoder else nullcontext()
 
 
 def _attention(
@@ -108,23 +116,25 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The function registered as `adhere`. query [B, H, Q, D]; key, value [B, H_kv, S, D]; the mask is boolean
     [B, 1, Q, S], additive, or None, as transformers hands it to SDPA."""
-    scores = _Scores(
-        query,
-        key,
-        attention_mask,
-        scaling if scaling is not None else query.shape[-1] ** -0.5,
-        is_causal if is_causal is not None else bool(getattr(module, "is_causal", True)),
-        position_bias,
-        kwargs.get("softcap"),
-        kwargs.get("s_aux"),
-    )
-    state = _ACTIVE.get()
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    state, layer, wanting = _ACTIVE.get(), 0, list[Accumulator]()
     if state is not None and id(module) in state.modules:
         layer = len(state.layers)
         state.layers.append(module)
         wanting = [accumulator for accumulator in state.accumulators if accumulator.wants(layer)]
-        if wanting:
-            _feed(wanting, layer, scores, state.rows, state.columns)
+    if isinstance(key, Keys) and isinstance(value, Keys):
+        plain = softcap is None and sinks is None and position_bias is None
+        if plain and (joined := Joined.of(query, key, value, attention_mask, scale, dropout)) is not None:
+            output, normaliser = joined.attend(query, key, value)
+            if state is not None and wanting:
+                _feed_joined(wanting, layer, joined, (query, key, normaliser), state.rows, state.columns)
+            return output.transpose(1, 2).contiguous(), None
+        key, value = key.whole, value.whole
+    causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
+    scores = _Scores(query, key, attention_mask, scale, causal, position_bias, softcap, sinks)
+    if state is not None and wanting:
+        _feed(wanting, layer, scores, state.rows, state.columns)
     if scores.softcap is None and scores.sinks is None:
         given = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
         output, _ = sdpa_attention_forward(*given, position_bias=position_bias, **kwargs)
@@ -145,6 +155,33 @@ def _feed(accumulators: Sequence[Accumulator], layer: int, scores: _Scores, rows
             tile = Tile(values, some, slice(top - first, top - first + values.shape[2]), columns)
             for accumulator in accumulators:
                 accumulator.add(layer, tile)
+
+
+def _feed_joined(
+    accumulators: Sequence[Accumulator],
+    layer: int,
+    joined: Joined,
+    given: tuple[Tensor, Keys, Tensor],
+    rows: slice,
+    columns: slice,
+) -> None:
+    """The same where prompt and responses have keys of their own; `given` are queries, keys and log-sum-exp."""
+    query, key, normaliser = given
+    first, last, _ = rows.indices(query.shape[2])
+    row = query.shape[1] * key.shared.shape[2]
+    height = max(1, min(last - first, TILE_ELEMENTS // row))
+    depth = max(1, TILE_ELEMENTS // (row * height))
+    end = 0
+    for prompt, size in enumerate(joined.groups.sizes):
+        begin, end = end, end + size
+        for start in range(begin, end, depth):
+            some = slice(start, min(start + depth, end))
+            for top in range(first, last, height):
+                part = slice(top, min(top + height, last))
+                values = joined.prompt_probabilities(query, key, normaliser, prompt, some, part)
+                tile = Tile(values, some, slice(top - first, part.stop - first), columns)
+                for accumulator in accumulators:
+                    accumulator.add(layer, tile)
 
 
 @dataclass(frozen=True)
@@ -230,7 +267,7 @@ def verify(model: PreTrainedModel) -> None:
     ours, theirs = WeightedMap(shape, device), WeightedMap(shape, device)
     with capture(model, rows, columns, [ours]):
         model(**inputs)
-    with _implementation(model, "eager"):
+    with attention_implementation(model, "eager"):
         capture_eager(model(**inputs, output_attentions=True), encoder_decoder, rows, columns, [theirs])
     error = float((ours.result() - theirs.result()).abs().max())
     if not error <= 8 * torch.finfo(model.dtype).eps ** 0.75:

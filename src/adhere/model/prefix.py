@@ -1,4 +1,4 @@
-"""A group's prompt computed once: prefill the N prompts, expand their cache to the B responses, go on from there.
+"""A group's prompt computed once: prefill the N prompts, let the B responses read their cache, go on from there.
 
 The plain path, which concatenates every prompt with every response, stands beside it as its reference and serves the
 families whose cache cannot be expanded. Both yield the same `Predictions`: the *head* (the row that predicts the first
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from adhere.model.capture import attention_in_parts
 from adhere.model.families import decoder_start
 from adhere.model.head import Head
 from adhere.model.memory import freeing_layers
@@ -88,13 +89,13 @@ class Prefix:
             encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
         return Prefix(self.cache, self.mask[index], encoded, self.extended)
 
-    def shared(self, index: Tensor) -> Prefix:
-        """The same for one more forward, which leaves this prefix as it is: a layer copies the keys and values of a
-        prompt for its responses when it reads them, so that those of one layer are there at a time."""
+    def shared(self, index: Tensor, room: int = 0) -> Prefix:
+        """The same before the responses of `index` ([m] int64, non-decreasing), with the prompts held once. For one
+        more forward, which leaves this prefix as it is, or with `room` for decoding so many tokens."""
         encoded = self.encoded
         if encoded is not None:
             encoded = type(encoded)(last_hidden_state=encoded.last_hidden_state[index])
-        return Prefix(shared_cache(self.cache, index), self.mask[index], encoded, self.extended)
+        return Prefix(shared_cache(self.cache, index, room), self.mask[index], encoded, self.extended)
 
 
 def prefill(model: PreTrainedModel, prompts: Prompts, expandable: bool = True) -> tuple[Prefix, Tensor]:
@@ -214,7 +215,8 @@ def shared_forwards(
         first = predictions(head, kept, logits[:, None], slice(0, 1))
         yield first.select(rollout.prompt_index)
         if size > 1:
-            with around(Window(slice(0, size - 1), columns, len(rollout), slice(1, size))):
+            window = Window(slice(0, size - 1), columns, len(rollout), slice(1, size))
+            with attention_in_parts(model), around(window):
                 responses = prefix.shared(rollout.prompt_index)
                 logits = extend(model, responses, rollout.response_ids[:, :-1], rollout.response_mask[:, :-1])
             yield predictions(head, kept, logits, slice(1, size))

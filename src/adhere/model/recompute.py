@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from adhere.model.capture import attention_in_parts
 from adhere.model.families import layers
 from adhere.model.head import instead_of
 
@@ -48,9 +49,15 @@ def recomputing(
 ) -> Iterator[None]:
     """Within this context the forwards of `model` keep the inputs of its layers alone. `again` is entered whenever a
     layer runs a second time, which happens in the backward pass, outside this context."""
+
+    @contextmanager
+    def as_before() -> Iterator[None]:
+        with again(), attention_in_parts(model):
+            yield
+
     with ExitStack() as stack:
         for layer in layers(model):
-            stack.enter_context(instead_of(layer, partial(_run, layer.forward, again)))
+            stack.enter_context(instead_of(layer, partial(_run, layer.forward, as_before)))
         yield
 
 

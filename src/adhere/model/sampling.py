@@ -1,4 +1,4 @@
-"""Drawing responses: prefill each prompt once, expand its cache to K samples, decode; finished rows leave the batch.
+"""Drawing responses: prefill each prompt once, hold it once for its K samples, decode; finished rows leave the batch.
 
 Each response has a random generator of its own, so that it is the same whichever others are drawn beside it.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adhere.errors import RunFailed
+from adhere.model.capture import attention_in_parts
 from adhere.model.constraints import Constraints
 from adhere.model.endings import Endings
 from adhere.model.families import shareable
@@ -157,12 +158,14 @@ def _decode(
     places = prompts.ids.shape[1]
     asked = prompts if share else prompts.select(index)
     last = 0 if model.config.is_encoder_decoder else places - 1
-    with original_frequencies(model):
+    with original_frequencies(model), attention_in_parts(model):
         watched = _watched(watch, slice(last, last + 1), places, len(asked), 0)
         with phase(progress, "reading prompts"), watched, freeing_layers(model):
             prefix, logits = prefill(model, asked, expandable=share)
         if share:
-            prefix, logits = prefix.select(index), logits[index]
+            room = sampling.max_new_tokens - 1
+            held_once = room and not model.config.is_encoder_decoder
+            prefix, logits = prefix.shared(index, room) if held_once else prefix.select(index), logits[index]
         for step in progress(range(sampling.max_new_tokens), "sampling", sampling.max_new_tokens):
             final = step + 1 == sampling.max_new_tokens
             logits = _sound(logits.float())
