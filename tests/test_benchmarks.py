@@ -20,6 +20,7 @@ STUDY = tuple(f"reward_study/{name}.py" for name in ("analyse", "credit", "ideas
 REAL = ("real_model.py", "real_data.py", "supporting.py", "human_preferences.py", "faithfulness/run.py")
 SCRIPTS = (
     "best_of_n.py",
+    "anatomy.py",
     "capture.py",
     "memory.py",
     "rank.py",
