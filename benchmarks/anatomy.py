@@ -3,10 +3,10 @@
     python benchmarks/anatomy.py --model MODEL [--shapes 256/48/2 1024/64/1] [--threads 2] [--steps 3] [--trl]
 
 A shape is prompt tokens / response tokens / prompts a step; eight samples each, all of full length, float32, KL to the
-frozen start, the default reward. *Bound*: the tokens of each phase times two operations a weight, at the speed that this
-machine multiplies matrices of the model's own shape with so many rows, measured beside the steps. Attention, sampling and
-everything else that is no product with weights is not in it. `--trl`: `GRPOTrainer` with a reward that costs nothing,
-taking turns with adhere step by step.
+frozen start, the default reward. *Bound*: the tokens of each phase times two operations a weight, at the speed that
+this machine multiplies matrices of the model's own shape with so many rows, measured beside the steps. What is no
+product with weights (attention, sampling) is not in it. `--trl`: `GRPOTrainer` with a reward that costs nothing, taking
+turns with adhere step by step.
 """
 
 from __future__ import annotations

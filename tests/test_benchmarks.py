@@ -25,6 +25,7 @@ SCRIPTS = (
     "memory.py",
     "rank.py",
     "ray_data.py",
+    "sampling.py",
     "serve.py",
     "step.py",
     "trl_rollout.py",
