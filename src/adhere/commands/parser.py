@@ -11,7 +11,7 @@ from typing import Any
 
 from adhere.config import add_arguments
 from adhere.errors import UserError
-from adhere.options import Option
+from adhere.options import MANY, Option
 
 _FLAG = re.compile(r"--?[a-z][^\s=]*", re.IGNORECASE)
 
@@ -75,7 +75,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def count(text: str) -> int:
-    """A whole number, 1 or above: the `type` of an argument."""
+    """A whole number from 1 to `MANY`: the `type` of an argument."""
+    if (value := positive(text)) > MANY:
+        raise argparse.ArgumentTypeError(f"{value} is too large; set it to {MANY:,} or less")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or above: the `type` of an argument that takes no room, however large it is."""
     try:
         value = int(text)
     except ValueError as error:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated
 
-from adhere.options import AtLeast, check
+from adhere.options import Count, check
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Stopping:
     the first steps; looks at half a window (1 = never)."""
     min_entropy_ratio: float = 0.02
     """Stop when mean entropy falls below this share of the first steps' (0 = never)."""
-    window: Annotated[int, AtLeast(1)] = 10
+    window: Count = 10
     """Steps that a limit is judged over."""
 
     def __post_init__(self) -> None:

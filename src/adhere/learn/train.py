@@ -39,7 +39,7 @@ from adhere.learn.stopping import reason_to_stop
 from adhere.learn.update import totals_of, update, values_of
 from adhere.model import adapters
 from adhere.model.policy import Policy
-from adhere.model.precision import quantised
+from adhere.model.precision import quantised, require_finite
 from adhere.progress import phase
 from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
 from adhere.reward.named import Reads, config_of
@@ -307,6 +307,7 @@ class Trainer:
                 f"step {state.step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
                 fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
             )
+        require_finite(self.parameters.items(), f"step {state.step + 1}: ")
         state.step += 1
         state.baseline = next_baseline(state.baseline, metrics["reward/normalised"])
         if kl_target is not None:
