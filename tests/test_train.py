@@ -313,19 +313,21 @@ def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, dynamic, tm
     assert any(dropped) == dynamic and ("dynamic_sampling/drawn" in logs[0][0]) == dynamic
 
 
-def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_and_leave_a_checkpoint(number, tmp_path):
+    before = signal.getsignal(number)
     model = save("llama", tmp_path / "model")
     run = tmp_path / "run"
 
     def press(metrics):
         if metrics["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.05)
 
     trained = train(config(model, run, steps=50), Policy.load(model, device="cpu"), rows(), run, on_step=press)
     assert trained.interrupted and trained.steps == 2
     assert (run / "checkpoints" / "step-2" / "state.json").exists()
-    assert not (run / "model").exists()
+    assert not (run / "model").exists() and signal.getsignal(number) is before
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

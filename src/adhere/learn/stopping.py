@@ -1,8 +1,10 @@
-"""When to stop early, and why, in plain words: a run that has gone wrong should say so rather than finish."""
+"""When to stop early: because a run has gone wrong, and why, in plain words; or because somebody asks for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -31,6 +33,33 @@ class Stopping:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed or SIGTERM came, which schedulers send: the step in hand
+    is finished first. A second one ends the process at once."""
+    pressed: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        restore()
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # not the main thread, where signals cannot be caught
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        restore()
 
 
 def reason_to_stop(history: Sequence[dict[str, float]], limits: Stopping) -> str | None:
