@@ -1,4 +1,4 @@
-"""Damaged checkpoints, runs killed before their first one, folders that vanish in mid-run: told by name, and the weights
+"""Damaged checkpoints, runs killed before their first, folders that vanish in mid-run: told by name, and the weights
 in the end are those of an unbroken run."""
 
 from __future__ import annotations

@@ -20,6 +20,10 @@ class ServeConfig:
     """Tokens of a prompt and a response, at most."""
     max_body: Annotated[int, AtLeast(1), AtMost(1_000_000_000)] = 4_000_000
     """Bytes of a request, at most."""
+    max_connections: Count = 512
+    """Connections at a time; past that, a new one takes the place of the one that has been idle for longest."""
+    read_timeout: Annotated[float, Above(0), AtMost(86_400)] = 20.0
+    """Seconds that a connection may take to send its request."""
     timeout: Annotated[float, Above(0), AtMost(86_400)] = 60.0
     """Seconds that a request may take, waiting included."""
 
