@@ -43,6 +43,11 @@ def write(path: Path, content: Any) -> None:
         path.write_text(text_of(content))
 
 
+def everything() -> dict[Path, bytes | None]:
+    """All that is in the working folder, folders with None."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
     def over(*_: object) -> None:
@@ -64,14 +69,14 @@ def test_bad_input_is_told_and_nothing_is_written(
         Path(folder).mkdir()
     for name, content in case.get("files", {}).items():
         write(Path(name), content)
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    before = everything()
     words = shlex.split(case["command"])
     writes = bool(words) and words[0] in COMMANDS and case.get("output", True)
     assert main([*words, *(["--output", "out"] if writes else [])]) == case.get("exit", 2)
     out, err = capsys.readouterr()
     assert case["message"] in err and "Traceback" not in err
     assert out == "" or case.get("prints")
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    assert everything() == before
 
 
 def test_every_command_has_its_cases_and_no_name_is_there_twice() -> None:

@@ -90,6 +90,16 @@ def test_a_killed_owner_holds_nothing_and_nothing_is_left(tmp_path: Path, monkey
     assert not out.exists() and list((tmp_path / "cache" / "locks").iterdir()) == []
 
 
+def test_what_a_process_holds_it_may_hold_again(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ask = [sys.executable, "-m", "adhere", "heads", "--model", "m", "--output", str(tmp_path / "a")]
+    with writing(tmp_path / "a"):
+        with writing(tmp_path / "a"):
+            pass
+        refused = subprocess.run(ask, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and f"process {os.getpid()} is writing it" in refused.stderr
+
+
 def test_devices_other_outputs_and_later_processes_of_one_run_are_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

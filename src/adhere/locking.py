@@ -25,8 +25,8 @@ except ImportError:  # Windows has no advisory locks of this kind (docs/security
 def writing(output: str | Path | None) -> Iterator[None]:
     """Be the only process that writes `output`, a file or a folder, as long as the block runs.
 
-    Devices and pipes may be shared, and of processes that train together the first one writes. Raises `UserError` where
-    another process, which is named, is at it."""
+    Devices and pipes may be shared, of processes that train together the first one writes, and what this process has
+    locked already stays so. Raises `UserError` where another process, which is named, is at it."""
     path = None if output is None else Path(os.path.realpath(output))
     shared = path is not None and path.exists() and not path.is_file() and not path.is_dir()
     if path is None or shared or fcntl is None or os.environ.get("RANK", "0") != "0":
@@ -36,6 +36,9 @@ def writing(output: str | Path | None) -> Iterator[None]:
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(file, str(output))
+    if handle is None:
+        yield
+        return
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
@@ -50,8 +53,9 @@ def _lock_file(path: Path) -> Path:
     return Path(os.environ.get("ADHERE_CACHE") or user_cache_dir("adhere")) / "locks" / name
 
 
-def _locked(file: Path, output: str) -> int:
-    """The open and locked file of that name; not one that its owner has removed since it was opened."""
+def _locked(file: Path, output: str) -> int | None:
+    """The open and locked file of that name, not one that its owner has removed since it was opened; None where this
+    process holds it."""
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -61,6 +65,8 @@ def _locked(file: Path, output: str) -> int:
         except BlockingIOError:
             owner = os.pread(handle, 20, 0).decode() or "another"
             os.close(handle)
+            if owner == str(os.getpid()):
+                return None
             fix = "wait for it, or choose another --output"
             raise UserError(f"process {owner} is writing it", where=output, fix=fix) from None
         os.close(handle)

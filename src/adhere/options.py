@@ -83,6 +83,10 @@ Count = Annotated[int, AtLeast(1), AtMost(MANY)]
 CountOrZero = Annotated[int, AtLeast(0), AtMost(MANY)]
 """The same, where 0 stands for none of them."""
 
+MOST_SEED = 2**32 - 1
+"""What every library that draws takes, NumPy included."""
+Seed = Annotated[int, AtLeast(0), AtMost(MOST_SEED)]
+
 
 def check(config: Any, *others: UserError) -> None:
     """For `__post_init__`: every field of the dataclass lies within its bounds and is one of its literals.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from adhere.errors import UserError
 from adhere.model.settings import Sampling
-from adhere.options import AtLeast, Count, check
+from adhere.options import AtLeast, Count, Seed, check
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RankConfig:
     """Pairs only: the difference in reward that a pair needs at least; a tie is never a pair."""
     batch_size: Count = 8
     """Prompts ranked at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
     sampling: Sampling = field(default_factory=Sampling)
 

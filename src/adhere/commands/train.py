@@ -20,7 +20,7 @@ from adhere.commands.common import (
     shown,
     tell_prompting,
 )
-from adhere.commands.parser import Parser, count
+from adhere.commands.parser import Parser, count, seed
 from adhere.config import flags_given, load_config
 from adhere.console import Console
 from adhere.data import Row, read_rows
@@ -79,10 +79,8 @@ def _train_arguments(parser: Parser) -> None:
 
 def _train(options: argparse.Namespace, console: Console) -> int:
     config = _config(options)
-    if "output" not in options:  # which is locked by then, where it is
-        with writing(config.output):
-            return _run_config(config, options, console)
-    return _run_config(config, options, console)
+    with writing(config.output):  # --config may tell it, where no flag does
+        return _run_config(config, options, console)
 
 
 def _run_config(config: TrainConfig, options: argparse.Namespace, console: Console) -> int:
@@ -290,7 +288,7 @@ def _demo_arguments(parser: Parser) -> None:
     parser.common.add_argument(
         "--eval-prompts", type=count, default=150, metavar="N", help="fresh prompts of each split (default: 150)"
     )
-    parser.common.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (default: 0)")
+    parser.common.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of everything (default: 0)")
 
 
 def _demo(options: argparse.Namespace, console: Console) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from adhere.errors import UserError, unknown_name
-from adhere.options import MANY, Above, AtLeast, AtMost, Count, check
+from adhere.options import MANY, Above, AtLeast, AtMost, Count, Seed, check
 from adhere.reward.named import NAMED, SIGNALS, RewardConfig, config_of
 
 SPLITS = ("unchanged", "swapped", "distractor", "unanswerable", "samples", "swapped-samples")
@@ -41,7 +41,7 @@ class BenchConfig:
     """The right response where the passage does not hold the answer."""
     batch_size: Count = 4
     """Questions read at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws, of what other rows lend, and of the resampling."""
 
     def __post_init__(self) -> None:

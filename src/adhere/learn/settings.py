@@ -16,7 +16,7 @@ from adhere.errors import UserError
 from adhere.learn import trackers
 from adhere.learn.stopping import Stopping
 from adhere.model.settings import ChatOptions, Lora, Sampling, check_training_dtype
-from adhere.options import Above, AtLeast, AtMost, Count, CountOrZero, check
+from adhere.options import Above, AtLeast, AtMost, Count, CountOrZero, Seed, check
 
 KLPlace = Literal["reward", "loss"]
 Scale = Literal["group", "batch", "none"]
@@ -223,7 +223,7 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     max_tokens: Annotated[int, AtLeast(1), AtMost(1_000_000_000)] = 16_384
     """Tokens of one forward and backward, padding included; larger batches are accumulated."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data order and sampling."""
     save_every: Count = 50
     """Steps between checkpoints."""

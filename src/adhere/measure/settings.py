@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from adhere.options import MANY, Above, AtLeast, AtMost, Below, Count, check
+from adhere.options import MANY, Above, AtLeast, AtMost, Below, Count, Seed, check
 from adhere.reward.named import config_of
 
 
@@ -24,7 +24,7 @@ class EvalConfig:
     """Response length limit in tokens."""
     batch_size: Count = 16
     """Prompts answered at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws and of the resampling."""
     temperature: Annotated[float, Above(0), AtMost(100)] = 1.0
     """Softmax temperature of the sampled responses, and of both sides of the KL; the single response is greedy."""
@@ -64,7 +64,7 @@ class AuditConfig:
     """Share of prompts on which a family may beat the best own sample before the reward counts as gameable."""
     batch_size: Count = 16
     """Prompts judged at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of samples and degenerate responses."""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from adhere.options import MANY, Above, AtLeast, AtMost, Below, Count, check
+from adhere.options import MANY, Above, AtLeast, AtMost, Below, Count, Seed, check
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PairConfig:
     """Longest sample in tokens."""
     batch_size: Count = 32
     """Prompts at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of samples and corruptions."""
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class SuggestConfig:
     """Response length limit in tokens."""
     batch_size: Count = 32
     """Prompts at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class PreferenceConfig:
     """Peak learning rate of AdamW."""
     held_out: Annotated[float, AtLeast(0), Below(1)] = 0.1
     """Share of the prompts whose pairs are kept to measure the accuracy; 0 = none."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the head, the split and the order."""
     device: str = "auto"
     """cpu, cuda, mps or auto."""
