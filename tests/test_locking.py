@@ -100,6 +100,14 @@ def test_what_a_process_holds_it_may_hold_again(tmp_path: Path) -> None:
     assert refused.returncode == 2 and f"process {os.getpid()} is writing it" in refused.stderr
 
 
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ADHERE_CACHE", str(tmp_path / "file"))
+    told = r"file/locks: no lock can be made there \(Not a directory\); set ADHERE_CACHE to a folder"
+    with pytest.raises(UserError, match=told), writing(tmp_path / "a"):
+        pass
+
+
 def test_devices_other_outputs_and_later_processes_of_one_run_are_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

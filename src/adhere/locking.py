@@ -13,7 +13,6 @@ from pathlib import Path
 from platformdirs import user_cache_dir
 
 from adhere.errors import UserError
-from adhere.files import disk_errors
 
 try:
     import fcntl
@@ -33,9 +32,12 @@ def writing(output: str | Path | None) -> Iterator[None]:
         yield
         return
     file = _lock_file(path)
-    with disk_errors(file):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _locked(file, str(output))
+    except OSError as error:
+        fix = "set ADHERE_CACHE to a folder that can be written"
+        raise UserError(f"no lock can be made there ({error.strerror})", where=str(file.parent), fix=fix) from error
     if handle is None:
         yield
         return
