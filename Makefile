@@ -1,4 +1,4 @@
-# The words: demo test oldest real peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
+# The words: demo test trust oldest real peers lint models bench. `demo` and `test` need nothing but Python >= 3.11 and make.
 #   make test PYTHON=python3.12     another interpreter        make lint VENV=/path/to/venv   another environment
 #   make test WORKERS=8             more test processes        PIP_FLAGS='--index-url …'      another package index
 
@@ -18,9 +18,12 @@ FAST := adapters advantages capture columns config console constraints controls 
 # functions of today's TRL; memory is measured once, by `make test`.
 NOT_FAST := encdec or of_trl or memory or cache_of_the_hub
 
+# The tests of `make trust`, as docs/reliability.md tells them.
+TRUST := bad_input checkpoint context files load locking openai precision resume serve shards train
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test oldest real peers lint format models bench clean
+.PHONY: help demo test trust oldest real peers lint format models bench clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -39,6 +42,9 @@ demo: $(STAMP)  ## train the embedded model, evaluate it before and after, write
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -n $(WORKERS) --ignore tests/real
+
+trust: $(STAMP)  ## what must not be lost, taken for good or let in: bad input, damage, kills, two writers, hostile clients
+	$(BIN)/python -m pytest -n $(WORKERS) $(TRUST:%=tests/test_%.py)
 
 # Bytecode is left to the imports: compiling all of torch takes longer than many of the tests.
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt

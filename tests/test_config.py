@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from adhere.config import add_arguments, dump_yaml, flags_given, load_config, to_dict
 from adhere.errors import UnsupportedModel, UserError
-from adhere.options import Above, AtLeast, AtMost, Below, check, options
+from adhere.options import Above, AtLeast, AtMost, check, options
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def test_the_dump_names_the_variant_and_resolves_every_default() -> None:
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12) | st.sampled_from(
     ["1e-5", "no", "null", "3", "{a: 1}", ".inf", "~", "- x", "a: b", "2020-01-01", "0x1f", "\u2028", "#", "<<"]
 )
-NUMBER = st.floats(allow_nan=False)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False)
 CONFIGS = st.builds(
     Config,
     model=TEXT,
@@ -383,7 +383,8 @@ class Bounded:
     share: Annotated[float, Above(0), AtMost(1)] = 0.5
     jobs: Annotated[int, AtLeast(2)] | None = None
     keep: Literal["best", "all"] = "best"
-    rate: Annotated[float, AtLeast(0), Below(float("inf"))] = 0.0
+    rate: Annotated[float, AtLeast(0)] = 0.0
+    plain: float = 0.0
 
     def __post_init__(self) -> None:
         check(self, *([UserError("share of one step", fix="take more steps")] if self.steps == 7 else []))
@@ -401,6 +402,7 @@ class Outer:
         ("share", [0.0, 1.1, float("nan")], [1e-9, 1.0], "set it above 0, at most 1"),
         ("jobs", [1], [2, None], "set it to 2 or above"),
         ("keep", ["bst"], ["all"], "keep` 'bst'; did you mean best?"),
+        ("plain", [float("inf"), float("nan")], [-1e9, 1e9], "set it to a finite number"),
         ("rate", [-0.1, float("inf"), float("nan")], [0.0, 1e9], "set it to 0 or above, finite"),
     ],
 )

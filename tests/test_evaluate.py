@@ -72,7 +72,7 @@ def evaluation(policy: Policy, baseline: Policy, greedy: list[str]) -> Evaluatio
         # The policy is right where it is asked for what it says anyhow.
         Row(PROMPTS[0], (greedy[0],), fields={"split": "test", "kind": "conflict", "prior": "w60"}),
         Row(PROMPTS[1], ("nothing",), fields={"split": "test", "kind": "conflict", "prior": greedy[1]}),
-        Row(PROMPTS[2], ("x", greedy[2]), fields={"split": "dev", "kind": "mix", "prior": 7}),
+        Row(PROMPTS[2], ("x", greedy[2]), fields={"split": "dev", "kind": "mix", "prior": None}),
         Row(PROMPTS[3], reference=greedy[3], fields={"split": "dev"}),
         Row(PROMPTS[4]),
     ]
@@ -89,7 +89,7 @@ def test_answers_give_figures_only_where_there_are_answers(evaluation: Evaluatio
 
 
 def test_faithfulness_reads_rows_with_a_prior_in_words(evaluation: Evaluation) -> None:
-    # Row 1 is right, row 2 is the prior, row 3 has a prior that is no text.
+    # Row 1 is right, row 2 is the prior, row 3 has none.
     assert evaluation.after.values["faithfulness"] == [1.0, 0.0, None, None, None]
     assert evaluation.after.values["prior_rate"] == [0.0, 1.0, None, None, None]
 

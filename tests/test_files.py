@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,8 @@ import torch
 from adhere import files
 from adhere.errors import RunFailed, UserError
 from adhere.files import (
+    GrowingFile,
+    append_jsonl,
     atomic_dir,
     atomic_write,
     require_space,
@@ -160,6 +164,40 @@ def test_too_little_space_names_both_figures(tmp_path: Path) -> None:
 class Estimate:
     mean: float
     low: float
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (lambda file: file.write_bytes(file.read_bytes()[:-3]), "is not as it was written: 16 bytes, and 13"),
+    "extended": (
+        lambda file: file.write_bytes(file.read_bytes() + b"{}"),
+        "is not as it was written",
+    ),
+    "changed at its end": (lambda file: file.write_bytes(b'{"a": 1}\n{"a":7}'), "is not as it was written"),
+    "removed": (lambda file: file.unlink(), "was removed while it was written"),
+    "its folder removed": (lambda file: shutil.rmtree(file.parent), "was removed while it was written"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_growing_file_that_is_not_what_it_was_is_never_extended(how: str, tmp_path: Path) -> None:
+    change, told = DAMAGE[how]
+    file = GrowingFile(tmp_path / "run" / "rows.jsonl")
+    file.append(b'{"a": 1}\n')
+    file.append(b'{"a":2}')
+    change(file.path)
+    left = file.path.read_bytes() if file.path.exists() else None
+    with pytest.raises(RunFailed, match=told):
+        file.append(b"{}\n")
+    assert (file.path.read_bytes() if file.path.exists() else None) == left
+
+
+def test_a_line_is_never_added_to_an_unfinished_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"a": 1})
+    append_jsonl(path, {"a": 2})
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(RunFailed, match=r"rows\.jsonl: ends in the middle of a line"):
+        append_jsonl(path, {"a": 3})
 
 
 def test_json_holds_no_nan_and_reads_tensors_paths_and_records() -> None:

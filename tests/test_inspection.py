@@ -232,7 +232,7 @@ def test_a_character_of_several_tokens_belongs_to_the_last_of_them():
 
 
 def test_what_does_not_fit_the_context_is_one_clear_line(causal):
-    with pytest.raises(UserError, match="do not fit the model's context; shorten the response or the prompt"):
+    with pytest.raises(UserError, match="do not fit the model's context of 512; shorten the response or the prompt"):
         causal.inspect(PROMPT, "garden " * causal.network.config.max_position_embeddings)
     with pytest.raises(UserError, match="set max_new_tokens to"):
         causal.inspect(PROMPT, max_new_tokens=100_000)

@@ -19,6 +19,7 @@ LAYERS = [
         "text",
         "progress",
         "files",
+        "locking",
         "resume",
         "options",
         "yaml_files",

@@ -128,6 +128,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
     "half of the configuration": (cut("config.json"), r"config\.json: is not JSON: .*line \d+"),
     "a list for a configuration": (text("config.json", "[1]"), r"config\.json: holds a JSON list, not an object"),
+    "ten million layers": (config(num_hidden_layers=10**7, num_layers=10**7), r"layers is 10,000,000, and the weights"),
+    "a network far too wide": (config(hidden_size=10**6, d_model=10**6), r"describes a network of [\d,]+ numbers, and"),
+    "a vocabulary far too large": (config(vocab_size=10**12), r"config\.json: describes a network of [\d,]+ numbers"),
     "a configuration of no family": (text("config.json", "{}"), r"config\.json: cannot be loaded: Unrecognized model"),
     "text for a size": (
         config(hidden_size="big", d_model="big"),

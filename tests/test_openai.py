@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import pytest
 from adhere.cli import main
 from adhere.errors import RunFailed, UserError
 from adhere.integrations import http, openai
-from adhere.integrations.http import ATTEMPTS
+from adhere.integrations.http import ATTEMPTS, JsonClient, TransientError
 from adhere.integrations.openai import Server
 from adhere.model.settings import Sampling
 from adhere.toy import model_path
@@ -240,6 +241,19 @@ def test_the_key_never_goes_over_the_net_in_clear(monkeypatch):
     monkeypatch.setenv(openai.KEY, "a\nb")
     with pytest.raises(UserError, match="no key has"):
         Server("https://example.com", "m")
+
+
+def test_what_this_machine_asks_itself_goes_through_no_proxy(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.2)
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.setenv(openai.KEY, "secret")
+        for host in ("localhost", "127.0.0.1"):
+            with pytest.raises(TransientError, match=r"no answer: .*refused"):
+                JsonClient(f"http://{host}:9", openai.KEY).request("v1/models")
+        with pytest.raises(TimeoutError):
+            proxy.accept()
 
 
 def test_top_k_is_not_in_the_protocol():

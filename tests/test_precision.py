@@ -50,6 +50,19 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
+def test_weights_that_a_step_has_broken_stop_the_run_at_that_step(tmp_path: Path) -> None:
+    model = save("llama", tmp_path / "model")
+    policy = Policy.load(model, device="cpu")
+    trainer = Trainer(config(model, tmp_path), policy, rows(), tmp_path / "run")
+    trainer.step()
+    # What the second moment of AdamW is after an overflow: the loss and the gradient of this step are sound.
+    for group in trainer.optimizer.state.values():
+        group["exp_avg"].fill_(torch.inf)
+    with pytest.raises(RunFailed, match=r"^step 2: .* is not finite, so nothing is saved; lower learning_rate"):
+        trainer.step()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.parametrize("family", ["llama", "bart"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_a_half_precision_checkpoint_trains_as_its_float32_copy_does(dtype, family: str, tmp_path: Path) -> None:
@@ -127,10 +140,13 @@ def test_a_float16_checkpoint_leaves_numbers(family: str, tmp_path: Path) -> Non
     [
         ({"dtype": "float16"}, "float16 cannot be trained in.*use --dtype bfloat16"),
         ({"dtype": "float64"}, "unknown dtype 'float64'; use one of auto, float32, bfloat16"),
-        ({"weight_decay": float("inf")}, "weight_decay is inf; set it to 0 or above, finite"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; set it to 0 or above, at most 10"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"kl_coef": float("inf")}, "kl_coef is inf"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; set it above 0"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm is inf; set it above 0, finite"),
+        ({"prompts_per_step": 10**12}, r"prompts_per_step is 1000000000000; set it to 1 or above, at most 1,000,000"),
+        ({"prompts_per_step": 10**5, "num_samples": 1000}, r"is 6,400,000,000 tokens a step; lower one of them"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm is 0\.0; set it above 0"),
         ({"save": "adapter"}, "save is adapter, but no adapter is trained; add --lora"),
     ],
@@ -226,7 +242,7 @@ def test_a_damaged_checkpoint_is_told(name: str, tmp_path: Path) -> None:
     train(config(model, run, steps=1), Policy.load(model, device="cpu"), rows(), run)
     file = run / "checkpoints" / "step-1" / name
     file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(UserError, match=r"step-1: the checkpoint is damaged: .*; remove that folder"):
+    with pytest.raises(UserError, match=r"step-1.*: damaged, as every checkpoint of the run is; put back a sound copy"):
         Trainer(config(model, run), Policy.load(model, device="cpu"), rows(), run, resume=True)
 
 

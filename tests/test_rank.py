@@ -286,7 +286,7 @@ ROW = {"prompt": "where is mary ?"}
         ([{**ROW, "candidates": "a"}], [], "rows.jsonl:1: `candidates` is text"),
         ([{**ROW, "candidates": ["a", 7]}], [], "rows.jsonl:1: `candidates` holds a number"),
         ([{**ROW, "candidates": [{"reward": 1}]}], [], "rows.jsonl:1: `candidates` holds null"),
-        ([{**ROW, "candidates": ["w1 " * 200]}], [], "rows.jsonl:1: prompt and a candidate of 201 tokens"),
+        ([{**ROW, "candidates": ["w1 " * 200]}], [], "rows.jsonl:1: prompt and a response of 201 tokens"),
         ([{**ROW, "candidates": ["a"]}], ["--server", "http://127.0.0.1:1"], "the rows bring candidates"),
         ([ROW], ["--server-model", "m"], "--server-model without --server"),
         ([ROW], ["--server", "nowhere"], "nowhere: is no address of a server"),

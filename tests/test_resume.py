@@ -196,9 +196,10 @@ def test_rows_beyond_the_last_entry_are_cut_off_and_missing_ones_are_damage(tmp_
     again.add([{"a": 2}], 2, {"sum": 3.0})
     whole = (rows.folder / "rows.jsonl").read_bytes()
     assert whole == b'{"a": 1}\n{"a": 2}\n'
-    (rows.folder / "rows.jsonl").write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="is damaged"):
-        GrowingRows(tmp_path / "out", {}, resume=True)
+    for damaged in (whole[:-1], whole.replace(b"2", b"3"), b""):
+        (rows.folder / "rows.jsonl").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"rows\.jsonl: is damaged"):
+            GrowingRows(tmp_path / "out", {}, resume=True)
     (rows.folder / "rows.jsonl").write_bytes(whole)
     GrowingRows(tmp_path / "out", {}, resume=True).finish()
     assert (tmp_path / "out").read_bytes() == whole and not rows.folder.exists()
@@ -263,13 +264,15 @@ def test_a_new_run_needs_a_folder_without_one(tmp_path: Path) -> None:
         new_run_dir(tmp_path / "file")
 
 
-def test_resuming_needs_a_checkpoint_and_sweeps_what_a_kill_left(tmp_path: Path) -> None:
+def test_resuming_needs_a_run_and_sweeps_what_a_kill_left(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to resume: it is not there; leave --resume out"):
         new_run_dir(tmp_path / "a", resume=True)
     run = new_run_dir(tmp_path / "a")
+    assert new_run_dir(run, resume=True) == run  # killed before anything was written
     (run / "checkpoints" / ".step-2.12345678.partial").mkdir(parents=True)
-    with pytest.raises(UserError, match="nothing to resume: no checkpoint in it"):
-        new_run_dir(run, resume=True)
-    assert list((run / "checkpoints").iterdir()) == []
-    (run / "checkpoints" / "step-2").mkdir()
     assert new_run_dir(run, resume=True) == run
+    assert list((run / "checkpoints").iterdir()) == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="nothing to resume: no run in it; choose the folder of a run"):
+        new_run_dir(tmp_path / "other", resume=True)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adhere.learn.learner import Learner
-from adhere.model.encode import context_length
+from adhere.model.context import context_length
 from adhere.model.policy import Policy
 from adhere.model.rope import depends_on_length
 from adhere.model.settings import Sampling

@@ -6,13 +6,14 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -275,10 +276,57 @@ def test_a_bearer_token_is_asked_for_everywhere_but_at_health(reward):
         for headers in ({}, {"authorization": "Bearer Sesame"}, {"authorization": "Basic c2VzYW1l"}):
             answer = http.post("/v1/score", json={"items": items()}, headers=headers)
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
-            assert http.get("/metrics", headers=headers).status_code == 401
+            for path in ("/metrics", "/docs", "/openapi.json", "/nothing"):
+                assert http.get(path, headers=headers).status_code == 401
         assert http.get("/health").status_code == 200
         good = {"authorization": "Bearer sesame"}
         assert http.post("/v1/score", json={"items": items()}, headers=good).status_code == 200
+        assert http.get("/openapi.json", headers=good).status_code == 200
+
+
+def test_a_body_is_not_read_before_the_token(served_with_token):
+    host, port = served_with_token.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3000000\r\n\r\n")
+        answer = line.recv(4096)  # with not a byte of the body sent
+        assert answer.startswith(b"HTTP/1.1 401 ") and b"connection: close" in answer.lower()
+
+
+def test_a_page_of_another_site_cannot_ask(served):
+    _, url = served
+    ready(url)
+    port = url.rpartition(":")[2]
+    for host, status in (("evil.example", 421), ("", 421), (f"LOCALHOST:{port}", 200), (f"[::1]:{port}", 200)):
+        assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == status
+    body = {"items": items()}
+    answer = httpx.post(f"{url}/v1/score", json=body, headers={"Host": f"127.0.0.1.evil.example:{port}"})
+    assert answer.status_code == 421 and "this server answers to" in answer.json()["detail"]
+
+
+def test_the_page_of_the_api_names_every_route_and_asks_no_other_host(reward):
+    with client(reward) as http:
+        page = http.get("/docs").text
+        paths = http.get("/openapi.json").json()["paths"]
+    assert re.findall(r'(?:href|src)="([^"]*)"', page) == ["openapi.json"]
+    assert "<script" not in page and "default-src 'none'" in page
+    assert all(f" {path}</code>" in page for path in paths) and "<b>candidates</b>" in page
+
+
+def test_idle_connections_make_room_and_end(reward):
+    """Three times as many idle connections as there may be, and one that sends its body a byte at a time."""
+    with process("--max-connections", "8", "--read-timeout", "2", "--reward", "length") as (_, url):
+        ready(url)
+        host, port = url.removeprefix("http://").split(":")
+        idle = [socket.create_connection((host, int(port)), timeout=10) for _ in range(24)]
+        idle[-1].sendall(b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        for _ in range(3):
+            assert httpx.post(f"{url}/v1/score", json={"items": items()[:1] * 2}, timeout=10).status_code == 200
+        began = time.monotonic()
+        for line in idle:
+            with line, suppress(ConnectionResetError):
+                assert line.recv(1) == b""  # closed by the server, without an answer
+        assert time.monotonic() - began < 8
+        assert ready(url)["status"] == "ok"
 
 
 def test_metrics_count_requests_and_responses(reward):
@@ -382,6 +430,14 @@ def served(tmp_path, reward):
     save_heads(tmp_path, reward.heads)
     with process("--heads", str(tmp_path)) as found:
         yield found
+
+
+@pytest.fixture
+def served_with_token(monkeypatch):
+    monkeypatch.setenv("ADHERE_TOKEN", "sesame")
+    with process("--reward", "length") as (_, url):
+        ready(url)
+        yield url
 
 
 @contextmanager
@@ -492,7 +548,8 @@ def api():
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     config = SchemathesisConfig.from_dict({"auth": {"openapi": {"HTTPBearer": {"bearer": "sesame"}}}})
-    yield schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json", config=config)
+    good = {"Authorization": "Bearer sesame"}
+    yield schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json", config=config, headers=good)
     server.should_exit = True
     thread.join()
 

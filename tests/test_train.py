@@ -313,19 +313,21 @@ def test_killed_and_resumed_ends_bit_equal(family, algorithm, steps, dynamic, tm
     assert any(dropped) == dynamic and ("dynamic_sampling/drawn" in logs[0][0]) == dynamic
 
 
-def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_and_leave_a_checkpoint(number, tmp_path):
+    before = signal.getsignal(number)
     model = save("llama", tmp_path / "model")
     run = tmp_path / "run"
 
     def press(metrics):
         if metrics["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.05)
 
     trained = train(config(model, run, steps=50), Policy.load(model, device="cpu"), rows(), run, on_step=press)
     assert trained.interrupted and trained.steps == 2
     assert (run / "checkpoints" / "step-2" / "state.json").exists()
-    assert not (run / "model").exists()
+    assert not (run / "model").exists() and signal.getsignal(number) is before
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -429,7 +431,7 @@ def test_an_early_stop_ends_the_run_with_a_model(tmp_path):
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
         ({"schedule": "cosin"}, "unknown `schedule` 'cosin'; did you mean cosine"),
         ({"num_samples": 1, "algorithm": DPO()}, "dpo compares samples of one prompt"),
-        ({"steps": 0, "trackers": ("wand",)}, "steps is 0; set it to 1 or above; unknown tracker 'wand'"),
+        ({"steps": 0, "trackers": ("wand",)}, "steps is 0; .*; unknown tracker 'wand'"),
         ({"sampling": Sampling(temperature=0)}, "greedily"),
     ],
 )

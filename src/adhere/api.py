@@ -28,6 +28,7 @@ from adhere.faithfulness.settings import BenchConfig, reward_of, with_controls
 from adhere.faithfulness.summary import Bench
 from adhere.learn import train as training
 from adhere.learn.settings import TrainConfig
+from adhere.locking import writing
 from adhere.measure import audit as auditing
 from adhere.measure import evaluate as evaluation
 from adhere.measure.settings import AuditConfig, CheckConfig, EvalConfig
@@ -103,9 +104,22 @@ def train(
     # What has a name is made by the run, with a frozen reader; what has none cannot be told in its settings.
     named = isinstance(reward, str | Mapping | RewardConfig)
     made = None if named else _bound(reward, policy, load_heads(config.heads) if config.heads else None)
-    run = new_run_dir(output, resume)
+    with writing(output):
+        return _train(config, policy, rows, made, resume, on_step)
+
+
+def _train(
+    config: TrainConfig,
+    policy: Policy,
+    rows: Sequence[Row],
+    reward: Reward | None,
+    resume: bool,
+    on_step: training.OnStep,
+) -> training.Trained:
+    """Train into the folder that `config` names; where that fails before it has begun, no folder is left."""
+    run = new_run_dir(config.output, resume)
     try:
-        return training.train(config, policy, rows, run, reward=made, resume=resume, on_step=on_step)
+        return training.train(config, policy, rows, run, reward=reward, resume=resume, on_step=on_step)
     except UserError:
         with suppress(OSError):
             run.rmdir()  # only while it is empty: bad input leaves no folder behind

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from adhere.data import Row, require_documents
-from adhere.errors import TooLong, UserError
+from adhere.errors import UserError
 from adhere.measure import metrics
 from adhere.measure.settings import CheckConfig
 from adhere.model.policy import Policy
@@ -46,11 +46,8 @@ def check_rows(policy: Policy, rows: Sequence[Row], config: CheckConfig | None =
     classes = token_classes(policy.tokenizer)
     pieces = batched(rows, config.batch_size)
     for batch in policy.progress(pieces, "checking", len(rows), size=len):
-        rollout = policy.paired([row.prompt for row in batch], [row.response or "" for row in batch])
-        for row, fits in zip(batch, policy.fits(rollout).tolist(), strict=True):
-            if not fits:
-                fix = "shorten the response or the prompt"
-                raise TooLong("prompt and response do not fit the model's context", where=row.where, fix=fix)
+        prompts, responses = [row.prompt for row in batch], [row.response or "" for row in batch]
+        rollout = policy.paired(prompts, responses, [row.where for row in batch])
         logprobs = policy.read(rollout, attention=False, spread=()).logprobs.clamp(min=LOWEST_LOGPROB)
         without = policy.read_without(rollout, context_sentences(rollout.prompts, classes)).clamp(min=LOWEST_LOGPROB)
         drops = logprobs.unsqueeze(1) - without

@@ -16,6 +16,7 @@ from adhere.commands.parser import Parser
 from adhere.commands.train import INTERRUPTED
 from adhere.console import Console, hear_libraries, quieten_libraries
 from adhere.errors import UserError, unknown_name
+from adhere.locking import writing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.arguments(parser)
         options = parser.parse_args(given[1:])
         console = Console("json" in options, "quiet" in options, "verbose" in options)
-        with console.strays_aside(), console.logs():
+        with console.strays_aside(), console.logs(), writing(getattr(options, "output", None)):
             (hear_libraries if console.verbose else quieten_libraries)()
             return command.run(options, console)
     except SystemExit as ended:  # --help has been printed

@@ -6,7 +6,7 @@ together. Nothing here knows a tokenizer or a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from adhere.prompt import documents_of
 from adhere.row_files import Fault, FilePosition, kind, records, short, told
 from adhere.row_lists import unpacked
 from adhere.row_prompt import Messages, check_field, prompt_of, template_fields, text_of
-from adhere.row_responses import answers, candidates, pair
+from adhere.row_responses import answers, candidates, pair, paraphrases
 
 SHOWN = 20
 """Bad rows that are told one by one; the rest are counted."""
@@ -182,6 +182,32 @@ def require_documents(rows: Iterable[Row]) -> None:
     for row in rows:
         if not documents_of(row.prompt):
             raise UserError("has no context to check against", where=row.where, fix="add `context` or `documents`")
+
+
+def require_measurable(rows: Iterable[Row]) -> None:
+    """Raise `UserError` for rows whose `prior`, `follow_up` or `paraphrases`, which `evaluate` reads, are not the texts
+    they should be: left aside, they would lower the count of a figure, and nobody would know."""
+    require_all(rows, _unmeasurable)
+
+
+def require_all(rows: Iterable[Row], fault_of: Callable[[Row], object]) -> None:
+    """Raise `UserError` with every row (the first twenty) that `fault_of` finds a fault with."""
+    faults = [f"{row.where or f'row {n}'}: {fault}" for n, row in enumerate(rows, 1) if (fault := fault_of(row))]
+    if len(faults) > SHOWN:
+        faults[SHOWN:] = [f"… and {len(faults) - SHOWN} more"]
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _unmeasurable(row: Row) -> Fault | None:
+    """What is wrong with the fields that `evaluate` alone reads."""
+    try:
+        for name in ("prior", "follow_up"):
+            text_of(row.fields, name)
+        paraphrases(row.fields)
+    except Fault as fault:
+        return fault
+    return None
 
 
 def writable(row: Row) -> str:

@@ -23,6 +23,8 @@ from typing import Any
 
 from adhere.errors import RunFailed, UserError
 
+TAIL = 4096
+"""Bytes by whose sight a file that grows is known again."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # Libraries that write through Rust or C++ (safetensors, torch) report a full disk in words only.
 _FULL_WORDS = ("no space left on device", "os error 28", "disk quota exceeded", "os error 122")
@@ -121,13 +123,61 @@ def to_json(value: object, *, indent: int | None = None) -> str:
     return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
+class GrowingFile:
+    """A file that this process alone extends. Before each write it must be the file that it was after the one before,
+    by its size and its last bytes: what was removed, cut short or written to by others is never extended.
+
+    `size`: bytes of it that count, where it is known; what is beyond them goes with the first write.
+    """
+
+    def __init__(self, path: str | Path, size: int | None = None) -> None:
+        self.path = Path(path)
+        self.size = (self.path.stat().st_size if self.path.exists() else 0) if size is None else size
+        self._cut = size is not None
+        self._tail = self.tail() if self.size else b""
+
+    def tail(self) -> bytes:
+        """The last bytes of what counts; fewer, or none, where they are not there."""
+        if not self.path.is_file():
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.size - TAIL))
+            return file.read(min(self.size, TAIL))
+
+    def append(self, data: bytes, *, sync: bool = False) -> None:
+        """Extend it in a single write, so that a reader never meets half of it; `sync`: to the disk, for good.
+
+        Raises `RunFailed` where it is not the file that it was."""
+        with disk_errors(self.path, len(data)):
+            if self.size == 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            elif not self.path.exists():
+                raise RunFailed("was removed while it was written", where=str(self.path), fix="begin anew")
+            with self.path.open("ab", buffering=0) as file:
+                found = file.tell()
+                if found < self.size or (found > self.size and not self._cut) or self.tail() != self._tail:
+                    what = f"is not as it was written: {self.size} bytes, and {found} are there"
+                    raise RunFailed(what, where=str(self.path), fix="look who else wrote to it")
+                if found > self.size:
+                    file.truncate(self.size)
+                file.write(data)
+                if sync:
+                    os.fsync(file.fileno())
+        self.size += len(data)
+        self._cut, self._tail = False, (self._tail + data)[-TAIL:]
+
+
 def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a JSON Lines file, in a single write, so that a reader never meets half of it."""
-    line = (to_json(row) + "\n").encode("utf-8", "backslashreplace")
-    with disk_errors(path, len(line)):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("ab", buffering=0) as file:
-            file.write(line)
+    """Add one line to a JSON Lines file. Raises `RunFailed` where it does not end with a whole line."""
+    file = GrowingFile(path)
+    if file.size and not file.tail().endswith(b"\n"):
+        raise RunFailed("ends in the middle of a line", where=str(path), fix="repair or remove that line")
+    file.append(json_line(row))
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON Lines."""
+    return (to_json(row) + "\n").encode("utf-8", "backslashreplace")
 
 
 def sweep(folder: str | Path) -> None:

@@ -58,12 +58,12 @@ class AtMost:
         return value <= self.limit
 
     def __str__(self) -> str:
-        return f"at most {self.limit:g}"
+        return f"at most {self.limit:,}"
 
 
 @dataclass(frozen=True)
 class Below:
-    """`value < limit`; `Below(math.inf)` asks for a finite number."""
+    """`value < limit`."""
 
     limit: float
 
@@ -71,11 +71,21 @@ class Below:
         return value < self.limit
 
     def __str__(self) -> str:
-        return "finite" if self.limit == math.inf else f"below {self.limit:g}"
+        return f"below {self.limit:g}"
 
 
 Bound = AtLeast | Above | AtMost | Below
-"""One end of the range of a number. NaN is outside of every range."""
+"""One end of the range of a number. No number may be infinite or NaN, whatever its bounds."""
+MANY = 1_000_000
+"""How many of anything there may be: more, by a slip of the hand, would be allocated before anything fails."""
+Count = Annotated[int, AtLeast(1), AtMost(MANY)]
+"""A number of prompts, samples, steps, tokens, …"""
+CountOrZero = Annotated[int, AtLeast(0), AtMost(MANY)]
+"""The same, where 0 stands for none of them."""
+
+MOST_SEED = 2**32 - 1
+"""What every library that draws takes, NumPy included."""
+Seed = Annotated[int, AtLeast(0), AtMost(MOST_SEED)]
 
 
 def check(config: Any, *others: UserError) -> None:
@@ -84,7 +94,7 @@ def check(config: Any, *others: UserError) -> None:
     Raises `UserError` that tells all faults, together with `others` that the caller has found by itself.
     """
     cls: type = type(config)
-    faults = [fault for name in _declared(cls) for fault in faults_of(cls, name, getattr(config, name))]
+    faults = [fault for name, _, _ in fields_of(cls) for fault in faults_of(cls, name, getattr(config, name))]
     faults += others
     if faults:
         raise faults[0] if len(faults) == 1 else UserError("; ".join(map(str, faults)))
@@ -97,9 +107,13 @@ def faults_of(cls: type, name: str, value: Any, where: str | None = None) -> lis
         return []
     if choices and value not in choices:
         return [unknown_name(f"`{name}`", str(value), map(str, choices), where=where)]
-    if all(bound.holds(value) for bound in bounds):
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if finite and all(bound.holds(value) for bound in bounds):
         return []
-    return [UserError(f"{name} is {value}", where=where, fix=f"set it {', '.join(map(str, bounds))}")]
+    wanted = [str(bound) for bound in bounds] or ["to a finite number"]
+    if isinstance(value, float) and bounds and not any(isinstance(bound, AtMost | Below) for bound in bounds):
+        wanted.append("finite")
+    return [UserError(f"{name} is {value}", where=where, fix=f"set it {', '.join(wanted)}")]
 
 
 @cache

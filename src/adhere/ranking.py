@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from adhere.data import Row
-from adhere.errors import TooLong, UserError
+from adhere.errors import UserError
 from adhere.model.encode import Prompt
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
@@ -31,6 +31,9 @@ from adhere.types import Prompts, Rollout, Scores
 
 NO_TALLY = {"best": 0.0, "all": 0.0, "left_out": 0.0, "flat": 0.0, "cut_off": 0.0}
 """What `lines_of` adds to."""
+
+CHECKED = 64
+"""Rows tokenised at a time, to see that they fit the model."""
 
 Draw = Callable[[Sequence[Row], Prompts, int], Rollout]
 """Rows, their encoded prompts and a seed → the candidates of each."""
@@ -143,17 +146,15 @@ def _rollout(
     policy: Policy, names: Sequence[str], prompts: Prompts, said: Sequence[Sequence[tuple[Response, bool]]]
 ) -> Rollout:
     """Given responses as candidates; raises `TooLong` for one that the context of the scoring model cannot hold."""
-    index = torch.tensor([place for place, texts in enumerate(said) for _ in texts])
+    index = [place for place, texts in enumerate(said) for _ in texts]
     flat = [candidate for texts in said for candidate in texts]
-    rollout = policy.respond(prompts, [response for response, _ in flat], index, [ended for _, ended in flat])
-    if wide := (~policy.fits(rollout)).nonzero().flatten().tolist():
-        place = int(index[wide[0]])
-        raise TooLong(
-            f"prompt and a candidate of {int(rollout.lengths[wide[0]])} tokens do not fit the model's context",
-            where=names[place] or f"prompt {place + 1}",
-            fix="shorten the candidate or the prompt",
-        )
-    return rollout
+    return policy.respond(
+        prompts,
+        [response for response, _ in flat],
+        torch.tensor(index),
+        [ended for _, ended in flat],
+        [names[place] or f"prompt {place + 1}" for place in index],
+    )
 
 
 def check(policy: Policy, rows: Iterable[Row], config: RankConfig) -> None:
@@ -235,22 +236,30 @@ def score_rows(reward: Reward, rows: Sequence[Row], *, batch_size: int = 64) -> 
     """Each row as it was read, plus `reward`, `signals` and `evidence` (see `_figures`); in the order given.
 
     Rows with the same prompt form a group wherever they stand, so a group-normalised reward compares them. About
-    `batch_size` rows are scored at a time; a group is never split. Raises `UserError` when a prompt does not fit
-    the model.
+    `batch_size` rows are scored at a time; a group is never split. Raises what `check_given` does.
     """
-    reward.policy.encode(
-        [row.prompt for row in rows], names=[row.where for row in rows]
-    )  # all readable, or none scored
+    check_given(reward.policy, rows)  # all readable, or none scored
     scored: list[dict[str, Any]] = [{} for _ in rows]
     for places in reward.policy.progress(_groups(rows, batch_size), "scoring", len(rows), size=len):
         part = [rows[place] for place in places]
         rollout, back = reward.paired(
-            [row.prompt for row in part], [row.response or "" for row in part], [row.answers for row in part]
+            [row.prompt for row in part],
+            [row.response or "" for row in part],
+            [row.answers for row in part],
+            _names(part),
         )
         figures_of = _figures(reward(rollout), reward.policy)
         for place, figures in zip(places, [figures_of[i] for i in back.tolist()], strict=True):
             scored[place] = {**rows[place].fields, **figures}
     return scored
+
+
+def check_given(policy: Policy, rows: Iterable[Row]) -> None:
+    """Raise `UserError` for a prompt that cannot be read, `TooLong` for a response that does not fit the context of the
+    model with its prompt."""
+    for batch in batched(rows, CHECKED):
+        prompts = policy.encode([row.prompt for row in batch], names=_names(batch))
+        policy.respond(prompts, [row.response or "" for row in batch], torch.arange(len(batch)), names=_names(batch))
 
 
 def group_starts(rows: Iterable[Row], batch_size: int, shard_rows: int) -> tuple[list[int], int]:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from adhere.errors import UserError
 from adhere.model.settings import Sampling
-from adhere.options import AtLeast, Below, check
+from adhere.options import AtLeast, Count, Seed, check
 
 
 @dataclass(frozen=True)
 class RankConfig:
     """How candidates are drawn, and what is written of them."""
 
-    num_samples: Annotated[int, AtLeast(1)] = 8
+    num_samples: Count = 8
     """Candidates drawn for each prompt (rows that bring `candidates` keep their own)."""
     keep: Literal["best", "all", "pairs"] = "best"
     """best: each row with its best response; all: every candidate, best first; pairs: best against worst, for DPO."""
-    margin: Annotated[float, AtLeast(0), Below(math.inf)] = 0.0
+    margin: Annotated[float, AtLeast(0)] = 0.0
     """Pairs only: the difference in reward that a pair needs at least; a tie is never a pair."""
-    batch_size: Annotated[int, AtLeast(1)] = 8
+    batch_size: Count = 8
     """Prompts ranked at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
     sampling: Sampling = field(default_factory=Sampling)
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from adhere.errors import UserError
-from adhere.files import append_jsonl, atomic_write, disk_errors, rename, sweep, to_json
+from adhere.files import GrowingFile, atomic_write, disk_errors, json_line, rename, sweep, to_json
 
 JOURNAL = ".journal.jsonl"
 """Hidden: nobody takes it for data."""
 _RUN_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints", "model")
+_BEGUN_MARKS = (*_RUN_MARKS, "audit-before.json")
+"""What a run that was killed may have left."""
 
 
 def require_new(path: Path) -> None:
@@ -106,17 +107,18 @@ class Journal:
         if begun is not None:  # else it was killed before its first line was whole
             require_same(begun, settings, where=folder, fix="give those it began with, or remove this folder")
         self._begun = begun is not None
+        self._lines = GrowingFile(self.file)
 
     def begin(self) -> None:
         """Write the settings, unless they are there."""
         if not self._begun:
-            append_jsonl(self.file, {"settings": self._settings})
+            self._lines.append(json_line({"settings": self._settings}))
         self._begun = True
 
     def add(self, entry: dict[str, Any]) -> None:
         """Remember a batch that is done."""
         self.begin()
-        append_jsonl(self.file, entry)
+        self._lines.append(json_line(entry))
         self.entries.append(entry)
 
     def close(self) -> None:
@@ -127,8 +129,9 @@ class Journal:
 class GrowingRows:
     """JSON Lines written batch by batch and resumable: they grow in `NAME.partial/` and take their name at the end.
 
-    The journal says how many rows of the input are `done`, how many bytes they made, and the `tally` that the caller
-    keeps. What a killed process left beyond those bytes is cut off, so no line is lost or doubled. Raises `UserError`:
+    The journal says how many rows of the input are `done`, how many bytes they made and which are the last of them, and
+    the `tally` that the caller keeps. What a killed process left beyond those bytes is cut off, so no line is lost or
+    doubled. Raises `UserError`:
     the target is there already, or as `Journal` does.
     """
 
@@ -137,24 +140,19 @@ class GrowingRows:
         self.folder = self.path.with_name(f"{self.path.name}.partial")
         self._rows = self.folder / "rows.jsonl"
         require_new(self.path)
-        self._journal = Journal(self.folder, settings, ("done", "bytes", "tally"), resume=resume)
-        last = [{"done": 0, "bytes": 0, "tally": {}}, *self._journal.entries][-1]
-        self.done, self.tally, self._bytes = last["done"], last["tally"], last["bytes"]
-        if self._bytes and not (self._rows.is_file() and self._rows.stat().st_size >= self._bytes):
-            raise damaged(self.folder)
+        self._journal = Journal(self.folder, settings, ("done", "bytes", "tail", "tally"), resume=resume)
+        last = [{"done": 0, "bytes": 0, "tail": fingerprint(b""), "tally": {}}, *self._journal.entries][-1]
+        self.done, self.tally = last["done"], last["tally"]
+        self._file = GrowingFile(self._rows, last["bytes"])
+        if fingerprint(self._file.tail()) != last["tail"]:
+            raise damaged(self._rows)
 
     def add(self, rows: Iterable[Mapping[str, Any]], done: int, tally: Mapping[str, float]) -> None:
         """Write a batch: its rows, how many rows of the input are done with it, and the tally so far."""
-        text = "".join(to_json(row) + "\n" for row in rows).encode("utf-8", "backslashreplace")
-        with disk_errors(self.path, len(text)):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._rows.open("ab") as file:
-                file.truncate(self._bytes)
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        self.done, self.tally, self._bytes = done, dict(tally), self._bytes + len(text)
-        self._journal.add({"done": done, "bytes": self._bytes, "tally": self.tally})
+        self._file.append(b"".join(map(json_line, rows)), sync=True)
+        self.done, self.tally = done, dict(tally)
+        tail = fingerprint(self._file.tail())
+        self._journal.add({"done": done, "bytes": self._file.size, "tail": tail, "tally": self.tally})
 
     def finish(self) -> None:
         """Give the rows their name."""
@@ -165,7 +163,8 @@ class GrowingRows:
 def new_run_dir(path: str | Path, resume: bool = False) -> Path:
     """Make the folder of a training run, or with `resume` find one that can go on.
 
-    Raises `UserError`: the folder already holds a run and `resume` is off, or `resume` is on without a checkpoint.
+    A run that was killed before its first checkpoint can: it starts over. Raises `UserError`: the folder already holds
+    a run and `resume` is off, or `resume` is on and it holds none.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -175,9 +174,9 @@ def new_run_dir(path: str | Path, resume: bool = False) -> Path:
             raise _nothing_to_resume(path)
         for folder in (path, path / "checkpoints", path / "completions"):
             sweep(folder)
-        if not any((path / "checkpoints").glob("step-*")):
-            fix = "remove the folder or choose another --output, and leave --resume out"
-            raise UserError("nothing to resume: no checkpoint in it", where=str(path), fix=fix)
+        if any(path.iterdir()) and not any((path / mark).exists() for mark in _BEGUN_MARKS):
+            fix = "choose the folder of a run, or leave --resume out"
+            raise UserError("nothing to resume: no run in it", where=str(path), fix=fix)
         return path
     if any((path / mark).exists() for mark in _RUN_MARKS):
         raise UserError("already holds a run", where=str(path), fix="add --resume or choose another --output")

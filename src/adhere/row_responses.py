@@ -1,4 +1,5 @@
-"""What a row says of responses: accepted answers, candidates to choose from, a preferred response and the other.
+"""What a row says of responses and rewordings: accepted answers, candidates, a preferred response and the other, and
+the same prompt in other words.
 
 Each is text, or a form that others write: SQuAD's answers, candidates with their rewards, conversations whose last turn
 is the response. What is anything else is a `Fault` that says what to write.
@@ -52,6 +53,21 @@ def candidates(raw: Mapping[str, Any]) -> tuple[str, ...]:
             raise Fault(f'`candidates` holds {kind(text)}; write text, e.g. "candidates": ["…", "…"]')
         found.append(encodable(text, "`candidates`"))
     return tuple(found)
+
+
+def paraphrases(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The same prompt in other words; none where the field is null."""
+    given = raw.get("paraphrases")
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise Fault(f'`paraphrases` is {kind(given)}; write a list, e.g. "paraphrases": ["…"]')
+    for number, text in enumerate(given, 1):
+        if not isinstance(text, str):
+            raise Fault(f"`paraphrases` {number} is {kind(text)}; write text")
+        if not text.strip():
+            raise Fault(f"`paraphrases` {number} is empty; write some text, or leave it out")
+    return tuple(encodable(text, "`paraphrases`") for text in given)
 
 
 def pair(raw: Mapping[str, Any], prompt: object) -> tuple[str | None, str | None]:

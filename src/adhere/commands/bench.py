@@ -21,7 +21,7 @@ from adhere.commands.common import (
     reward_written,
     tell_prompting,
 )
-from adhere.commands.parser import Parser, count
+from adhere.commands.parser import Parser, positive
 from adhere.config import flags_given, load_config, to_dict
 from adhere.console import Console
 from adhere.data import Columns, read_rows, write_jsonl
@@ -52,7 +52,7 @@ def _arguments(parser: Parser) -> None:
     list_rewards(parser)
     parser.epilog = f"{parser.epilog}\nsignals:\n  {', '.join(SIGNALS)}"
     parser.common.add_argument(
-        "--limit", type=count, metavar="N", help="measure the first N rows only; the others still lend their answers"
+        "--limit", type=positive, metavar="N", help="measure the first N rows only; the others still lend their answers"
     )
     parser.common.add_argument("--resume", action="store_true", help="go on with the unfinished bench in --output")
     parser.add_options(BenchConfig, "splits", "num_samples", "seed")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adhere.commands.parser import Parser, count
+from adhere.commands.parser import Parser, positive
 from adhere.config import flags_given, load_config, read_mapping
 from adhere.console import Console
 from adhere.data import Columns, Row
@@ -57,7 +57,7 @@ def row_arguments(parser: Parser, limit: int | None = None) -> None:
     """The options that say which rows are read, and which of their fields are prompt and answers."""
     default = "" if limit is None else f" (default: {limit})"
     parser.common.add_argument(
-        "--limit", type=count, default=limit, metavar="N", help=f"read the first N rows only{default}"
+        "--limit", type=positive, default=limit, metavar="N", help=f"read the first N rows only{default}"
     )
     parser.add_options(Columns)
 

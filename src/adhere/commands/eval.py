@@ -23,7 +23,7 @@ from adhere.commands.common import (
 from adhere.commands.parser import Parser
 from adhere.config import flags_given, load_config, to_dict
 from adhere.console import Console
-from adhere.data import read_rows
+from adhere.data import read_rows, require_measurable
 from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
 from adhere.measure.settings import EvalConfig
@@ -56,6 +56,7 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     check_new_folder(options.output, "results.json", "results")
     check_models(options.model, options.baseline)
     rows = read_rows(options.prompts, columns_of(options), limit=options.limit)
+    require_measurable(rows)
 
     from adhere.measure.batch_cache import BatchCache
     from adhere.measure.evaluate import evaluate

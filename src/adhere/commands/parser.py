@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING
 from typing import Any
 
 from adhere.config import add_arguments
 from adhere.errors import UserError
-from adhere.options import Option
+from adhere.options import MANY, MOST_SEED, Option
 
 _FLAG = re.compile(r"--?[a-z][^\s=]*", re.IGNORECASE)
 
@@ -74,12 +74,25 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34)
 
 
-def count(text: str) -> int:
-    """A whole number, 1 or above: the `type` of an argument."""
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small; set it to 1 or above")
-    return value
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The `type` of an argument that is a whole number from `low` to `high`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is too small; set it to {low} or above")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"{value} is too large; set it to {high:,} or less")
+        return value
+
+    return read
+
+
+count = whole(1, MANY)
+"""How many of anything that takes room."""
+positive = whole(1)
+"""How many of what takes none, however many there are."""
+seed = whole(0, MOST_SEED)

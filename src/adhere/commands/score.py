@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
@@ -35,15 +35,11 @@ from adhere.errors import UserError
 if TYPE_CHECKING:
     from adhere.data import Row
     from adhere.integrations.ray import Work
-    from adhere.model.policy import Policy
     from adhere.reward.heads import CopyHeads
     from adhere.reward.named import RewardConfig
     from adhere.shards import Shard
 
 Rows = Callable[[], "Iterator[Row]"]
-
-CHECKED = 64
-"""Prompts tokenised at a time, to see that they fit the model."""
 
 
 def _arguments(parser: Parser) -> None:
@@ -101,7 +97,7 @@ def _at_once(options: argparse.Namespace, console: Console, spec: RewardConfig) 
 
 def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig) -> int:
     """Shard by shard, by Ray's workers. Each scores the batches that the whole file would have been scored in."""
-    from adhere.ranking import group_starts, scattered
+    from adhere.ranking import check_given, group_starts, scattered
     from adhere.shards import ShardedRows, shard_rows
 
     rows: Rows = partial(iter_rows, options.input, columns_of(options), need=_need(spec), limit=options.limit)
@@ -127,7 +123,7 @@ def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig
         "shard_rows": size,
     }
     output = ShardedRows(options.output, settings, resume=options.resume)
-    heads = copy_heads(options, spec, lambda policy: _check(policy, rows()), console.track)
+    heads = copy_heads(options, spec, lambda policy: check_given(policy, rows()), console.track)
     starts, groups = group_starts(rows(), options.batch_size, size)
     make = partial(scorer, options, spec, heads, output.rows_file(options.input), output.folder)
     if ended := do_all(options, console, output, make, options.input, starts, total, "scoring"):
@@ -135,14 +131,6 @@ def _in_shards(options: argparse.Namespace, console: Console, spec: RewardConfig
     tally = output.tally()
     _tell(options, console, spec, total, groups, {name: value / total for name, value in tally.items()})
     return 0
-
-
-def _check(policy: Policy, rows: Iterable[Row]) -> None:
-    """Raise `UserError` unless every prompt can be read."""
-    from adhere.ranking import batched
-
-    for batch in batched(rows, CHECKED):
-        policy.encode([row.prompt for row in batch], names=[row.where for row in batch])
 
 
 def scorer(options: argparse.Namespace, spec: RewardConfig, heads: CopyHeads | None, file: Path, folder: Path) -> Work:

@@ -30,6 +30,8 @@ from adhere.serve.config import ServeConfig
 
 TOKEN = "ADHERE_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+NAMES = ("127.0.0.1", "[::1]", "localhost")
+"""What requests call a server of this machine alone."""
 
 
 def _arguments(parser: Parser) -> None:
@@ -64,10 +66,12 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
     import uvicorn
 
     from adhere.serve.app import create_app
+    from adhere.serve.connections import bounded
 
     # A client learns what the model is called, not where it lies.
     called = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
-    app = create_app(reward, called, reward_name(options.reward), config, token)
+    hosts = NAMES if options.host in LOOPBACK else None
+    app = create_app(reward, called, reward_name(options.reward), config, token, hosts)
     # uvicorn raises what stopped it once more when it is done, and a server that was asked to stop did nothing wrong.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
@@ -77,6 +81,7 @@ def _serve(options: argparse.Namespace, console: Console) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
+            http=bounded(config.read_timeout, config.max_connections),
             timeout_graceful_shutdown=math.ceil(config.timeout),
         )
     )

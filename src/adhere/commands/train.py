@@ -20,7 +20,7 @@ from adhere.commands.common import (
     shown,
     tell_prompting,
 )
-from adhere.commands.parser import Parser, count
+from adhere.commands.parser import Parser, count, seed
 from adhere.config import flags_given, load_config
 from adhere.console import Console
 from adhere.data import Row, read_rows
@@ -28,6 +28,7 @@ from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
 from adhere.learn.settings import TrainConfig
 from adhere.learn.trackers import check_login
+from adhere.locking import writing
 from adhere.measure.settings import AuditConfig
 from adhere.model.embedded import EMBEDDED
 from adhere.progress import phase
@@ -78,6 +79,11 @@ def _train_arguments(parser: Parser) -> None:
 
 def _train(options: argparse.Namespace, console: Console) -> int:
     config = _config(options)
+    with writing(config.output):  # --config may tell it, where no flag does
+        return _run_config(config, options, console)
+
+
+def _run_config(config: TrainConfig, options: argparse.Namespace, console: Console) -> int:
     need = ("answers",) if "exact" in config_of(config.reward).weights else ()
     check_models(config.model)
     rows = read_rows(config.prompts, config.columns, need=need, limit=config.limit)
@@ -110,7 +116,8 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     flags = flags_given(options, TrainConfig)
     file = options.config
     if options.resume and file is None and "output" in flags:
-        file = new_run_dir(flags["output"], resume=True) / "config.yaml"
+        begun = new_run_dir(flags["output"], resume=True) / "config.yaml"
+        file = begun if begun.exists() else None  # killed before it was written
     config = load_config(TrainConfig, file, flags)
     config = replace(config, reward=reward_written(config.reward))
     check_login(config.trackers)
@@ -190,7 +197,7 @@ def _run(
             console.warn(_flat(steps, config))
 
     console.note(f"training on {reward_name(config.reward)}")
-    trained = train(config, policy, rows, run, resume=resume, on_start=on_start, on_step=on_step)
+    trained = train(config, policy, rows, run, resume=resume, on_start=on_start, on_step=on_step, warn=console.warn)
     leave()
     return trained, steps
 
@@ -281,7 +288,7 @@ def _demo_arguments(parser: Parser) -> None:
     parser.common.add_argument(
         "--eval-prompts", type=count, default=150, metavar="N", help="fresh prompts of each split (default: 150)"
     )
-    parser.common.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything (default: 0)")
+    parser.common.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of everything (default: 0)")
 
 
 def _demo(options: argparse.Namespace, console: Console) -> int:

@@ -13,7 +13,7 @@ from adhere.compare.plan import HUMAN, HYBRID, Job, jobs_of, processes
 from adhere.compare.settings import CompareConfig, Files
 from adhere.compare.work import load, perform, read_results, share_data
 from adhere.config import dump_yaml, to_dict
-from adhere.data import read_rows
+from adhere.data import read_rows, require_measurable
 from adhere.errors import RunFailed, UserError
 from adhere.files import atomic_write, to_json
 from adhere.progress import Progress, silent
@@ -64,7 +64,7 @@ def _check_data(config: CompareConfig, jobs: Sequence[Job]) -> None:
     """The files are there and can be read, before any work."""
     if isinstance(config.data, Files):
         read_rows(config.data.prompts, config.data.columns)
-        read_rows(config.data.evaluation, config.data.columns)
+        require_measurable(read_rows(config.data.evaluation, config.data.columns))
         if config.data.pairs is not None:
             read_rows(config.data.pairs, config.data.columns, need=("chosen", "rejected"))
         elif any(job.arm.reward in (HUMAN, HYBRID) for job in jobs):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 from adhere.data import Columns
 from adhere.errors import UserError, unknown_name
 from adhere.measure.settings import EvalConfig
-from adhere.options import AtLeast, check
+from adhere.options import Count, CountOrZero, check
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Toy:
     """The embedded task: its stories, and pairs judged by their answers in the place of a person."""
 
     name = "toy"
-    prompts: Annotated[int, AtLeast(1)] = 2000
+    prompts: Count = 2000
     """Training prompts, without answers."""
-    evaluation: Annotated[int, AtLeast(1)] = 100
+    evaluation: Count = 100
     """Fresh prompts of each split."""
-    pairs: Annotated[int, AtLeast(0)] = 1200
+    pairs: CountOrZero = 1200
     """Preference pairs, a right and a wrong sample of the model itself."""
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class Arm:
     reward: str | Mapping[str, Any]
     """A reward as `adhere train` takes it; or none, synthetic (a reward model of made pairs), human (one of labelled
     pairs), hybrid (signals weighted by labelled pairs)."""
-    labels: Annotated[int, AtLeast(0)] = 0
+    labels: CountOrZero = 0
     """Labelled pairs that human and hybrid may see."""
     train: Mapping[str, Any] = field(default_factory=dict)
     """Options of `adhere train` that differ in this arm."""
@@ -80,9 +80,9 @@ class CompareConfig:
     """Every arm is trained once with each."""
     against: str = "attention"
     """The arm that all others are compared with."""
-    audited: Annotated[int, AtLeast(0)] = 32
+    audited: CountOrZero = 32
     """Evaluation prompts on which each arm's reward is audited; 0 = no audit."""
-    jobs: Annotated[int, AtLeast(1)] | None = None
+    jobs: Count | None = None
     """Runs at a time, one thread each; nothing = one a core on a CPU, else one."""
 
     def __post_init__(self) -> None:

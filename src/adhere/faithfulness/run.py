@@ -13,8 +13,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
-from adhere.data import PLAIN, SHOWN, Columns, Row, rows_of, writable
-from adhere.errors import UserError
+from adhere.data import PLAIN, Columns, Row, require_all, rows_of, writable
 from adhere.faithfulness.candidates import Builder, Case, Question, holding
 from adhere.faithfulness.readings import HEADS, read_together, score_together, top_sentences
 from adhere.faithfulness.settings import BenchConfig
@@ -90,11 +89,7 @@ def bench(
 
 def questions_of(rows: Sequence[Row], columns: Columns = PLAIN) -> list[Question]:
     """What the bench reads of rows. Raises `UserError` with all rows that it cannot use (the first twenty)."""
-    faults = [f"{row.where or f'row {n}'}: {fault}" for n, row in enumerate(rows, 1) if (fault := _fault(row, columns))]
-    if len(faults) > SHOWN:
-        faults[SHOWN:] = [f"… and {len(faults) - SHOWN} more"]
-    if faults:
-        raise UserError("\n".join(faults))
+    require_all(rows, lambda row: _fault(row, columns))
     return [_question(row) for row in rows]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from adhere.errors import UserError, unknown_name
-from adhere.options import Above, AtLeast, check
+from adhere.options import MANY, Above, AtLeast, AtMost, Count, Seed, check
 from adhere.reward.named import NAMED, SIGNALS, RewardConfig, config_of
 
 SPLITS = ("unchanged", "swapped", "distractor", "unanswerable", "samples", "swapped-samples")
@@ -28,20 +28,20 @@ class BenchConfig:
 
     splits: tuple[str, ...] = SPLITS
     """Which comparisons to make: unchanged, swapped, distractor, unanswerable, samples, swapped-samples."""
-    num_samples: Annotated[int, AtLeast(2)] = 8
+    num_samples: Annotated[int, AtLeast(2), AtMost(MANY)] = 8
     """Responses that the model draws to each question, and to it on the swapped passage."""
-    temperature: Annotated[float, Above(0)] = 0.8
+    temperature: Annotated[float, Above(0), AtMost(100)] = 0.8
     """Softmax temperature of the samples."""
-    max_new_tokens: Annotated[int, AtLeast(1)] = 24
+    max_new_tokens: Count = 24
     """Length limit of a sample in tokens."""
     match: Literal["contained", "equal"] = "contained"
     """When a sample is right: contained = an accepted answer stands in it word for word, equal = it is one; both sides
     normalised as for exact match."""
     refusal: str = "The passage does not say."
     """The right response where the passage does not hold the answer."""
-    batch_size: Annotated[int, AtLeast(1)] = 4
+    batch_size: Count = 4
     """Questions read at a time; memory grows with batch_size × num_samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws, of what other rows lend, and of the resampling."""
 
     def __post_init__(self) -> None:

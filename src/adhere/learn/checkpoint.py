@@ -6,6 +6,7 @@ are seeded by the step. So this is all there is to save, and a resumed run repea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from adhere.model.precision import require_finite
 from adhere.resume import require_same
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
+SUMS = "checksums.json"
+"""SHA-256 of each of the others."""
 
 
 @dataclass
@@ -52,6 +55,42 @@ def save(
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, building / WEIGHTS)
         save_file(_flatten(parameters, optimizer), building / OPTIMIZER)
         (building / STATE).write_text(json.dumps(asdict(state)))
+        sums = {name: _sum(building / name) for name in (WEIGHTS, OPTIMIZER, STATE)}
+        (building / SUMS).write_text(json.dumps(sums, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """Which file of a checkpoint is missing or not as it was written; None where all are."""
+    try:
+        sums = dict(json.loads((folder / SUMS).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return SUMS
+    names = (WEIGHTS, OPTIMIZER, STATE)
+    return next((n for n in names if not (folder / n).is_file() or _sum(folder / n) != sums.get(n)), None)
+
+
+def newest_sound(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that is whole, None where it has none yet, and the damaged files of newer ones.
+
+    Raises `UserError` where there are checkpoints and all of them are damaged."""
+    damaged: list[str] = []
+    for folder in sorted(_checkpoints(run), key=_step, reverse=True):
+        if (file := damage(folder)) is None:
+            return folder, damaged
+        damaged.append(str(folder / file))
+    if damaged:
+        fix = f"put back a sound copy, or remove {run / 'checkpoints'} and --resume: the run starts over"
+        raise UserError("damaged, as every checkpoint of the run is", where=", ".join(damaged), fix=fix)
+    return None, []
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, so that they are in nobody's way and can be looked at."""
+    for folder in _checkpoints(run):
+        if _step(folder) > step:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def restore(
@@ -94,17 +133,23 @@ def restore(
     return state
 
 
-def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run directory."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
-
-
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.removeprefix("step-")))[:-keep]:
+    for path in sorted(_checkpoints(run), key=_step)[:-keep]:
         shutil.rmtree(path)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _sum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _flatten(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from adhere.config import dump_yaml, to_dict
-from adhere.files import append_jsonl, atomic_write
+from adhere.errors import RunFailed
+from adhere.files import GrowingFile, atomic_write, json_line
 from adhere.learn.settings import TrainConfig
 from adhere.learn.trackers import Trackers
 from adhere.resume import truncate_jsonl
@@ -46,12 +47,14 @@ class RunLog:
         path = run / "metrics.jsonl"
         known = path.read_text().splitlines() if step is not None and path.exists() else []
         self.history: list[dict[str, float]] = [json.loads(line) for line in known]
+        self._metrics, self._samples = GrowingFile(path), GrowingFile(run / "samples.jsonl")
 
     def metrics(self, row: dict[str, float]) -> None:
         """One row a step; every key is defined in docs/metrics.md."""
         self.history.append(row)
         if self._accelerator.is_main_process:
-            append_jsonl(self.run / "metrics.jsonl", row)
+            self.require_folder()
+            self._metrics.append(json_line(row))
             self._trackers.log(row)
 
     def responses(self, step: int, rollout: Rollout, scores: Scores, advantages: Tensor | None) -> None:
@@ -67,9 +70,15 @@ class RunLog:
         if not self._accelerator.is_main_process:
             return
         for row in rows[:shown]:
-            append_jsonl(self.run / "samples.jsonl", _sample(row))
+            self._samples.append(json_line(_sample(row)))
         if due:
             atomic_write(self.run / COMPLETIONS / f"step-{step:06d}.parquet", _parquet(whole))
+
+    def require_folder(self) -> None:
+        """Raise `RunFailed` where the folder of the run is gone: what is written would begin another one."""
+        if not (self.run / "config.yaml").exists():
+            what = "was removed while the run was writing to it"
+            raise RunFailed(what, where=str(self.run), fix="train again, into a folder that stays")
 
     def save_heads(self, found: heads.CopyHeads | None) -> None:
         """Keep the copy heads that the reward reads, if any, with the run."""

@@ -16,12 +16,14 @@ from adhere.errors import UserError
 from adhere.learn import trackers
 from adhere.learn.stopping import Stopping
 from adhere.model.settings import ChatOptions, Lora, Sampling, check_training_dtype
-from adhere.options import Above, AtLeast, AtMost, Below, check
+from adhere.options import Above, AtLeast, AtMost, Count, CountOrZero, Seed, check
 
 KLPlace = Literal["reward", "loss"]
 Scale = Literal["group", "batch", "none"]
 Loss = Literal["dapo", "grpo", "dr_grpo", "gspo", "cispo"]
 
+MOST_DRAWN = 4_000_000_000
+"""Tokens of a step: 50 GB of ids and log-probs."""
 EPSILONS: dict[Loss, tuple[float, float]] = {
     "dapo": (0.2, 0.2),
     "grpo": (0.2, 0.2),
@@ -36,7 +38,7 @@ EPSILONS: dict[Loss, tuple[float, float]] = {
 class _ChargesKL:
     """The options of every algorithm that charges for KL from the start."""
 
-    kl_coef: Annotated[float, AtLeast(0), Below(math.inf)] = 0.04
+    kl_coef: Annotated[float, AtLeast(0)] = 0.04
     """Weight of the KL divergence from the start."""
     kl_target: Annotated[float, Above(0)] | None = None
     """Adapt kl_coef to keep KL near this many nats a response; nothing keeps it fixed."""
@@ -79,7 +81,7 @@ class PPO(_Clips):
     needs_reference: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = False
 
-    epochs: Annotated[int, AtLeast(1)] = 2
+    epochs: Count = 2
     """Passes over each rollout."""
     gamma: Annotated[float, AtLeast(0), AtMost(1)] = 1.0
     """Discount a token."""
@@ -113,7 +115,7 @@ class RLOO(_Clips):
     needs_reference: ClassVar[bool] = False
     compares_samples: ClassVar[bool] = True
 
-    epochs: Annotated[int, AtLeast(1)] = 1
+    epochs: Count = 1
     """Passes over each rollout."""
 
 
@@ -127,7 +129,7 @@ class GRPO(_ChargesKL):
     compares_samples: ClassVar[bool] = True
 
     kl_in: KLPlace = "loss"
-    epochs: Annotated[int, AtLeast(1)] = 1
+    epochs: Count = 1
     """Passes over each rollout."""
     loss: Loss = "dapo"
     """What is minimised (docs/train.md has a table of them): dapo, grpo, dr_grpo, gspo or cispo."""
@@ -165,7 +167,7 @@ class DPO:
     kl_coef: ClassVar[float] = 0.0
     kl_target: ClassVar[float | None] = None
 
-    epochs: Annotated[int, AtLeast(1)] = 1
+    epochs: Count = 1
     """Passes over each rollout."""
     beta: Annotated[float, Above(0)] = 0.1
     """Strength of the pull towards the reference."""
@@ -198,38 +200,38 @@ class TrainConfig:
     """Copy heads that `adhere heads` or a run has saved (default: those of the model, measured where need be)."""
     algorithm: Algorithm = field(default_factory=GRPO)
     """How the reward becomes an update."""
-    steps: Annotated[int, AtLeast(1)] = 100
+    steps: Count = 100
     """Training steps."""
-    prompts_per_step: Annotated[int, AtLeast(1)] = 16
+    prompts_per_step: Count = 16
     """Prompts drawn for each step."""
-    num_samples: Annotated[int, AtLeast(1)] = 8
+    num_samples: Count = 8
     """Responses sampled to each prompt (the group)."""
-    dynamic_sampling: Annotated[int, AtLeast(0)] = 0
+    dynamic_sampling: CountOrZero = 0
     """Drop prompts whose responses all earn the same and draw others in their place, up to this many times a step; 0
     keeps them."""
     sampling: Sampling = field(default_factory=Sampling)
     """How responses are drawn."""
-    learning_rate: Annotated[float, Above(0), Below(math.inf)] = 1e-5
+    learning_rate: Annotated[float, Above(0), AtMost(1)] = 1e-5
     """Peak learning rate of AdamW."""
-    warmup_steps: Annotated[int, AtLeast(0)] = 5
+    warmup_steps: CountOrZero = 5
     """Steps over which the learning rate rises from zero."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after warm-up: linear, cosine or constant."""
-    weight_decay: Annotated[float, AtLeast(0), Below(math.inf)] = 0.0
+    weight_decay: Annotated[float, AtLeast(0), AtMost(10)] = 0.0
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Annotated[float, Above(0)] = 1.0
     """Gradients are scaled down to this norm."""
-    max_tokens: Annotated[int, AtLeast(1)] = 16_384
+    max_tokens: Annotated[int, AtLeast(1), AtMost(1_000_000_000)] = 16_384
     """Tokens of one forward and backward, padding included; larger batches are accumulated."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data order and sampling."""
-    save_every: Annotated[int, AtLeast(1)] = 50
+    save_every: Count = 50
     """Steps between checkpoints."""
-    keep_checkpoints: Annotated[int, AtLeast(1)] = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints to keep."""
-    log_samples: Annotated[int, AtLeast(0)] = 4
+    log_samples: CountOrZero = 4
     """Responses written to samples.jsonl at each step."""
-    completions_every: Annotated[int, AtLeast(0)] = 1
+    completions_every: CountOrZero = 1
     """Steps between Parquet tables of all completions with their scores; 0 writes none."""
     stopping: Stopping = field(default_factory=Stopping)
     """When to stop early."""
@@ -237,7 +239,7 @@ class TrainConfig:
     """Train low-rank adapters instead of all weights."""
     save: Literal["merged", "adapter", "both"] = "both"
     """What a run with --lora leaves: the merged model in model/, adapter/ in PEFT's format, or both."""
-    limit: Annotated[int, AtLeast(1)] | None = None
+    limit: Count | None = None
     """Read the first N prompts only; nothing reads all."""
     columns: Columns = field(default_factory=Columns)
     """How the fields of a row are named."""
@@ -281,6 +283,14 @@ class TrainConfig:
             check_training_dtype(self.dtype)
         except UserError as fault:
             faults.append(fault)
+        drawn = self.prompts_per_step * self.num_samples * self.sampling.max_new_tokens
+        if drawn > MOST_DRAWN:
+            faults.append(
+                UserError(
+                    f"prompts_per_step × num_samples × max_new_tokens is {drawn:,} tokens a step",
+                    fix=f"lower one of them, to {MOST_DRAWN:,} tokens at most",
+                )
+            )
         if self.sampling.temperature == 0:
             faults.append(UserError("training samples greedily (temperature 0)", fix="set temperature above 0"))
         check(self, *faults)

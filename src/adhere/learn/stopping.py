@@ -1,13 +1,14 @@
-"""When to stop early, and why, in plain words: a run that has gone wrong should say so rather than finish."""
+"""When to stop early: because a run has gone wrong, and why, in plain words; or because somebody asks for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated
 
-from adhere.options import AtLeast, check
+from adhere.options import Count, check
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,38 @@ class Stopping:
     the first steps; looks at half a window (1 = never)."""
     min_entropy_ratio: float = 0.02
     """Stop when mean entropy falls below this share of the first steps' (0 = never)."""
-    window: Annotated[int, AtLeast(1)] = 10
+    window: Count = 10
     """Steps that a limit is judged over."""
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C was pressed or SIGTERM came, which schedulers send: the step in hand
+    is finished first. A second one ends the process at once."""
+    pressed: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        restore()
+
+    try:
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # not the main thread, where signals cannot be caught
+        yield pressed
+        return
+    try:
+        yield pressed
+    finally:
+        restore()
 
 
 def reason_to_stop(history: Sequence[dict[str, float]], limits: Stopping) -> str | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,11 +35,11 @@ from adhere.learn.launch import accelerator
 from adhere.learn.learner import Learner
 from adhere.learn.run_log import RunLog
 from adhere.learn.settings import TrainConfig
-from adhere.learn.stopping import reason_to_stop
+from adhere.learn.stopping import asked_to_stop, reason_to_stop
 from adhere.learn.update import totals_of, update, values_of
 from adhere.model import adapters
 from adhere.model.policy import Policy
-from adhere.model.precision import quantised
+from adhere.model.precision import quantised, require_finite
 from adhere.progress import phase
 from adhere.reward.heads import FILE_NAME, CopyHeads, load_heads
 from adhere.reward.named import Reads, config_of
@@ -73,17 +73,20 @@ def train(
     resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
     on_step: OnStep = lambda metrics: None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Trained:
     """Train `policy` in place on the prompts of `rows`, writing the run to the folder `run`.
 
     `reward`: what `config` names, where the caller has made it already; its reader must be frozen. `on_start` is called
-    when all is checked and nothing is written yet, `on_step` with the metrics of each step.
-    Raises `RunFailed` when the loss stops being a number or the disk is full; the last checkpoint stays.
+    when all is checked and nothing is written yet, `on_step` with the metrics of each step, `warn` where a run that is
+    resumed does not go on from its last checkpoint: that is damaged, or there is none yet.
+    Raises `RunFailed` when the loss or a weight stops being a number, the disk is full or the folder is removed; the
+    last checkpoint stays.
     """
-    trainer = Trainer(config, policy, rows, run, reward=reward, resume=resume, on_start=on_start)
+    trainer = Trainer(config, policy, rows, run, reward=reward, resume=resume, on_start=on_start, warn=warn)
     stopped, done = None, False
     try:
-        with _ctrl_c() as pressed:
+        with asked_to_stop() as pressed:
             first = trainer.state.step
             for _ in policy.progress(range(first, config.steps), "training", config.steps, done=first):
                 if stopped or pressed:
@@ -114,6 +117,7 @@ class Trainer:
         reward: Reward | None = None,
         resume: bool = False,
         on_start: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.config, self.policy, self.run = config, policy, run
         self.accelerator = accelerator(policy.device, config.dtype)
@@ -140,13 +144,16 @@ class Trainer:
         )
         _same_everywhere(self.accelerator, self.parameters)
         self.state = checkpoint.TrainState(kl_coef=config.algorithm.kl_coef, options=config.resumes_with)
-        begun = checkpoint.latest(run) if resume else None
+        begun = self._begun(warn) if resume else None
         if begun is not None:
             self.state = checkpoint.restore(begun, self.parameters, self.optimizer, config.resumes_with)
             if config.algorithm.kl_target is None:  # fixed: a run that stopped early may go on with another
                 self.state.kl_coef = config.algorithm.kl_coef
         on_start()
-        self.log = RunLog(run, config, self.accelerator, self.state.step if begun else None)
+        self._saved = self.state.step if begun else None
+        if resume and self.accelerator.is_main_process:
+            checkpoint.set_aside(run, self.state.step)
+        self.log = RunLog(run, config, self.accelerator, self.state.step if resume else None)
         self.log.save_heads(self.reward.heads)
 
     def step(self) -> Metrics:
@@ -169,11 +176,13 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the step just done, unless there is one, and drop the oldest."""
         folder = self.run / "checkpoints" / f"step-{self.state.step}"
-        if self.accelerator.is_main_process and not folder.exists():
+        if self.accelerator.is_main_process and self._saved != self.state.step:
+            self.log.require_folder()
             require_space(self.run, 3 * sum(p.numel() * p.element_size() for p in self.parameters.values()))
             with phase(self.policy.progress, "saving a checkpoint"):
                 checkpoint.save(folder, self.parameters, self.optimizer, self.state)
             checkpoint.prune(self.run, self.config.keep_checkpoints)
+        self._saved = self.state.step
         self.accelerator.wait_for_everyone()
 
     def save_model(self) -> None:
@@ -187,6 +196,15 @@ class Trainer:
                 with atomic_dir(self.run / "adapter") as building:
                     adapters.save(self.policy.model, building)
         self.accelerator.wait_for_everyone()
+
+    def _begun(self, warn: Callable[[str], None]) -> Path | None:
+        """The checkpoint that a resumed run goes on from; None where it was stopped before its first one."""
+        found, damaged = checkpoint.newest_sound(self.run)
+        if found is None:
+            warn(f"{self.run} holds no checkpoint yet: the run starts over")
+        elif damaged:
+            warn(f"damaged: {', '.join(damaged)}; going on from {found.name}, and what came after it is done again")
+        return found
 
     def _heads(self, resume: bool) -> CopyHeads | None:
         """The copy heads that the run began with, or that the user gave; None: those of the model."""
@@ -307,6 +325,7 @@ class Trainer:
                 f"step {state.step + 1}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}",
                 fix="lower learning_rate, or use --dtype float32; the last checkpoint is sound: --resume",
             )
+        require_finite(self.parameters.items(), f"step {state.step + 1}: ")
         state.step += 1
         state.baseline = next_baseline(state.baseline, metrics["reward/normalised"])
         if kl_target is not None:
@@ -327,27 +346,6 @@ class _Clock:
 
     def total(self) -> float:
         return sum(self.seconds.values())
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C was pressed: the step in hand is finished first. A second one ends the
-    process at once."""
-    pressed: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread, where signals cannot be caught
-        yield pressed
-        return
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _agreement(rollout: Rollout) -> float:

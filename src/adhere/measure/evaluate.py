@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from adhere.data import Row
+from adhere.data import Row, require_measurable
 from adhere.errors import UserError
 from adhere.measure import metrics
 from adhere.measure.batch_cache import BatchCache, Columns
@@ -24,6 +24,7 @@ from adhere.model.settings import Sampling
 from adhere.reward.heads import CopyHeads
 from adhere.reward.named import config_of
 from adhere.reward.reward import Reward
+from adhere.row_responses import paraphrases
 from adhere.text import words
 from adhere.types import Prompts
 
@@ -113,10 +114,12 @@ def evaluate(
     95 % bootstrap intervals. Batches that `cache` holds are not done again. `heads`:
     copy heads of the baseline, for a judge that reads them.
 
-    Raises `UserError`: no rows, a judge without a baseline, or a prompt that a policy cannot read.
+    Raises `UserError`: no rows, a judge without a baseline, a field of another type than it should have, or a prompt
+    that a policy cannot read.
     """
     if not rows:
         raise UserError("no rows to evaluate on", fix="give at least one prompt")
+    require_measurable(rows)
     config = config or EvalConfig()
     if config.judge and baseline is None:
         raise UserError("`judge` compares with a baseline", fix="give a baseline, or no judge")
@@ -161,10 +164,11 @@ def _ask(
     # All prompts are encoded before the first response, so that a bad one costs no time.
     starts = range(0, len(rows), config.batch_size)
     batches = [rows[start : start + config.batch_size] for start in starts]
-    encoded = [
-        policy.encode([r.prompt for r in some], [r.answers for r in some], [r.where for r in some])
-        for some in policy.progress(batches, "encoding prompts", len(rows), size=len)
-    ]
+    encoded = []
+    for some in policy.progress(batches, "encoding prompts", len(rows), size=len):
+        names = [row.where for row in some]
+        encoded.append(policy.encode([row.prompt for row in some], [row.answers for row in some], names))
+        policy.check_room(encoded[-1], config.max_new_tokens, names)
     found: dict[str, list[Any]] = {}
     parts = zip(starts, batches, encoded, strict=True)
     for start, some, prompts in policy.progress(parts, title, len(rows), size=lambda part: len(part[1])):
@@ -200,9 +204,12 @@ def _batch(
         ours, theirs = (p.read(many, attention=False, spread=()).logprobs.tolist() for p in (policy, compared))
         divergence = _by_prompt(metrics.kl(ours, theirs), config.num_samples)
         found["kl"] = [sum(group) / len(group) for group in divergence]
-    worded = [_paraphrases(row) for row in rows]
+    worded = [paraphrases(row.fields) for row in rows]
     if texts := [text for group in worded for text in group]:
-        said = iter(policy.sample(policy.encode(texts), 1, sampling=alone, seed=config.seed).responses)
+        names = [f"{row.where}, its paraphrase" for row, group in zip(rows, worded, strict=True) for _ in group]
+        reworded = policy.encode(texts, names=names)
+        policy.check_room(reworded, config.max_new_tokens, names)
+        said = iter(policy.sample(reworded, 1, sampling=alone, seed=config.seed).responses)
         groups = [[own, *(next(said) for _ in group)] for own, group in zip(single.responses, worded, strict=True)]
         found["rephrased"] = metrics.consistency(groups)
     else:
@@ -219,14 +226,9 @@ def _responses(rows: Sequence[Row], found: dict[str, list[Any]], embedder: Embed
     return Responses(tuple(greedy), tuple(samples), {name: values[name] for name in METRICS if name in values})
 
 
-def _paraphrases(row: Row) -> list[str]:
-    given = row.fields.get("paraphrases")
-    return [text for text in given if isinstance(text, str) and text.strip()] if isinstance(given, list) else []
-
-
 def _text_figures(rows: Sequence[Row], greedy: Sequence[str], samples: Sequence[Sequence[str]]) -> dict[str, Values]:
     prompts, answers = [_text(row) for row in rows], [row.answers for row in rows]
-    priors = [prior if isinstance(prior := row.fields.get("prior"), str) else None for row in rows]
+    priors = [row.fields.get("prior") for row in rows]
     said = [[words(sample) for sample in group] for group in samples]
     return {
         "exact_match": metrics.exact_match(greedy, answers),

@@ -62,11 +62,12 @@ def follow_up(reader: Policy, rows: Sequence[Row], responses: Sequence[str]) -> 
     in the encoder on an encoder–decoder.
     """
     told = {n: str(row.fields["follow_up"]) for n, row in enumerate(rows)
-            if isinstance(row.fields.get("follow_up"), str) and isinstance(row.prompt, str)}  # fmt: skip
+            if row.fields.get("follow_up") is not None and isinstance(row.prompt, str)}  # fmt: skip
     found: list[float | None] = [None] * len(rows)
     if told:
         contexts = [f"{rows[n].prompt} {responses[n]}".strip() for n in told]
-        reading = reader.read(contexts, list(told.values()), attention=False, spread=())
+        names = [f"{rows[n].where or f'row {n + 1}'}, its follow_up" for n in told]
+        reading = reader.read(reader.paired(contexts, list(told.values()), names), attention=False, spread=())
         for row, place in enumerate(told):
             own = reading.logprobs[row][reading.response_mask[row]][:-1]  # without the end, which nobody said
             found[place] = -float(own.mean()) if len(own) else None
@@ -81,6 +82,8 @@ def wins(reward: Reward, rows: Sequence[Row], ours: Sequence[str], theirs: Seque
         places = range(start, min(start + BATCH, len(rows)))
         prompts = [rows[n].prompt for n in places for _ in range(2)]
         answers = [rows[n].answers for n in places for _ in range(2)]
-        scores = reward.score(prompts, [text for n in places for text in (ours[n], theirs[n])], answers).reward.tolist()
+        said = [text for n in places for text in (ours[n], theirs[n])]
+        names = [rows[n].where for n in places for _ in range(2)]
+        scores = reward.score(prompts, said, answers, names=names).reward.tolist()
         found += [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in zip(scores[::2], scores[1::2], strict=True)]
     return found

@@ -5,6 +5,7 @@ file is named. Reads JSON and the headers of safetensors, no weights; knows no n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,15 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise UnsupportedModel("has no `weight_map` of names to files", where=str(folder / INDEX), fix=DOWNLOAD_AGAIN)
     return [folder / name for name in sorted(set(shards.values()))]
+
+
+def stored(folder: Path) -> tuple[int, int]:
+    """How many tensors the weights in `folder` are, and how many numbers they hold; of whole files."""
+    sizes: list[int] = []
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            sizes += [math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
+    return len(sizes), sum(sizes)
 
 
 def require_whole_weights(file: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import TooLong, UserError
 from adhere.model.compose import Composed, compose
-from adhere.model.rope import extended_context
+from adhere.model.context import context_length
 from adhere.model.settings import CHAT, ChatOptions
 from adhere.prompt import Prompt as Prompt
 from adhere.prompt import Role
@@ -71,13 +71,6 @@ def encode_prompts(
         documents if any(documents) else (),
         padded([row.sources for row in rows], -1, left) if any(documents) else None,
     )
-
-
-def context_length(network: PreTrainedModel) -> int | None:
-    """Tokens that the model's positions can hold; None where they are relative (T5). Dynamic NTK stretches them."""
-    config = network.config if network.config.is_encoder_decoder else network.config.get_text_config(decoder=True)
-    limit = extended_context(config) or getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ from adhere.model.checkpoint_files import (
     require_model,
     require_tokenizer,
     require_whole,
+    stored,
+    weight_files,
 )
 from adhere.model.embedded import located
 from adhere.model.families import soft_capped
@@ -45,6 +47,8 @@ from adhere.progress import Progress, silent
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADABLE = "give a folder or hub id that transformers can load"
+PACKED = 16
+"""Numbers of the network that one stored number may stand for, at most: quantised weights are packed."""
 NO_ADAPTER = {"subfolder": ".no-adapter"}
 """Keeps transformers from applying an adapter by itself, frozen and without a look at its weights."""
 
@@ -139,6 +143,8 @@ def load_network(
             del config.quantization_config
         _choose_attention(config, attention, written, path)
         with one_line(*_refusal(config, path)), in_place_of_bars(progress):
+            if (folder := Path(path) if Path(path).is_dir() else _cached(path)) is not None and weight_files(folder):
+                _require_size(config, kind(config), folder, trust_remote_code)
             network, found = kind(config).from_pretrained(
                 path,
                 config=config,
@@ -158,6 +164,32 @@ def load_network(
     network.eval()
     assert isinstance(network, PreTrainedModel)
     return network
+
+
+def _require_size(config: PretrainedConfig, kind: Any, folder: Path, trust_remote_code: bool) -> None:
+    """Raise `UnsupportedModel` where config.json asks for far more than the weights hold: it would be allocated first.
+
+    Layers are counted before the network is laid out, which takes time for each, and then its numbers, without any
+    memory for them."""
+    tensors, numbers = stored(folder)
+    where, fix = str(folder / CONFIG), "give the config.json that belongs to the weights"
+    for name, value in _sizes(config.to_dict()):
+        if "layer" in name and value > tensors:
+            raise UnsupportedModel(f"{name} is {value:,}, and the weights are {tensors} tensors", where=where, fix=fix)
+    with torch.device("meta"):
+        network = kind.from_config(config, trust_remote_code=trust_remote_code)
+    if (asked := sum(weight.numel() for weight in network.parameters())) > PACKED * numbers:
+        what = f"describes a network of {asked:,} numbers, and the weights hold {numbers:,}"
+        raise UnsupportedModel(what, where=where, fix=fix)
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The whole numbers of a configuration and of those within it, by name."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _sizes(value)
+        elif isinstance(value, int):
+            yield str(name), value
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from adhere.errors import TooLong, UserError
+from adhere.errors import UserError
 from adhere.inspection.inspection import Inspection
 from adhere.model import adapters, precision, rope
 from adhere.model.compose import takes_chat, turns_of
 from adhere.model.constraints import Constraints
+from adhere.model.context import require_fit, require_room, response_room
 from adhere.model.embedded import located
-from adhere.model.encode import Prompt, context_length, encode_prompts
+from adhere.model.encode import Prompt, encode_prompts
 from adhere.model.endings import Endings
 from adhere.model.families import attention_layers, refuse_dropped_soft_cap
 from adhere.model.fingerprint import fingerprint
@@ -210,21 +211,11 @@ class Policy:
 
     def response_room(self, prompts: Prompts) -> Tensor | None:
         """[N] int64: tokens that a response to each prompt may have before the context is full; None = no limit."""
-        limit = context_length(self.network)
-        if limit is None:
-            return None
-        return torch.full_like(prompts.ids[:, 0], limit) if self.is_encoder_decoder else limit - prompts.mask.sum(-1)
+        return response_room(self.network, prompts)
 
     def check_room(self, prompts: Prompts, max_new_tokens: int, names: Sequence[str]) -> None:
         """Raise `UserError` where a prompt and `max_new_tokens` do not fit the context; `names` says where each is."""
-        room = self.response_room(prompts)
-        if room is not None and (short := (room < max_new_tokens).nonzero().flatten().tolist()):
-            raise UserError(
-                f"prompt and {max_new_tokens} new tokens do not fit the model's context"
-                + (f" ({len(short)} such prompts)" if len(short) > 1 else ""),
-                where=names[short[0]] or f"prompt {short[0] + 1}",
-                fix=f"shorten the prompt, or set max_new_tokens to {int(room.min())} or less",
-            )
+        require_room(self.network, prompts, max_new_tokens, names)
 
     def respond(
         self,
@@ -232,23 +223,23 @@ class Policy:
         responses: Sequence[str | Sequence[int]],
         prompt_index: Tensor,
         ended: Sequence[bool] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Rollout:
-        """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing).
+        """A rollout of given responses: `responses[b]` answers prompt `prompt_index[b]` ([B] int64, non-decreasing);
+        `names[b]` says where it comes from.
 
         Responses are texts, which `ended` by themselves unless it says otherwise, or token ids as they were sampled,
         which did if they close with what ends a response. A text is encoded as the model would write it after its
         prompt, and closed (see `encode_responses`); it gets the token that the model forces at the beginning, where
-        there is one.
+        there is one. Raises `TooLong` for one that does not fit the model's context with its prompt: beyond it the
+        network computes numbers all the same, which mean nothing.
         """
         whole = [True] * len(responses) if ended is None else ended
         opening = self.constraints.opening if self.constraints is not None else ()
         alone = self.is_encoder_decoder
-        return given_rollout(self.endings, prompts, responses, prompt_index, whole, alone=alone, opening=opening)
-
-    def fits(self, rollout: Rollout) -> Tensor:
-        """[B] bool: whether prompt and response fit the model's context."""
-        room = self.response_room(rollout.prompts)
-        return torch.ones_like(rollout.ended) if room is None else rollout.lengths <= room[rollout.prompt_index]
+        found = given_rollout(self.endings, prompts, responses, prompt_index, whole, alone=alone, opening=opening)
+        require_fit(self.network, found, names)
+        return found
 
     def sample(
         self, prompts: Prompts, num_samples: int = 1, *, sampling: Sampling | None = None, seed: int = 0
@@ -324,22 +315,18 @@ class Policy:
         if response is None:
             self.check_room(prompts, max_new_tokens, [name])
             return self.sample(prompts, sampling=Sampling(temperature=0.0, max_new_tokens=max_new_tokens))
-        rollout = self.respond(prompts, [response], torch.zeros(1, dtype=torch.long))
-        if not bool(self.fits(rollout)):
-            raise TooLong(
-                f"prompt and a response of {int(rollout.lengths[0])} tokens do not fit the model's context",
-                where=name or None,
-                fix="shorten the response or the prompt",
-            )
-        return rollout
+        return self.respond(prompts, [response], torch.zeros(1, dtype=torch.long), names=[name])
 
-    def paired(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
-        """The rollout of given pairs; neighbours with the same prompt form a group."""
+    def paired(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], names: Sequence[str] | None = None
+    ) -> Rollout:
+        """The rollout of given pairs; neighbours with the same prompt form a group. `names` says where each is from."""
         keys = [prompt_key(prompt) for prompt in prompts]
         starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
         index = torch.zeros(len(prompts), dtype=torch.long)
         index[starts[1:]] = 1
-        return self.respond(self.encode([prompts[i] for i in starts]), responses, index.cumsum(0))
+        encoded = self.encode([prompts[i] for i in starts], names=names and [names[i] for i in starts])
+        return self.respond(encoded, responses, index.cumsum(0), names=names)
 
     def copy_hits(self, rollout: Rollout, counted: Tensor, copied: Tensor) -> tuple[Tensor, float]:
         """In how many of the `counted` response places ([B, R] bool) the prompt position that head (l, h) attends to
@@ -366,6 +353,7 @@ class Policy:
         self, prompts: Prompts, count: int, sampling: Sampling, seed: int, watch: DrawReader | None = None
     ) -> Rollout:
         endings = self.endings
+        self.check_room(prompts, sampling.max_new_tokens, [""] * len(prompts))
         with self._active():
             ids, mask, ended, logprobs = draw(
                 self.network,

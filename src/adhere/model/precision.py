@@ -59,12 +59,13 @@ def exact(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def require_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Raise `RunFailed` for the first of the named weights that holds an infinity or NaN: it must not be saved."""
+def require_finite(weights: Iterable[tuple[str, torch.Tensor]], when: str = "") -> None:
+    """Raise `RunFailed` for the first of the named weights that holds an infinity or NaN: it must not be saved. `when`
+    goes before its name."""
     for name, weight in weights:
         if weight.is_floating_point() and not _finite(weight.detach()):
             raise RunFailed(
-                f"{name} is not finite, so nothing is saved",
+                f"{when}{name} is not finite, so nothing is saved",
                 fix="lower learning_rate or weight_decay; an earlier checkpoint is sound: --resume",
             )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from adhere.errors import UserError
-from adhere.options import Above, AtLeast, AtMost, Below, check
+from adhere.options import Above, AtLeast, AtMost, Below, Count, CountOrZero, check
 
 TRAINING_DTYPES = ("auto", "float32", "bfloat16")
 """What a forward can compute in while weights are trained; the trained weights are always float32."""
@@ -35,9 +35,9 @@ class Lora:
     32
     """
 
-    rank: Annotated[int, AtLeast(1)] = 16
+    rank: Annotated[int, AtLeast(1), AtMost(65_536)] = 16
     """Rank of the update, PEFT's `r`."""
-    alpha: Annotated[int, AtLeast(1)] = 32
+    alpha: Count = 32
     """Scale: the update is multiplied by alpha / rank."""
     dropout: Annotated[float, AtLeast(0), Below(1)] = 0.0
     """Dropout before each adapter, in the update alone: sampling and scoring go without, so ratios start beside 1."""
@@ -66,13 +66,13 @@ class Sampling:
     1.0
     """
 
-    temperature: Annotated[float, AtLeast(0)] = 1.0
+    temperature: Annotated[float, AtLeast(0), AtMost(100)] = 1.0
     """Softmax temperature; 0 decodes greedily."""
     top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
     """Nucleus: smallest set of tokens with at least this probability; 1 keeps all."""
-    top_k: Annotated[int, AtLeast(0)] = 0
+    top_k: CountOrZero = 0
     """Keep this many most likely tokens; 0 keeps all."""
-    max_new_tokens: Annotated[int, AtLeast(1)] = 64
+    max_new_tokens: Count = 64
     """Response length limit in tokens; a response cut here did not end by itself."""
 
     @classmethod

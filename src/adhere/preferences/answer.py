@@ -57,6 +57,7 @@ class Session:
             _key(*pair.values()) for pair in pairs[: len(answered)]
         ]:
             raise UserError("holds answers to other pairs", where=str(output), fix="choose another --output")
+        truncate_jsonl(output)  # gives a last line without its end one: the next answer is a line of its own
         return cls(pairs, output, len(answered))
 
     @property

@@ -172,7 +172,8 @@ def features_of(policy: Policy, rows: Sequence[Row], heads: CopyHeads | None = N
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
     for batch in policy.progress(batches, "reading pairs", len(rows), size=len):
         texts = [str(text) for row in batch for text in (row.chosen, row.rejected)]
-        rollout = policy.paired([row.prompt for row in batch for _ in range(2)], texts)
+        both = [row for row in batch for _ in range(2)]
+        rollout = policy.paired([row.prompt for row in both], texts, [row.where for row in both])
         evidence = reward.evidence(rollout, policy)
         found = reward.score_evidence(evidence).signals
         assert evidence.head_mass is not None

@@ -95,7 +95,8 @@ def _cases(policy: Policy, rows: Sequence[Row], config: PairConfig, classes: Ten
     )
     answers = {n: text for n, row in enumerate(rows) if config.chosen != "sample" and (text := _answer(row))}
     if answers:
-        answered = policy.respond(prompts, list(answers.values()), torch.tensor(list(answers)))
+        names = [rows[n].where for n in answers]
+        answered = policy.respond(prompts, list(answers.values()), torch.tensor(list(answers)), names=names)
         logprobs = policy.read(answered, attention=False, spread=()).logprobs
         for row, place in enumerate(answers):
             own = answered.response_mask[row].nonzero().flatten()[:-1]  # without its end

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adhere.errors import UserError
+from adhere.model.context import require_fit
 from adhere.progress import phase
 from adhere.reward import controls
 from adhere.reward.heads import CopyHeads
@@ -174,6 +175,7 @@ def _contrast(rollout: Rollout, scorer: Policy) -> Tensor:
     count = len(texts)
     other = [next(j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]) for i in range(count)]
     moved = rollout.prompts.select(torch.tensor(other, device=rollout.prompts.ids.device))
+    require_fit(scorer.network, replace(rollout, prompts=moved))  # of these prompts alone, another may be longer
     with phase(scorer.progress, "another prompt"):
         return _logprobs(scorer, rollout, moved)
 

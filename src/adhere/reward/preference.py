@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from adhere.errors import UserError
-from adhere.model.encode import context_length
+from adhere.model.context import context_length
 from adhere.model.load import load_network, load_tokenizer
 from adhere.model.rope import alike, original_frequencies
 from adhere.progress import Progress, silent

@@ -132,13 +132,15 @@ class Reward:
         answers: Sequence[Sequence[str]] | None = None,
         *,
         training: bool = False,
+        names: Sequence[str] | None = None,
     ) -> Scores:
-        """Score `responses[i]` (text, or token ids as sampled) as a response to `prompts[i]`.
+        """Score `responses[i]` (text, or token ids as sampled) as a response to `prompts[i]`, from `names[i]`.
 
         Equal prompts (and answers) form a group, wherever they stand. The scores come in the order given; the reading
-        with them only if that order keeps groups together.
+        with them only if that order keeps groups together. Raises `TooLong` where a prompt and its response do not fit
+        the model's context.
         """
-        rollout, back = self.paired(prompts, responses, answers)
+        rollout, back = self.paired(prompts, responses, answers, names)
         scores = self(rollout, training=training)
         in_order = torch.equal(back.cpu(), torch.arange(len(back)))
         return Scores(
@@ -152,6 +154,7 @@ class Reward:
         prompts: Sequence[Prompt],
         responses: Sequence[str | Sequence[int]],
         answers: Sequence[Sequence[str]] | None = None,
+        names: Sequence[str] | None = None,
     ) -> tuple[Rollout, Tensor]:
         """`responses[i]` as a response to `prompts[i]`, groups together; and the row that each i has there, [B]."""
         if not responses or len(prompts) != len(responses) or (answers is not None and len(answers) != len(prompts)):
@@ -166,8 +169,13 @@ class Reward:
         place = {key: n for n, key in enumerate(first)}
         index = torch.tensor([place[key] for key in keys])
         order = index.argsort(stable=True)
-        encoded = self.policy.encode([prompts[i] for i in first.values()], [known[i] for i in first.values()])
-        rollout = self.policy.respond(encoded, [responses[i] for i in order.tolist()], index[order])
+        where = [name or f"response {n}" for n, name in enumerate(names or [""] * len(prompts), 1)]
+        once = list(first.values())
+        encoded = self.policy.encode([prompts[i] for i in once], [known[i] for i in once], [where[i] for i in once])
+        places = order.tolist()
+        rollout = self.policy.respond(
+            encoded, [responses[i] for i in places], index[order], names=[where[i] for i in places]
+        )
         return rollout, order.argsort().to(rollout.ended.device)
 
     def __call__(

@@ -6,17 +6,15 @@ else asks, and after a restart.
 
 from __future__ import annotations
 
-import hmac
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.params import Depends as Dependency
-from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 
 from adhere.errors import UserError
 from adhere.ranking import score_groups
@@ -25,11 +23,11 @@ from adhere.reward.reward import Reward
 from adhere.serve import wire
 from adhere.serve.batcher import Batcher, Full
 from adhere.serve.config import ServeConfig
+from adhere.serve.description import described
 from adhere.serve.guard import Guard, Meters
 from adhere.serve.routes import health_routes, metrics_routes, openrlhf_routes, rerank_routes, scoring_routes
 from adhere.serve.scorer import Scorer
 
-_BEARER = HTTPBearer(auto_error=False)
 # Types of a prompt and of a document, as pydantic names them.
 _BRANCH = re.compile(r"constrained-str|list\[Message\]|function-after\[.*\]")
 MAX_FAULTS = 10  # told of one request; the first is mended first
@@ -44,8 +42,16 @@ PROBLEMS = {
 }
 
 
-def create_app(reward: Reward, model: str, name: str, config: ServeConfig, token: str | None = None) -> FastAPI:
-    """The application that serves `reward`, by the name `name`, of `model`.
+def create_app(
+    reward: Reward,
+    model: str,
+    name: str,
+    config: ServeConfig,
+    token: str | None = None,
+    hosts: Collection[str] | None = None,
+) -> FastAPI:
+    """The application that serves `reward`, by the name `name`, of `model`; `token` and `hosts` are what a request must
+    bring (see `Guard`).
 
     Raises `UserError` for a reward that reads other prompts of its batch (`contrast`): its scores would depend on who
     else asks.
@@ -71,9 +77,11 @@ def create_app(reward: Reward, model: str, name: str, config: ServeConfig, token
         summary="Rewards from a model's own attention to the prompt.",
         lifespan=living,
         separate_input_output_schemas=False,
+        docs_url=None,  # FastAPI's pages load their script from another host
+        redoc_url=None,
     )
     scorer = Scorer(reward, batcher, config, model, name)
-    needs = [_admission(token)] if token else []
+    needs = [Depends(HTTPBearer(auto_error=False))] if token else []  # described here, asked for by the guard
     problems: dict[int | str, dict[str, Any]] = {
         code: {"model": wire.Problem, "description": text} for code, text in PROBLEMS.items() if token or code != 401
     }
@@ -82,20 +90,14 @@ def create_app(reward: Reward, model: str, name: str, config: ServeConfig, token
     app.include_router(health_routes(scorer))
     app.include_router(metrics_routes(meters), dependencies=needs, responses={401: problems[401]} if token else {})
     _explain_errors(app)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(described(app.openapi()))
+
     paths = [*app.openapi()["paths"], "/docs", "/openapi.json"]
-    app.add_middleware(Guard, meters=meters, max_body=config.max_body, paths=paths)
+    app.add_middleware(Guard, meters=meters, max_body=config.max_body, paths=paths, token=token, hosts=hosts)
     return app
-
-
-def _admission(token: str) -> Dependency:
-    """What a route depends on that asks for `token`."""
-
-    def admitted(sent: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
-        if sent is None or not hmac.compare_digest(sent.credentials.encode(), token.encode()):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-
-    found: Dependency = Depends(admitted)
-    return found
 
 
 def _explain_errors(app: FastAPI) -> None:

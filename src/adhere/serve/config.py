@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from adhere.options import Above, AtLeast, Below, check
+from adhere.options import Above, AtLeast, AtMost, Count, check
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """What the server takes."""
 
-    batch_size: Annotated[int, AtLeast(1)] = 64
+    batch_size: Count = 64
     """Responses scored at a time."""
-    queue_size: Annotated[int, AtLeast(1)] = 2048
+    queue_size: Count = 2048
     """Responses that may wait; a request past that gets 429."""
-    max_tokens: Annotated[int, AtLeast(1)] = 8192
+    max_tokens: Count = 8192
     """Tokens of a prompt and a response, at most."""
-    max_body: Annotated[int, AtLeast(1)] = 4_000_000
+    max_body: Annotated[int, AtLeast(1), AtMost(1_000_000_000)] = 4_000_000
     """Bytes of a request, at most."""
-    timeout: Annotated[float, Above(0), Below(math.inf)] = 60.0
+    max_connections: Count = 512
+    """Connections at a time; past that, a new one takes the place of the one that has been idle for longest."""
+    read_timeout: Annotated[float, Above(0), AtMost(86_400)] = 20.0
+    """Seconds that a connection may take to send its request."""
+    timeout: Annotated[float, Above(0), AtMost(86_400)] = 60.0
     """Seconds that a request may take, waiting included."""
 
     def __post_init__(self) -> None:
