@@ -19,7 +19,7 @@ import transformers
 from packaging.version import Version
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Qwen2Config, Qwen2ForCausalLM
 
 from adhere.cli import main
 from adhere.errors import UnsupportedModel, UserError
@@ -213,6 +213,20 @@ def test_nothing_is_missed_in_what_transformers_itself_saved(family: str, tmp_pa
     expected = build(family).state_dict()
     stored = {name for name in expected if "embed_positions" not in name}  # Marian computes its sinusoids anew
     assert all(torch.equal(model.state_dict()[name], expected[name]) for name in stored)
+
+
+def test_a_layer_that_a_small_model_does_not_have_may_be_named(tmp_path: Path) -> None:
+    """Qwen 2 counts windows from layer 28, whatever its size."""
+    folder = save("llama", tmp_path)
+    few = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    Qwen2ForCausalLM(few).save_pretrained(folder)
+    assert few.max_window_layers > len(load_file(folder / "model.safetensors"))
+    load(str(folder), device="cpu")
 
 
 def test_tables_that_old_checkpoints_carry_are_no_fault(whole, tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, 
 LOADABLE = "give a folder or hub id that transformers can load"
 PACKED = 16
 """Numbers of the network that one stored number may stand for, at most: quantised weights are packed."""
+LAYERS = 1_000
+"""Layers that any configuration may ask for: they are laid out in a moment, and some families count others than theirs
+(Qwen 2's `max_window_layers`)."""
 NO_ADAPTER = {"subfolder": ".no-adapter"}
 """Keeps transformers from applying an adapter by itself, frozen and without a look at its weights."""
 
@@ -174,7 +177,7 @@ def _require_size(config: PretrainedConfig, kind: Any, folder: Path, trust_remot
     tensors, numbers = stored(folder)
     where, fix = str(folder / CONFIG), "give the config.json that belongs to the weights"
     for name, value in _sizes(config.to_dict()):
-        if "layer" in name and value > tensors:
+        if "layer" in name and value > max(tensors, LAYERS):
             raise UnsupportedModel(f"{name} is {value:,}, and the weights are {tensors} tensors", where=where, fix=fix)
     with torch.device("meta"):
         network = kind.from_config(config, trust_remote_code=trust_remote_code)
