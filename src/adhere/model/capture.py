@@ -95,11 +95,16 @@ def attention_implementation(model: PreTrainedModel, name: str = IMPLEMENTATION)
             config._attn_implementation_internal = before[key]
 
 
-def attention_in_parts(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Within this context attention reads a prompt that is held once where it is (`adhere.model.joined`), as far as
-    the attention of `model` can be set; where not, or with another kernel than SDPA, it is copied for each response."""
+def reads_parts(model: PreTrainedModel) -> bool:
+    """Whether attention can read a prompt that is held once where it is (`adhere.model.joined`): on a CPU, where SDPA's
+    place can be taken. Elsewhere `Keys` are copied for each response."""
     settable = model._can_set_attn_implementation() and model.config._attn_implementation in ("sdpa", IMPLEMENTATION)
-    return attention_implementation(model) if settable and not model.config.is_encoder_decoder else nullcontext()
+    return settable and model.device.type == "cpu" and not model.config.is_encoder_decoder
+
+
+def attention_in_parts(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Within this context it does."""
+    return attention_implementation(model) if reads_parts(model) else nullcontext()
 
 
 def _attention(

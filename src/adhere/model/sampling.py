@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adhere.errors import RunFailed
-from adhere.model.capture import attention_in_parts
+from adhere.model.capture import attention_in_parts, reads_parts
 from adhere.model.constraints import Constraints
 from adhere.model.endings import Endings
 from adhere.model.families import shareable
@@ -164,7 +164,7 @@ def _decode(
             prefix, logits = prefill(model, asked, expandable=share)
         if share:
             room = sampling.max_new_tokens - 1
-            held_once = room and not model.config.is_encoder_decoder
+            held_once = room and reads_parts(model)
             prefix, logits = prefix.shared(index, room) if held_once else prefix.select(index), logits[index]
         for step in progress(range(sampling.max_new_tokens), "sampling", sampling.max_new_tokens):
             final = step + 1 == sampling.max_new_tokens
