@@ -193,7 +193,8 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
         assert letter not in source
     assert "\\u2028" in page.text and "\\ud800" in page.text and "東京 🙂 مرحبا" in page.text
     assert NASTY[0] in page.text  # shown as what it is
-    assert "\"default-src 'none'; style-src 'unsafe-inline'\"" in html.unescape(source)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert f'"{policy}"' in html.unescape(source)
     assert "http://" not in source and "https://" not in source and "@import" not in source
 
 

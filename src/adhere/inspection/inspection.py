@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adhere.inspection.html import view
+from adhere.inspection.panel import Heads, Panel, Passage, drawn, sinks
 from adhere.inspection.tokens import token_texts
 from adhere.markup import visible
 from adhere.types import Reading
@@ -41,6 +42,12 @@ class Inspection:
     """[R] float32, log-prob of each response token, nats."""
     figures: Mapping[str, float]
     """What is said of the response as a whole."""
+    tracks: Mapping[str, Tensor] = field(default_factory=dict)
+    """More of each response token, [R] float32: `grounding` and `drop` where the copy heads are known."""
+    passages: tuple[Passage, ...] = ()
+    """The sentences of the context that the response was read from, in the order of the prompt."""
+    heads: Heads | None = None
+    """Where single heads looked."""
 
     @classmethod
     def of(cls, reading: Reading, tokenizer: Any, figures: Mapping[str, float] | None = None) -> Inspection:
@@ -108,8 +115,15 @@ class Inspection:
 
         `nonce` lets the script run on a page that allows none but those with it.
         """
-        asked, said = (self.prompt_tokens, self.prompt_special), (self.response_tokens, self.response_special)
-        return view(asked, said, self.maps, self.logprobs, self.figures, nonce)
+        return view([self.panel()], nonce)
+
+    def panel(self, label: str = "") -> Panel:
+        """What a view draws of it: the copy heads first, where they are known."""
+        special = sinks(self.attention, self.prompt_special)
+        maps = {name: self.maps[name] for name in (COPY, ALL) if name in self.maps}
+        tracks = {"log-prob": self.logprobs, **self.tracks}
+        asked, said = (self.prompt_tokens, special), (self.response_tokens, self.response_special)
+        return drawn(label, asked, said, maps, tracks, self.heads, self.passages, self.figures)
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -124,7 +138,7 @@ class Inspection:
         shown = range(min(TEXT_TOKENS, len(self.response_tokens)))
         names = [_word(self.response_tokens[token]) for token in shown]
         wide = max(map(len, names), default=0)
-        for heads in self.maps:
+        for heads in (name for name in (COPY, ALL) if name in self.maps):
             lines.append(f"looked at, {heads}:")
             for token, name in enumerate(names):
                 looked = [
