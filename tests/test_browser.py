@@ -3,6 +3,7 @@ request leaves and nothing is cut off. Skipped without chromium, or without play
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from adhere import Policy
 from adhere.data import rows_of
 from adhere.inspection.inspection import ALL, COPY, Inspection
 from adhere.inspection.panel import PROMPT_DRAWN, RESPONSE_DRAWN, Heads, Passage
+from adhere.origin import record
 from adhere.report.inspection import write_inspections
+from adhere.report.page import write_report
 from adhere.reward.heads import copy_heads
 from adhere.reward.inspecting import inspect
 from adhere.toy import model_path
@@ -234,3 +237,68 @@ def test_a_page_of_2000_by_300_tokens_is_small_and_answers_within_a_second(opene
     )
     assert pointed < 100  # milliseconds, layout included
     assert "looked most at: prompt64 17 %" in said(page)  # row 9: 500 of 1,500, halved; a digit is right to 8 %
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, found):
+    """A run with everything that a page shows, and long names in it."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    estimate = {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 200}
+    figure = {"before": estimate, "after": estimate, "difference": estimate, "p": 0.001, "p_holm": 0.01}
+    names = ("exact_match", "f1", "relevance_words", "consistency", "length", "a_metric_of_my_own_with_a_long_name")
+    samples = [{"prompt": "".join(NASTY), "before": NASTY[0], "after": NASTY[1] * 20, "answers": ["w" * 300]}]
+    kinds = {"k" * 90: {"exact_match": figure}, "b": {"exact_match": figure}}
+    written = {
+        "results.json": {"metrics": dict.fromkeys(names, figure), "by_kind": kinds, "samples": samples},
+        "audit-before.json": {"verdict": "Paid for: empty. " * 9, "gameable": True, "prompts": 16},
+        "attention.json": {"before": found.to_json(), "after": made(NASTY, NASTY).to_json()},
+    }
+    for name, content in written.items():
+        (folder / name).write_text(json.dumps(content))
+    steps = [{"step": i, "reward": i / 10, "kl": 0.1, "signals/grounding": 0.2} for i in range(30)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (folder / "config.yaml").write_text("seed: 1\nmodel: " + "m" * 200)
+    record(folder, "adhere train --model " + "m" * 200)
+    return write_report(folder)
+
+
+@pytest.mark.parametrize(("width", "scheme"), SIZES)
+def test_nothing_of_a_report_is_cut_off(run, opened, width, scheme):
+    page = opened(run, width, scheme)
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    # No box hides what runs out of it: only the maps of tokens and of heads scroll, in their own frames.
+    cut = page.locator("main *:not(.thumbs, .grid, .prompt)").evaluate_all(
+        """boxes => boxes
+             .filter((box) => ["auto", "hidden", "scroll"].includes(getComputedStyle(box).overflowX))
+             .filter((box) => box.clientWidth > 1 && box.scrollWidth > box.clientWidth + 1)
+             .map((box) => box.outerHTML.slice(0, 80))"""
+    )
+    assert cut == []
+    assert page.evaluate("window.ran === undefined")
+
+
+def test_the_first_screen_has_the_verdict_and_the_answer_that_changed(run, opened):
+    page = opened(run)
+    for text in (
+        "Training helped, at a price.",
+        "The audit before training warned",
+        "Exact match",
+        "One answer that changed",
+    ):
+        assert page.get_by_text(text, exact=False).first.bounding_box()["y"] < 900
+    page.locator(".panel").first.locator(".response .word").first.hover()
+    assert "looked most at: office" in said(page)
+    page.get_by_role("link", name="How it was made").click()
+    assert page.evaluate("location.hash") == "#made" and page.locator("#made").is_visible()
+
+
+def test_the_tables_are_saved_without_a_request(run, opened):
+    page = opened(run)
+    for suffix in ("CSV", "JSON"):
+        with page.expect_download() as saved:
+            page.get_by_role("link", name=suffix, exact=True).click()
+        text = Path(saved.value.path()).read_text()
+        assert saved.value.suggested_filename == f"results.{suffix.lower()}" and "exact_match" in text

@@ -20,6 +20,7 @@ LAYERS = [
         "progress",
         "files",
         "resume",
+        "origin",
         "options",
         "yaml_files",
         "config",

@@ -16,6 +16,7 @@ from adhere.commands.common import (
     columns_of,
     given_heads,
     heads_argument,
+    heads_to_show,
     load_policy,
     mean,
     model_arguments,
@@ -98,17 +99,12 @@ def _looking(
     options: argparse.Namespace, spec: RewardConfig | None, model: str, console: Console
 ) -> Callable[..., Inspection]:
     """What inspects the responses of `model`."""
-    from adhere.reward.heads import copy_heads
     from adhere.reward.inspecting import inspect
     from adhere.reward.reward import Reward
 
     policy = load_policy(options, console.track, model)
-    heads = given_heads(options)
-    if heads is None and (spec is None or Reads.COPY not in spec.reads):
-        try:
-            heads = copy_heads(policy)
-        except UserError as error:
-            console.warn(f"only the mean of all heads is shown: {error}")
+    own = spec is not None and Reads.COPY in spec.reads  # that cannot do without
+    heads = given_heads(options) if own else heads_to_show(options, policy, console)
     return partial(inspect, policy, heads=heads) if spec is None else Reward(spec, policy, heads).inspect
 
 

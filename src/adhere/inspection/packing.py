@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 FLOOR = 1e-4
 """The smallest attention that is told from none."""
 _ALPHABET = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/", dtype=np.uint8)
+_CODES = np.full(128, -1, dtype=np.int64)
+_CODES[_ALPHABET] = np.arange(64)
 
 
 def packed(attention: Tensor, digits: int) -> str:
@@ -23,6 +26,16 @@ def packed(attention: Tensor, digits: int) -> str:
     top = 64**digits - 2
     steps = np.rint((1 - np.log(np.maximum(values, FLOOR)) / math.log(FLOOR)) * top).astype(np.int64)
     return _written(np.where(values < FLOOR, 0, 1 + steps), digits)
+
+
+def unpacked(text: str, digits: int, shape: tuple[int, ...]) -> Tensor:
+    """What `packed` wrote, float32. Raises `ValueError` for a text that is none such, or of another shape."""
+    codes = _CODES[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
+    if len(codes) != digits * math.prod(shape) or (codes < 0).any():
+        raise ValueError(f"attention of {math.prod(shape)} cells was expected")
+    steps = codes.reshape(-1, digits) @ 64 ** np.arange(digits - 1, -1, -1)
+    values = np.where(steps == 0, 0.0, FLOOR ** (1 - (steps - 1) / (64**digits - 2)))
+    return torch.from_numpy(values).float().view(shape)
 
 
 def packed_places(places: Tensor) -> str:
