@@ -87,12 +87,12 @@ def _train(options: argparse.Namespace, console: Console) -> int:
 
     def on_start() -> None:
         nonlocal repo
-        if main:
-            record(run, options.command_line)
         if config.push_to_hub and main:
             from adhere.integrations import hub
 
             repo = hub.create(config.push_to_hub, public=config.hub_public)
+        if main:
+            record(run, options.command_line)
 
     with _no_trace(run):
         main = _is_main(config, console)

@@ -3,7 +3,12 @@ const root = document.getElementById("VIEW");
 const state = { map: root.querySelector(".map").dataset.map, sinks: false, at: null, pinned: null };
 const percent = (value) => (value < 0.0995 ? (100 * value).toFixed(1) : (100 * value).toFixed(0)) + " %";
 const figure = (value) => value.toFixed(2).replace("-", "−");
-const textOf = (word) => `“${word.textContent.trim() || "blank"}”`;
+// A word in a sentence of ours; of a script that runs the other way, apart from what stands around it.
+const bare = (word) => {
+  const text = word.textContent.trim() || "blank";
+  return /[\u0590-\u08ff\ufb1d-\ufefc]/.test(text) ? `\u2068${text}\u2069` : text;
+};
+const textOf = (word) => `“${bare(word)}”`;
 const tops = new Map();
 
 const panels = [...root.querySelectorAll(".panel")].map((box) => {
@@ -48,7 +53,7 @@ function best(words, values, counts) {
 }
 
 function list(words, values, order) {
-  return order.map((place) => `${words[place].textContent.trim() || "blank"} ${percent(values[place])}`).join(" · ") || "nothing in particular";
+  return order.map((place) => `${bare(words[place])} ${percent(values[place])}`).join(" · ") || "nothing in particular";
 }
 
 // What is pointed at, in this panel: a word of the same prompt is pointed at in every panel.

@@ -120,7 +120,7 @@ def read_run(folder: Path) -> Run:
         _audit(folder / AUDIT),
         _attention(folder / changed.FILE),
         settings if isinstance(settings := results.get("config"), dict) else {},
-        *_origin(folder / origin.FILE),
+        *origin.read(folder),
         log.unread + samples.unread,
     )
 
@@ -192,18 +192,6 @@ def _attention(path: Path) -> dict[str, Inspection]:
         return {when: Inspection.from_json(found[when]) for when in ("before", "after")}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"is not what an evaluation writes ({error})", where=str(path), fix=fix) from error
-
-
-def _origin(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The commands of a run, and the versions that they ran with."""
-    if not path.is_file():
-        return (), {}
-    fix = "remove it"
-    found = _json(path, fix)
-    try:
-        return tuple(map(str, found["commands"])), {str(name): str(v) for name, v in found["versions"].items()}
-    except (TypeError, LookupError, AttributeError) as error:
-        raise UserError("says neither commands nor versions", where=str(path), fix=fix) from error
 
 
 def _results(path: Path) -> dict[str, Any]:
