@@ -214,8 +214,15 @@ function drawMap(panel) {
   const { cells } = panel, tokens = cells.tokens(shown(panel));
   const own = Array.from({ length: cells.columns }, (_, column) => counted(panel, wordAt(cells.prompt, column)));
   const top = topsNow().word;
-  drawCells(panel.canvas, cells.rows, cells.columns, (row, column) =>
-    own[column] && top > 0 ? Math.sqrt(Math.min(1, tokens[row * cells.columns + column] / top)) : 0);
+  // No more columns than the screen has pixels: each shows the largest of its cells, so that none is lost.
+  const wide = Math.min(cells.columns, Math.max(1, panel.canvas.clientWidth)), step = cells.columns / wide;
+  drawCells(panel.canvas, cells.rows, wide, (row, pixel) => {
+    let most = 0;
+    for (let column = Math.floor(pixel * step); column < Math.floor((pixel + 1) * step); column++) {
+      if (own[column]) most = Math.max(most, tokens[row * cells.columns + column]);
+    }
+    return top > 0 ? Math.sqrt(Math.min(1, most / top)) : 0;
+  });
   panel.canvas.style.height = `${Math.min(420, Math.max(48, cells.rows * 12))}px`;
 }
 
