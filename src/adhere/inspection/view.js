@@ -228,14 +228,14 @@ function drawMap(panel) {
 
 function drawCursor(panel, at) {
   const { cells, canvas } = panel, [row, column] = ["row", "column"].map((name) => canvas.parentElement.querySelector("." + name));
-  const place = (line, starts, from, size) => {
+  const place = (line, starts, size) => {
     line.hidden = !at || (line === row) !== (at.side === "response");
     if (line.hidden) return;
     line.style.setProperty("--from", `${(100 * starts[at.place]) / size}%`);
     line.style.setProperty("--size", `${(100 * (starts[at.place + 1] - starts[at.place])) / size}%`);
   };
-  place(row, cells.response, "top", cells.rows);
-  place(column, cells.prompt, "left", cells.columns);
+  place(row, cells.response, cells.rows);
+  place(column, cells.prompt, cells.columns);
 }
 
 function wireMap(panel) {
