@@ -19,8 +19,9 @@ function scaleOf(digits) {
 }
 
 function unpack(text, digits) {
-  const scale = scaleOf(digits);
-  return Float32Array.from(numbers(text, digits), (step) => scale[step]);
+  const scale = scaleOf(digits), steps = numbers(text, digits), found = new Float32Array(steps.length);
+  for (let cell = 0; cell < found.length; cell++) found[cell] = scale[steps[cell]]; // `from` with a function is slow
+  return found;
 }
 
 function offsets(sizes) {
