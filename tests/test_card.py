@@ -149,7 +149,9 @@ def test_text_of_a_user_is_no_markup(model, tmp_path):
     bad = tmp_path / "a|b_c_ [d](http:e) `f`.jsonl"
     bad.write_text("")
     (run / "config.yaml").write_text(dump_yaml(replace(settings, prompts=str(bad))))
-    (run / "audit-before.json").write_text(json.dumps({"prompts": 3, "verdict": "Gameable: <i>|*loop*"}))
+    (run / "audit-before.json").write_text(
+        json.dumps({"prompts": 3, "verdict": "Gameable: <i>|*loop*", "gameable": True})
+    )
     text = card_of(run).text
     assert "# \\*run\\* \\<b\\>\\|x\\| \\# big\n" in text
     assert "| prompts | a\\|b\\_c\\_ \\[d\\](http:e) \\`f\\`.jsonl |" in text

@@ -4,6 +4,7 @@ standard error, exit 2 (1 while running), nothing written."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -158,7 +159,10 @@ def test_demo_tells_the_whole_story(tmp_path, capsys):
     assert main(["demo", "--output", str(run), "--steps", "2", "--eval-prompts", "4"]) == 0
     text = capsys.readouterr().out
     assert all(split in text for split in ("agree", "conflict", "novel"))
-    assert {"report.html", "results.json", "model", "prompts.jsonl"} <= {path.name for path in run.iterdir()}
+    written = {"report.html", "results.json", "origin.json", "model", "prompts.jsonl"}
+    assert written <= {path.name for path in run.iterdir()}
+    command = f"adhere demo --output {shlex.quote(str(run))} --steps 2 --eval-prompts 4"
+    assert json.loads((run / "origin.json").read_text())["commands"] == [command]
     assert "answers" not in (run / "prompts.jsonl").read_text()
 
 

@@ -13,7 +13,9 @@ import torch
 
 from adhere.data import Row
 from adhere.errors import UserError
+from adhere.inspection.inspection import Inspection
 from adhere.measure.batch_cache import BatchCache
+from adhere.measure.changed import inspect_changed
 from adhere.measure.evaluate import Evaluation, evaluate
 from adhere.measure.metrics import METRICS, token_f1, words
 from adhere.measure.readers import Embedder, follow_up
@@ -22,6 +24,7 @@ from adhere.measure.stats import bootstrap, paired_bootstrap, permutation_test
 from adhere.model.policy import Policy
 from adhere.model.settings import Sampling
 from adhere.report.page import write_report
+from adhere.report.samples import drawn_sample
 from adhere.resume import JOURNAL
 from tests.families import save
 from tests.progress import Seen
@@ -233,7 +236,21 @@ def test_the_results_of_an_evaluation_make_a_page(evaluation: Evaluation, tmp_pa
     (tmp_path / "results.json").write_text(json.dumps(evaluation.to_json()), encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Exact match" in page and PROMPTS[0] in page
-    assert page.count("<article") == len(PROMPTS)
+    assert page.count("<article") == 1 + len(PROMPTS)  # one that changed comes first
+
+
+def test_the_answer_that_the_page_draws_is_the_one_that_is_inspected(
+    evaluation: Evaluation, policy: Policy, baseline: Policy
+) -> None:
+    assert evaluation.before is not None
+    found = inspect_changed(evaluation, policy, baseline, None)
+    sample = drawn_sample(evaluation.to_json()["samples"])
+    assert found is not None and sample is not None and sample["before"] != sample["after"]
+    for when, told in found.items():
+        assert (
+            "".join(Inspection.from_json(told).response_tokens).split()[:-1] == sample[when].split()
+        )  # all but the end
+    assert inspect_changed(replace(evaluation, after=evaluation.before), policy, baseline, None) is None
 
 
 # What needs a model to read

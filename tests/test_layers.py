@@ -21,6 +21,7 @@ LAYERS = [
         "files",
         "locking",
         "resume",
+        "origin",
         "options",
         "yaml_files",
         "config",

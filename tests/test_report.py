@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import html
 import json
 import re
@@ -11,10 +13,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adhere.errors import UserError
+from adhere.inspection.inspection import Inspection
+from adhere.inspection.panel import Passage
+from adhere.origin import record
 from adhere.report.curves import MAX_POINTS, curve, interval, number, smooth, thin, ticks
 from adhere.report.markup import clip, escape
 from adhere.report.page import write_report
@@ -27,7 +33,7 @@ NASTY = [
     "lone \ud800 surrogate, naïve 東京 🙂 مرحبا",
     "&lt;b&gt; &amp; ]]> <!-- -->",
 ]
-ALLOWED = """html head meta title style body main header section h1 h2 h3 ul li b p strong div span small figure
+ALLOWED = """nav a html head meta title style body main header section h1 h2 h3 ul li b p strong div span small figure
 svg line text polyline circle table thead tbody tr th td article details summary pre footer"""
 
 
@@ -46,7 +52,8 @@ class Page(HTMLParser):
         assert tag in ALLOWED.split(), tag
         self.tags.append(tag)
         for name, value in attrs:
-            assert not name.startswith("on") and name not in ("src", "href"), (name, value)
+            assert not name.startswith("on") and name != "src", (name, value)
+            assert name != "href" or re.match("#[a-z]+$|data:(text/csv|application/json);", value or ""), value
             assert "url(" not in (value or "")
         if tag != "meta":
             self.open.append(tag)
@@ -154,13 +161,121 @@ def test_samples_stand_side_by_side_and_say_which_is_right(tmp_path: Path) -> No
     ]
     source, page = read(make_run(tmp_path, results={"metrics": {}, "samples": samples}))
     sides = re.findall(r'<div class="side ?(\w*)"><small>([^<]*)</small><p [^>]*>(.*?)</p>', source)
-    assert sides == [
-        ("wrong", "Before · wrong", "attic"),
-        ("right", "After · right", "The garden."),
-        ("", "Before", '<span class="cut">(empty)</span>'),
-        ("", "After", "hello"),
+    first, *rest = [sides[place : place + 2] for place in range(0, len(sides), 2)]
+    assert rest == [
+        [("wrong", "Before · wrong", "attic"), ("right", "After · right", "The garden.")],
+        [("", "Before", '<span class="cut">(empty)</span>'), ("", "After", "hello")],
     ]
-    assert "Accepted: garden" in page.text and "All 2." in page.text and "mix" in page.text
+    assert first in rest and "One answer that changed" in page.text
+    assert "Accepted: garden" in page.text and "All 2 changed ones." in page.text and "mix" in page.text
+    assert "2 of 2 answers changed: 1 from wrong to right, 0 from right to wrong." in page.text
+
+
+def test_answers_that_changed_come_before_those_that_did_not(tmp_path: Path) -> None:
+    samples = [{"prompt": f"p{i}", "before": "a", "after": "b" if i > 3 else " a", "answers": []} for i in range(6)]
+    page = read(make_run(tmp_path, results={"metrics": {}, "samples": samples}))[1]
+    shown = page.text.partition("answers changed.")[2]
+    assert re.findall(r"p\d", shown) == ["p4", "p5", "p0", "p1", "p2", "p3"]
+    assert "2 of 6 answers changed. " in page.text and "All 4 unchanged ones." in page.text
+
+
+def test_the_contents_name_every_section_there_is(tmp_path: Path) -> None:
+    source, page = read(make_run(tmp_path, metrics=STEPS, config="seed: 7\n"))
+    assert (
+        re.findall(r'<a href="#(\w+)">', source) == re.findall(r'<section id="(\w+)">', source) == ["training", "made"]
+    )
+    assert "seed 7" in page.text
+
+
+def test_how_a_run_was_made_stands_on_its_page(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", metrics=STEPS, results={"metrics": {}, "config": {"seed": 3}})
+    record(run, "adhere train --reward '<b>'")
+    record(run, "adhere train --resume")
+    source, page = read(run)
+    assert re.findall(r"<pre>(adhere.*?)</pre>", source) == [
+        "adhere train --reward &#x27;&lt;b&gt;&#x27;",
+        "adhere train --resume",
+    ]
+    assert f"torch {torch.__version__.partition('+')[0]}" in page.text and "seed of the evaluation 3" in page.text
+
+
+@pytest.mark.parametrize(("gameable", "says"), [(True, "It can be gamed."), (False, "It withstood the audit.")])
+def test_the_audit_before_training_is_told(tmp_path: Path, gameable: bool, says: str) -> None:
+    audit = {"verdict": "Paid for <empty>.", "gameable": gameable, "prompts": 16}
+    results = {"metrics": {"exact_match": compared(0.2, 0.4)}}
+    page = read(make_run(tmp_path, results=results, **{"audit-before": audit}))[1]
+    assert says in page.text and "Paid for <empty>." in page.text
+    assert ("The audit before training warned" in page.text) == gameable
+    assert ("Training helped, at a price." in page.text) == gameable
+
+
+def test_the_tables_can_be_taken_along(tmp_path: Path) -> None:
+    results = {
+        "metrics": {"exact_match": {**compared(0.25, 1 / 3), "p_holm": 0.002}},
+        "by_kind": {"=cmd()": {"f1": {"after": figure(-0.5)}}},
+    }
+    source = read(make_run(tmp_path, results=results))[0]
+    links = re.findall(r'download="results\.(\w+)" href="data:[^,]*;base64,([^"]*)"', source)
+    files = {suffix: base64.b64decode(content).decode() for suffix, content in links}
+    rows = json.loads(files["json"])
+    assert [(row["of"], row["group"], row["metric"]) for row in rows] == [
+        ("all", "", "exact_match"),
+        ("kind", "=cmd()", "f1"),
+    ]
+    assert rows[0]["after"] == 1 / 3 and rows[0]["p_holm"] == 0.002 and rows[1]["before"] is None
+    table = list(csv.DictReader(files["csv"].splitlines()))
+    assert float(table[0]["after"]) == 1 / 3 and int(table[0]["after_n"]) == 200
+    assert table[1]["group"] == "'=cmd()"  # no spreadsheet runs it
+    assert float(table[1]["after"]) == -0.5 and table[1]["before"] == ""
+
+
+def inspection(word: str) -> Inspection:
+    attention = torch.tensor([[0.1, 0.5, 0.02], [0.2, 0.1, 0.3]])
+    special, ends = torch.tensor([True, False, False]), torch.tensor([False, True])
+    passages = (Passage(1, 2, 0.8, "<b>"),)
+    tracks = {"grounding": torch.tensor([0.5, 0.0])}
+    maps = {"all heads": attention, "copy heads": attention / 2}
+    logprobs = torch.tensor([-1.0, -2.0])
+    return Inspection(
+        ("<s>", " <b>", " c"), (word, "</s>"), special, ends, maps, logprobs, {"focus": 0.5}, tracks, passages
+    )
+
+
+def test_an_inspection_comes_back_from_its_file() -> None:
+    kept = inspection("é")
+    found = Inspection.from_json(json.loads(json.dumps(kept.to_json())))
+    for name, attention in kept.maps.items():
+        assert torch.allclose(found.maps[name], attention, rtol=0.0012)
+    assert found.response_tokens == kept.response_tokens and torch.equal(found.prompt_special, kept.prompt_special)
+    assert torch.equal(found.logprobs, kept.logprobs) and torch.equal(
+        found.tracks["grounding"], kept.tracks["grounding"]
+    )
+    assert found.passages == kept.passages and found.figures == kept.figures
+
+
+def test_a_changed_answer_is_shown_with_the_attention_of_both_models(tmp_path: Path) -> None:
+    kept = {"before": inspection("no").to_json(), "after": inspection("<i>yes").to_json()}
+    source = write_report(make_run(tmp_path, metrics=STEPS, attention=kept)).read_text("utf-8")
+    nonce = re.search(r"script-src 'nonce-([\w-]+)'", html.unescape(source))
+    assert nonce and re.findall(r"<script[^>]*>", source) == [f'<script nonce="{nonce[1]}">']
+    assert source.count('class="panel"') == 2 and "&lt;i&gt;yes" in source and "80%</small>" in source
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("attention", {"before": {}}),
+        ("attention", {"before": {**inspection("a").to_json(), "logprobs": [0.0]}, "after": {}}),
+        ("attention", {"before": {**inspection("a").to_json(), "maps": {"all heads": "AB"}}, "after": {}}),
+        ("attention", {"before": {**inspection("a").to_json(), "maps": {"all heads": "é" * 12}}, "after": {}}),
+        ("audit-before", {"gameable": True}),
+        ("origin", {"commands": 3}),
+    ],
+)
+def test_a_document_that_is_none_of_ours_is_refused(tmp_path: Path, name: str, content: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"{name}\.json.*(is not what|says neither)"):
+        write_report(make_run(tmp_path, metrics=STEPS, **{name: content}))
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_without_an_evaluation_the_reward_is_not_taken_for_success(tmp_path: Path) -> None:
@@ -193,7 +308,8 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
         assert letter not in source
     assert "\\u2028" in page.text and "\\ud800" in page.text and "東京 🙂 مرحبا" in page.text
     assert NASTY[0] in page.text  # shown as what it is
-    assert "\"default-src 'none'; style-src 'unsafe-inline'\"" in html.unescape(source)
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert f'"{policy}"' in html.unescape(source)
     assert "http://" not in source and "https://" not in source and "@import" not in source
 
 
@@ -221,8 +337,8 @@ def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
         results={"metrics": {"exact_match": compared(0.2, 0.4)}, "samples": [sample] * 400},
     )  # fmt: skip
     source, page = read(run)
-    assert page.tags.count("article") == 50
-    assert "30 of 400, drawn by lot" in page.text and "48,000 more characters" in page.text
+    assert page.tags.count("article") == 1 + 20 + 20
+    assert "20 of 400 changed ones, drawn by lot" in page.text and "48,000 more characters" in page.text
     assert all(len(points.split()) <= MAX_POINTS for points in re.findall(r'points="([^"]*)"', source))
     assert len(source) < 500_000
 

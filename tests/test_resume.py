@@ -107,7 +107,9 @@ def test_a_killed_evaluation_goes_on_to_the_very_same_bytes(
     assert main([*arguments, "--resume"]) == 0
     assert main(given(model, other, prompts, whole)) == 0
     assert (broken / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    assert {path.name for path in broken.iterdir()} == {"results.json", "report.html"}
+    kept = {"results.json", "attention.json", "origin.json", "report.html"}
+    assert {path.name for path in broken.iterdir()} == kept
+    assert (broken / "attention.json").read_bytes() == (whole / "attention.json").read_bytes()
     assert main([*arguments, "--resume"]) == 2
     assert "already holds results" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed while running, 2 bad input or usage, 3 gameable rew
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         command.arguments(parser)
         options = parser.parse_args(given[1:])
+        options.command_line = shlex.join(["adhere", *given])
         console = Console("json" in options, "quiet" in options, "verbose" in options)
         with console.strays_aside(), console.logs(), writing(getattr(options, "output", None)):
             (hear_libraries if console.verbose else quieten_libraries)()

@@ -8,11 +8,13 @@ from adhere.api import evaluate, train
 from adhere.data import write_jsonl
 from adhere.files import atomic_write, to_json
 from adhere.learn.train import OnStep, Trained
+from adhere.measure.changed import FILE, inspect_changed
 from adhere.measure.evaluate import Evaluation
 from adhere.model.policy import Policy
 from adhere.progress import Progress
 from adhere.report.card import write_card
 from adhere.report.page import write_report
+from adhere.reward.heads import FILE_NAME, load_heads
 from adhere.toy import Split, make_rows
 
 SPLITS: tuple[Split, ...] = ("agree", "conflict", "novel")
@@ -43,6 +45,9 @@ def run_demo(
     before = Policy.load(model, device="cpu")  # now, when the copy that training read with is gone
     evaluation = evaluate(policy, fresh, baseline=before, max_new_tokens=RESPONSE_TOKENS, batch_size=64, seed=seed)
     atomic_write(run / "results.json", to_json(evaluation.to_json(), indent=2))
+    heads = load_heads(run) if (run / FILE_NAME).is_file() else None
+    if changed := inspect_changed(evaluation, policy, before, heads):
+        atomic_write(run / FILE, to_json(changed))
     write_report(run)
     write_card(run)
     return trained, evaluation

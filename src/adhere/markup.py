@@ -14,7 +14,7 @@ _HIDDEN = re.compile(
 # What begins markup within a line of GitHub's Markdown, in a cell of a table too. Each may stand after a backslash.
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$&#!])")
 # No script, image, font or request whatever a text contains, even if an escape were forgotten.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def visible(text: object) -> str:

@@ -157,6 +157,20 @@ def given_heads(options: argparse.Namespace) -> CopyHeads | None:
     return load_heads(options.heads) if options.heads else None
 
 
+def heads_to_show(options: argparse.Namespace, policy: Policy, console: Console) -> CopyHeads | None:
+    """The copy heads that a page shows: given, or the model's own; None, with a warning, where it has none."""
+    from adhere.reward.heads import copy_heads
+
+    heads = given_heads(options)
+    if heads is not None:
+        return heads
+    try:
+        return copy_heads(policy)
+    except UserError as error:
+        console.warn(f"only the mean of all heads is shown: {error}")
+        return None
+
+
 def reward_written(given: str | Mapping[str, Any]) -> str | Mapping[str, Any]:
     """What a YAML file holds (a reward alone, or under `reward:`) in place of its path; all else as it is."""
     file = isinstance(given, str) and given.endswith((".yaml", ".yml")) and not given.startswith(CALIBRATED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adhere.commands.common import (
     ROWS,
@@ -14,6 +15,7 @@ from adhere.commands.common import (
     columns_of,
     given_heads,
     heads_argument,
+    heads_to_show,
     list_rewards,
     load_policy,
     model_arguments,
@@ -27,7 +29,12 @@ from adhere.data import read_rows, require_measurable
 from adhere.errors import UserError
 from adhere.files import atomic_write, to_json
 from adhere.measure.settings import EvalConfig
+from adhere.origin import record
 from adhere.resume import fingerprint
+
+if TYPE_CHECKING:
+    from adhere.measure.evaluate import Evaluation
+    from adhere.model.policy import Policy
 
 
 def _arguments(parser: Parser) -> None:
@@ -76,6 +83,9 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     tell_prompting(console, policy, rows)
     baseline = load_policy(options, console.track, options.baseline) if options.baseline else None
     evaluation = evaluate(policy, rows, config, baseline, cache, given_heads(options))
+    if baseline is not None:
+        _keep_changed(options, evaluation, policy, baseline, console)
+    record(options.output, options.command_line)
     atomic_write(options.output / "results.json", to_json(evaluation.to_json(), indent=2))
     cache.close()
     page = write_report(options.output)
@@ -85,6 +95,17 @@ def _eval(options: argparse.Namespace, console: Console) -> int:
     console.note(f"report in {page}")
     console.result(evaluation.to_json())
     return 0
+
+
+def _keep_changed(
+    options: argparse.Namespace, evaluation: Evaluation, policy: Policy, baseline: Policy, console: Console
+) -> None:
+    """Keep a changed answer with the attention of both models, for the page."""
+    from adhere.measure.changed import FILE, inspect_changed
+
+    found = inspect_changed(evaluation, policy, baseline, heads_to_show(options, baseline, console))
+    if found is not None:
+        atomic_write(options.output / FILE, to_json(found))
 
 
 EVAL = Command(

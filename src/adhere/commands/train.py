@@ -31,6 +31,7 @@ from adhere.learn.trackers import check_login
 from adhere.locking import writing
 from adhere.measure.settings import AuditConfig
 from adhere.model.embedded import EMBEDDED
+from adhere.origin import record
 from adhere.progress import phase
 from adhere.resume import new_run_dir
 from adhere.reward.named import config_of
@@ -96,6 +97,8 @@ def _run_config(config: TrainConfig, options: argparse.Namespace, console: Conso
             from adhere.integrations import hub
 
             repo = hub.create(config.push_to_hub, public=config.hub_public)
+        if main:
+            record(run, options.command_line)
 
     with _no_trace(run):
         main = _is_main(config, console)
@@ -165,7 +168,7 @@ def _no_trace(run: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        from adhere.report.card import AUDIT
+        from adhere.report.run import AUDIT
 
         if not (run / "config.yaml").exists():
             (run / AUDIT).unlink(missing_ok=True)
@@ -252,7 +255,7 @@ def _flat(steps: Sequence[Mapping[str, float]], config: TrainConfig) -> str:
 def _audit_briefly(config: TrainConfig, policy: Policy, rows: Sequence[Row], run: Path, console: Console) -> None:
     """Warn, before training, of a reward that degenerate responses beat; what was found stays in the run."""
     from adhere.measure.audit import audit, summary
-    from adhere.report.card import AUDIT
+    from adhere.report.run import AUDIT
     from adhere.reward.heads import load_heads
     from adhere.reward.reward import Reward
 
@@ -298,6 +301,7 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
     from adhere.demo import run_demo
     from adhere.report.tables import results_table
 
+    record(run, options.command_line)
     console.note(
         f"The embedded model {options.model} answers questions about stories. It was taught everybody's favourite "
         "place, and leans on that even when a story says otherwise (conflict).\n"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adhere.inspection.html import view
+from adhere.inspection.packing import packed, unpacked
+from adhere.inspection.panel import Heads, Panel, Passage, drawn, sinks
 from adhere.inspection.tokens import token_texts
 from adhere.markup import visible
 from adhere.types import Reading
 
 ALL, COPY = "all heads", "copy heads"
+DIGITS = 2
+"""Of a packed cell in JSON."""
 TEXT_TOKENS, TEXT_CHARACTERS = 20, 600
 """Response tokens, and characters of a text, that a terminal is shown."""
 
@@ -41,6 +45,12 @@ class Inspection:
     """[R] float32, log-prob of each response token, nats."""
     figures: Mapping[str, float]
     """What is said of the response as a whole."""
+    tracks: Mapping[str, Tensor] = field(default_factory=dict)
+    """More of each response token, [R] float32: `grounding` and `drop` where the copy heads are known."""
+    passages: tuple[Passage, ...] = ()
+    """The sentences of the context that the response was read from, in the order of the prompt."""
+    heads: Heads | None = None
+    """Where single heads looked."""
 
     @classmethod
     def of(cls, reading: Reading, tokenizer: Any, figures: Mapping[str, float] | None = None) -> Inspection:
@@ -108,8 +118,46 @@ class Inspection:
 
         `nonce` lets the script run on a page that allows none but those with it.
         """
-        asked, said = (self.prompt_tokens, self.prompt_special), (self.response_tokens, self.response_special)
-        return view(asked, said, self.maps, self.logprobs, self.figures, nonce)
+        return view([self.panel()], nonce)
+
+    def panel(self, label: str = "") -> Panel:
+        """What a view draws of it: the copy heads first, where they are known."""
+        special = sinks(self.attention, self.prompt_special)
+        maps = {name: self.maps[name] for name in (COPY, ALL) if name in self.maps}
+        tracks = {"log-prob": self.logprobs, **self.tracks}
+        asked, said = (self.prompt_tokens, special), (self.response_tokens, self.response_special)
+        return drawn(label, asked, said, maps, tracks, self.heads, self.passages, self.figures)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but single heads, to be kept beside a run; attention is packed, right to 0.12 % of itself."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "response_tokens": self.response_tokens,
+            "prompt_special": self.prompt_special.tolist(),
+            "response_special": self.response_special.tolist(),
+            "maps": {name: packed(found, DIGITS) for name, found in self.maps.items()},
+            "logprobs": self.logprobs.tolist(),
+            "figures": dict(self.figures),
+            "tracks": {name: values.tolist() for name, values in self.tracks.items()},
+            "passages": [asdict(passage) for passage in self.passages],
+        }
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Inspection:
+        """What `to_json` made. Raises `ValueError`, `TypeError` or `LookupError` for anything else."""
+        asked, said = tuple(map(str, told["prompt_tokens"])), tuple(map(str, told["response_tokens"]))
+        rows = {"logprobs": told["logprobs"], **told["tracks"]}
+        tracks = {str(name): torch.tensor(values, dtype=torch.float) for name, values in rows.items()}
+        special, ends = (torch.tensor(told[f"{side}_special"], dtype=torch.bool) for side in ("prompt", "response"))
+        if len(special) != len(asked) or any(len(each) != len(said) for each in (ends, *tracks.values())):
+            raise ValueError("figures of another number of tokens")
+        shape = (len(said), len(asked))
+        maps = {str(name): unpacked(text, DIGITS, shape) for name, text in told["maps"].items()}
+        passages = tuple(Passage(**passage) for passage in told["passages"])
+        figures = {str(name): float(value) for name, value in told["figures"].items()}
+        if ALL not in maps or any(not 0 <= one.start < one.stop <= len(asked) for one in passages):
+            raise ValueError("no attention over all heads, or passages outside the prompt")
+        return cls(asked, said, special, ends, maps, tracks.pop("logprobs"), figures, tracks, passages)
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -124,7 +172,7 @@ class Inspection:
         shown = range(min(TEXT_TOKENS, len(self.response_tokens)))
         names = [_word(self.response_tokens[token]) for token in shown]
         wide = max(map(len, names), default=0)
-        for heads in self.maps:
+        for heads in (name for name in (COPY, ALL) if name in self.maps):
             lines.append(f"looked at, {heads}:")
             for token, name in enumerate(names):
                 looked = [

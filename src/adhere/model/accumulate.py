@@ -128,3 +128,33 @@ class HeadMass:
         """`[B, L, H]` float32."""
         total = torch.stack([self._mass[layer] for layer in sorted(self._mass)], dim=1)
         return total / self._counted.sum(-1).clamp(min=1)[:, None, None]
+
+
+class Strongest:
+    """Of every head and row, the `count` prompt positions that are attended to most; fewer where fewer are `counted`.
+
+    `counted` [B, columns] bool: positions that take part; `heads` [L, H] bool: heads that are kept.
+    """
+
+    def __init__(self, counted: Tensor, count: int, heads: Tensor) -> None:
+        self._counted, self._count = counted, max(1, min(count, int(counted.sum(-1).max())))
+        self._heads = heads
+        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def wants(self, layer: int) -> bool:
+        return bool(self._heads[layer].any())
+
+    def add(self, layer: int, tile: Tile) -> None:
+        values = tile.values[..., tile.columns][:, self._heads[layer].to(tile.values.device)]
+        counted = self._counted[tile.batch, None, None]
+        found = values.masked_fill(~counted, 0.0).topk(self._count, -1)
+        self._found.setdefault(layer, []).append((found.indices.cpu(), found.values.cpu()))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Positions (int64) and the attention to them (float32), best first: `[B, n, rows, count]`, n kept heads in
+        the order of `heads`. For one sequence, whose tiles are parts of its rows."""
+        layers = [self._found[layer] for layer in sorted(self._found)]
+        places, values = (
+            torch.cat([torch.cat([tile[part] for tile in tiles], dim=2) for tiles in layers], dim=1) for part in (0, 1)
+        )
+        return places, values

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from adhere.model import capture, precision, prefix
-from adhere.model.accumulate import Accumulator, CopyHits, HeadMass
+from adhere.model.accumulate import Accumulator, CopyHits, HeadMass, Strongest
 from adhere.model.chunks import chunks
 from adhere.model.constraints import Constraints
 from adhere.model.families import shareable
@@ -175,6 +175,21 @@ class Reader:
             return torch.cat(found)[torch.cat(order).argsort()]
 
         return self.budget.run(work, _longest(rollout), rollout.tokens(shared=True))
+
+    @torch.no_grad()
+    def strongest(self, rollout: Rollout, counted: Tensor, count: int, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each head by itself looked, of a single response: its `count` most-attended `counted` ([1, P] bool)
+        prompt positions for every response token, and how much. For the n heads that `heads` [L, H] bool keeps, in its
+        order: [n, R, count] int64 and float32, on the CPU."""
+        assert len(rollout) == 1, "tiles are put together row by row, which needs a single sequence"
+
+        def work(_max_tokens: int) -> tuple[Tensor, Tensor]:
+            kept = Strongest(counted, count, heads)
+            list(self.forwards(rollout, False, _always(kept)))
+            places, values = kept.result()
+            return places[0], values[0]
+
+        return self.budget.run(work, _longest(rollout))
 
     def _shown(self, progress: Progress, rollout: Rollout, max_tokens: int) -> Iterator[Chunk]:
         """The chunks of a rollout, a response of them counting as one."""

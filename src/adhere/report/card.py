@@ -22,11 +22,9 @@ from adhere.learn.stopping import reason_to_stop
 from adhere.markup import markdown, visible
 from adhere.measure.stats import Estimate
 from adhere.model.embedded import EMBEDDED
-from adhere.report.run import Run, is_number, read_run
+from adhere.report.run import AUDIT, Run, is_number, read_run
 from adhere.reward.named import CALIBRATED, PREFERENCE, RewardConfig, config_of
 
-AUDIT = "audit-before.json"
-"""What an audit before training found, in the run directory."""
 WINDOW = 10
 """Steps at either end of training that a figure of the table is a mean over, at most a quarter of all."""
 SHOWN = {

@@ -13,10 +13,15 @@ from typing import Any, TypeGuard
 
 import yaml
 
+from adhere import origin
 from adhere.errors import UserError
+from adhere.inspection.inspection import Inspection
+from adhere.measure import changed
 from adhere.measure.metrics import METRICS, Metric
 from adhere.measure.stats import Estimate
 
+AUDIT = "audit-before.json"
+"""What an audit before training found, in the run directory."""
 TRAINING_SAMPLES = 10
 """Rows of samples.jsonl kept from either end of training."""
 
@@ -71,6 +76,16 @@ class Run:
     """The same by `split` and by `kind`: {"split": {"test": findings}}."""
     samples: tuple[dict[str, Any], ...]
     """Prompts with the greedy responses before and after."""
+    audit: dict[str, Any] | None = None
+    """What the audit before training found."""
+    attention: dict[str, Inspection] = field(default_factory=dict)
+    """`before` and `after`: a prompt whose answer changed, as both models read it."""
+    evaluated: dict[str, Any] = field(default_factory=dict)
+    """The settings of the evaluation."""
+    commands: tuple[str, ...] = ()
+    """The commands that made the run, in order."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """What they ran with."""
     unread: int = 0
     """Lines of the logs that could not be read."""
 
@@ -78,8 +93,8 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read `folder`.
 
-    Raises `UserError`: it is no folder, holds neither metrics.jsonl nor results.json, or results.json is not what
-    `Evaluation.to_json` writes.
+    Raises `UserError`: it is no folder, holds neither metrics.jsonl nor results.json, or a JSON document in it is not
+    what was written there.
     """
     fix = "give the --output folder of a run"
     if not folder.is_dir():
@@ -102,6 +117,10 @@ def read_run(folder: Path) -> Run:
         _findings(results.get("metrics"), "metrics"),
         {name: _grouped(results.get(f"by_{name}"), f"by_{name}") for name in ("split", "kind")},
         tuple(sample for sample in _list(results.get("samples")) if isinstance(sample, dict)),
+        _audit(folder / AUDIT),
+        _attention(folder / changed.FILE),
+        settings if isinstance(settings := results.get("config"), dict) else {},
+        *origin.read(folder),
         log.unread + samples.unread,
     )
 
@@ -147,13 +166,38 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, values if isinstance(values, dict) else {}
 
 
+def _json(path: Path, fix: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON ({error})", where=str(path), fix=fix) from error
+
+
+def _audit(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    fix = "remove it, or run `adhere audit` again"
+    found = _json(path, fix)
+    if not isinstance(found, dict) or not {"verdict", "gameable", "prompts"} <= found.keys():
+        raise UserError("is not what an audit writes", where=str(path), fix=fix)
+    return found
+
+
+def _attention(path: Path) -> dict[str, Inspection]:
+    if not path.is_file():
+        return {}
+    fix = "remove it, or run the evaluation again"
+    found = _json(path, fix)
+    try:
+        return {when: Inspection.from_json(found[when]) for when in ("before", "after")}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"is not what an evaluation writes ({error})", where=str(path), fix=fix) from error
+
+
 def _results(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is not JSON ({error})", where=str(path), fix="run the evaluation again") from error
+    results = _json(path, "run the evaluation again")
     if not isinstance(results, dict) or not isinstance(results.get("metrics"), dict):
         raise UserError("holds no `metrics`", where=str(path), fix="run the evaluation again")
     return results

@@ -22,6 +22,7 @@ from adhere.reward.evidence import gather, maps_read, spread_read
 from adhere.reward.gates import passes
 from adhere.reward.group import counted, gate, group_normalise, level
 from adhere.reward.heads import CopyHeads, check_shape, copy_heads
+from adhere.reward.inspecting import inspected
 from adhere.reward.named import NAMED, PREFERENCE, SIGNALS, Reads, RewardConfig, config_of
 from adhere.reward.preference import PreferenceModel
 from adhere.reward.salience import token_classes
@@ -211,12 +212,12 @@ class Reward:
         reader = self.scorer
         evidence = self.evidence(reader.answered(prompt, response, max_new_tokens, name), reader)
         scores = self.score_evidence(evidence)
-        reading = evidence.reading
-        if reading.attention is None:
-            reading = reader.read(reading.rollout, copy_weights=None if self.heads is None else self.heads.weights)
+        reading, heads = evidence.reading, self.heads
+        if reading.attention is None or (heads is not None and reading.copy_attention is None):
+            reading = reader.read(reading.rollout, copy_weights=None if heads is None else heads.weights)
         figures = {"reward": scores.reward} if self.config.normalise == "none" else {}
         figures |= scores.signals
-        return Inspection.of(reading, self.policy.tokenizer, {key: float(value) for key, value in figures.items()})
+        return inspected(reader, reading, heads, {key: float(value) for key, value in figures.items()})
 
     def score_evidence(self, evidence: Evidence, training: bool = False) -> Scores:
         """The signals and the reward of responses that have been read: no model runs here. `training`: as training

@@ -176,7 +176,7 @@ def grounding(evidence: Evidence) -> Tensor:
 
     a^copy = Σ_{l,h} w^copy[l, h] a^(l,h), see `heads`. [B] in [0, 1]; 0 where no response token is content. Ours.
     """
-    return masked_mean(_copied_mass(evidence), evidence.content)
+    return masked_mean(copied_mass(evidence), evidence.content)
 
 
 def grounding_sum(evidence: Evidence) -> Tensor:
@@ -184,7 +184,7 @@ def grounding_sum(evidence: Evidence) -> Tensor:
 
     A mean invites dropping the risky token, a sum invites padding; a reward that holds both sides weighs both.
     """
-    return (_copied_mass(evidence) * evidence.content).sum(-1)
+    return (copied_mass(evidence) * evidence.content).sum(-1)
 
 
 def lookback(evidence: Evidence) -> Tensor:
@@ -354,8 +354,8 @@ def _salient_mass(evidence: Evidence) -> Tensor:
     return torch.einsum("brp,bp->br", evidence.attention, evidence.salience)
 
 
-def _copied_mass(evidence: Evidence) -> Tensor:
-    """Σ_i 1[x_i = y_t] a^copy[t, i]: [B, R]."""
+def copied_mass(evidence: Evidence) -> Tensor:
+    """Copy-head attention of each token on its own word in the prompt, Σ_i 1[x_i = y_t] a^copy[t, i]: [B, R]."""
     return (evidence.copy_attention * evidence.repeated).sum(-1)
 
 
