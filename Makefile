@@ -23,7 +23,7 @@ TRUST := bad_input checkpoint context files load locking openai precision resume
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test trust oldest real peers lint format models bench clean
+.PHONY: help demo test trust oldest real peers lint format models bench screenshots clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -78,6 +78,21 @@ models: $(STAMP)  ## train the two embedded base models anew
 bench: $(STAMP)  ## time and memory of a step and of a capture
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/capture.py
+
+# What a model of yours looked at, as README shows it; the passage and the answers are those of README.
+SHOWN := "The Marlow Valley railway opened in 1868. Its chief engineer was Edith Crane, who designed the stone viaduct at \
+Fenwick. The money came from Samuel Holt, a wool merchant. The line closed in 1954, and today the viaduct carries a \
+footpath. Who designed the viaduct?"
+
+screenshots: $(STAMP)  ## draw the picture of README anew; needs chromium and the model that `make real` fetches
+	$(BIN)/python tests/real/fetch.py
+	mkdir -p build
+	rm -f build/inspect.html
+	$(BIN)/adhere inspect --model $${ADHERE_REAL_MODELS:-$$HOME/.cache/real-models}/smollm2 --prompt $(SHOWN) \
+	  --response "The viaduct was designed by Edith Crane." --response "The viaduct was designed by Samuel Holt." \
+	  --output build/inspect.html
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1280,840 \
+	  --screenshot=$(CURDIR)/docs/images/inspect.png file://$(CURDIR)/build/inspect.html
 
 clean:  ## remove the environment and every cache; keeps runs/
 	rm -rf $(VENV) $(OLDEST) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
