@@ -23,6 +23,7 @@ SCRIPTS = (
     "anatomy.py",
     "capture.py",
     "memory.py",
+    "own_samples.py",
     "rank.py",
     "ray_data.py",
     "sampling.py",
