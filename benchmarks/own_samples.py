@@ -4,8 +4,9 @@
 
 ROWS have `context`, `question` and `answers`; the first question of each passage is asked, "in one short sentence".
 Eight samples each, at most 40 tokens, temperature 0.8. Beside them stand the accepted answer, answers to other
-questions about the passage, and each sentence of the passage, copied. OUT gets every response with its signals. Pairs
-are counted before the gates; intervals are 95 % bootstrap over questions.
+questions about the passage, and the passage and its first sentence, copied; of each kind is told how often the best is
+worth more than every own sample. OUT gets every response with its signals. Pairs are counted before the gates;
+intervals are 95 % bootstrap over questions.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ MIXTURES: dict[str, dict[str, float]] = {
     "attention": DEFAULT,
     "without agreement": {**DEFAULT, "agreement": 0.0},
     "three times agreement": {**DEFAULT, "agreement": 30.0},
+    "three times agreement, without question_reliance": {**DEFAULT, "agreement": 30.0, "question_reliance": 0.0},
     **{f"{name} alone": {name: 1.0} for name in ("agreement", "support", "question_reliance", "coherence")},
 }
 SAMPLING = Sampling(max_new_tokens=40, temperature=0.8)
@@ -42,7 +44,8 @@ def responses(policy: Policy, questions: list[Response], row: Response, seed: in
     yield from (("own", text) for text in drawn.responses if text.strip())
     yield "answer", row["answers"][0]
     yield from (("distractor", other["answers"][0]) for other in questions if other["answers"][0] not in row["answers"])
-    yield from (("sentence", row["context"][start:end]) for start, end in sentences(row["context"]))
+    yield "passage", row["context"]
+    yield "sentence", row["context"][slice(*sentences(row["context"])[0])]
 
 
 def scored(policy: Policy, data: Path, limit: int) -> Iterator[Response]:
@@ -72,13 +75,13 @@ def in_order(rows: list[Response], weights: dict[str, float]) -> list[float]:
     return shares
 
 
-def copied(rows: list[Response], weights: dict[str, float]) -> list[float]:
-    """Of each question, whether the first sentence of the passage, copied, is worth more than every own sample."""
+def wins(rows: list[Response], weights: dict[str, float], kind: str) -> list[float]:
+    """Of each question that has responses of a kind, whether the best is worth more than every own sample."""
     worth = []
     for group in _by_question(rows):
-        first = next(one for one in group if one["kind"] == "sentence")
         best = max(mixed(one, weights) for one in group if one["kind"] == "own")
-        worth.append(float(mixed(first, weights) > best))
+        if others := [mixed(one, weights) for one in group if one["kind"] == kind]:
+            worth.append(float(max(others) > best))
     return worth
 
 
@@ -106,11 +109,18 @@ def main() -> None:
     plain = in_order(rows, MIXTURES["without agreement"])
     if not plain:
         raise SystemExit("no question has both right and wrong samples: nothing to put in order")
-    print("mixture | pairs in order | ahead of the one without agreement | the first sentence, copied, wins")
+    kinds = ("answer", "distractor", "sentence", "passage")
+    print(
+        "mixture",
+        "pairs in order",
+        "ahead of the one without agreement",
+        *(f"{kind} wins" for kind in kinds),
+        sep=" | ",
+    )
     for name, weights in MIXTURES.items():
         shares = in_order(rows, weights)
         ahead = [mine - other for mine, other in zip(shares, plain, strict=True)]
-        print(f"{name:<24}", *map(_shown, (shares, ahead, copied(rows, weights))), sep=" | ")
+        print(name, *map(_shown, (shares, ahead, *(wins(rows, weights, kind) for kind in kinds))), sep=" | ")
 
 
 def _shown(values: list[float]) -> str:
