@@ -105,10 +105,12 @@ def test_any_other_operation_sees_whole_keys():
     assert torch.equal(shared[0].grad, torch.tensor([2.0, 1.0]).double().view(2, 1, 1, 1).expand_as(shared[0]))
 
 
-@pytest.mark.parametrize("change", ["dropout", "dtype", "width"])
+@pytest.mark.parametrize("change", ["dropout", "dtype", "dtype of new values", "width"])
 def test_what_the_kernel_does_not_take_has_no_parts(change):
     groups, query, shared, tail, mask = case(0, [2, 1], 4, 2, 2, 2, 5, False, 9)
     values = [shared[1][..., :4], tail[1][..., :4]] if change == "width" else [shared[1], tail[1]]
+    if change == "dtype of new values":
+        values[1] = values[1].bfloat16()
     keys, values = Keys.of(shared[0], groups, tail[0]), Keys.of(values[0], groups, values[1])
     asked = query.float() if change == "dtype" else query
     assert Joined.of(asked, keys, values, mask, 0.3, 0.1 if change == "dropout" else 0.0) is None

@@ -141,8 +141,12 @@ class Joined:
         if not isinstance(keys, Keys) or not isinstance(values, Keys) or query.device.type != "cpu" or dropout:
             return None
         groups, shared, queries = keys.groups, keys.shared, query.shape[2]
-        same = query.dtype == shared.dtype == values.shared.dtype == keys.own.dtype
-        if not same or shared.shape[-1] != values.shared.shape[-1] or (mask is None and queries > 1):
+        parts = (query, shared, keys.own, values.shared, values.own)  # autocast mixes them
+        if (
+            len({part.dtype for part in parts}) > 1
+            or shared.shape[-1] != values.shared.shape[-1]
+            or (mask is None and queries > 1)
+        ):
             return None
         if mask is None:
             return cls(groups, scaling, None, None)
