@@ -302,14 +302,14 @@ def test_every_option_says_what_it_does(cls):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PPO(epochs=0), "epochs is 0; set it to 1 or above"),
+        (lambda: PPO(epochs=0), "epochs is 0; set it to 1 or above, at most 1,000,000"),
         (lambda: PPO(epsilon=0.0), "epsilon is 0.0; set it above 0, at most 1"),
         (lambda: RLOO(epsilon=1.5), "epsilon is 1.5; set it above 0, at most 1"),
-        (lambda: GRPO(epsilon_high=-0.1), "epsilon_high is -0.1; set it above 0"),
+        (lambda: GRPO(epsilon_high=-0.1), "epsilon_high is -0.1; set it above 0, finite"),
         (lambda: PPO(gamma=1.01), "gamma is 1.01; set it to 0 or above, at most 1"),
         (lambda: PPO(gae_lambda=NAN), "gae_lambda is nan; set it to 0 or above, at most 1"),
-        (lambda: PPO(value_coef=-1.0), "value_coef is -1.0; set it to 0 or above"),
-        (lambda: PPO(value_clip=-1.0), "value_clip is -1.0; set it to 0 or above"),
+        (lambda: PPO(value_coef=-1.0), "value_coef is -1.0; set it to 0 or above, finite"),
+        (lambda: PPO(value_clip=-1.0), "value_clip is -1.0; set it to 0 or above, finite"),
         (lambda: GRPO(scale_rewards="batches"), "unknown `scale_rewards` 'batches'; did you mean batch?"),
         (lambda: GRPO(loss="drgrpo"), "unknown `loss` 'drgrpo'; did you mean dr_grpo or grpo or gspo?"),
         (
@@ -317,14 +317,14 @@ def test_every_option_says_what_it_does(cls):
             "cispo has no lower bound, so it takes no epsilon; set epsilon_high",
         ),
         (lambda: Reinforce(kl_in="both"), "unknown `kl_in` 'both'; choose one of loss, reward"),
-        (lambda: DPO(beta=0.0), "beta is 0.0; set it above 0"),
+        (lambda: DPO(beta=0.0), "beta is 0.0; set it above 0, finite"),
         (lambda: RLOO(kl_coef=-0.1), "kl_coef is -0.1; set it to 0 or above, finite"),
-        (lambda: Reinforce(kl_target=0.0), "kl_target is 0.0; set it above 0"),
+        (lambda: Reinforce(kl_target=0.0), "kl_target is 0.0; set it above 0, finite"),
         (lambda: PPO(kl_target=5.0, kl_coef=0.0), "kl_target adapts kl_coef, which is 0; set kl_coef above 0 too"),
-        (lambda: DPO(epochs=-1), "epochs is -1; set it to 1 or above"),
+        (lambda: DPO(epochs=-1), "epochs is -1; set it to 1 or above, at most 1,000,000"),
         (
             lambda: PPO(epochs=0, gamma=2.0),
-            "epochs is 0; set it to 1 or above; gamma is 2.0; set it to 0 or above, at most 1",
+            "epochs is 0; set it to 1 or above, at most 1,000,000; gamma is 2.0; set it to 0 or above, at most 1",
         ),
     ],
 )

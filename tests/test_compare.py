@@ -130,8 +130,8 @@ def test_a_missing_file_of_prompts_is_told_before_anything_runs(plan, tmp_path, 
 
 
 def test_an_arm_that_fails_is_named(plan, tmp_path, capsys):
-    # A decay without bounds ends in weights that are no numbers, whatever the rewards are.
-    wild = {"reward": "random", "learning_rate": 1e30, "weight_decay": 1e30, "warmup_steps": 0}
+    # Each step multiplies the weights by 1 - 1 · 10: they end in what is no number, whatever the rewards are.
+    wild = {"reward": "random", "learning_rate": 1.0, "weight_decay": 10.0, "warmup_steps": 0, "steps": 60}
     arms = {"overlap": {"reward": "overlap"}, "wild": wild}
     code = main(["compare", str(plan(arms=arms, seeds=[0], audited=0)), "--output", str(tmp_path / "out")])
     assert code == 1

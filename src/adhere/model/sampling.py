@@ -213,8 +213,8 @@ def _sound(logits: Tensor) -> Tensor:
 def _pick(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
     """One token a row and its log-prob: logits [n, V] float32 → [n] int64, [n] float32.
 
-    By the inverse of the cumulative distribution, at one number that each row draws from a generator of its own: a
-    number for each word of a large vocabulary would cost as much as the model.
+    By an exponential race, as `torch.multinomial` does it: the least of E_v / p_v, E_v ~ Exp(1), is v with probability
+    p_v. Each row draws its E from a generator of its own.
     """
     if sampling.temperature == 0:
         scores, tokens = logits.log_softmax(-1).max(-1)
@@ -228,9 +228,8 @@ def _pick(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generat
         ordered, order = kept.softmax(-1).sort(descending=True)
         beyond = (ordered.cumsum(-1) - ordered) >= sampling.top_p
         kept = kept.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    cumulative = kept.exp().cumsum(-1, dtype=torch.float64)
-    drawn = [torch.rand(1, dtype=torch.float64, device=kept.device, generator=one) for one in generators]
-    # Of the row's own total, which is 1 only where nothing was left out and nothing rounded.
-    places = torch.stack(drawn) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, places, right=True).squeeze(-1)
+    race = torch.empty_like(kept)
+    for row, generator in zip(race, generators, strict=True):
+        row.exponential_(generator=generator)
+    tokens = kept.softmax(-1).div_(race).argmax(-1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
