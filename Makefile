@@ -12,7 +12,7 @@ OLDEST ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.adhere-installed
 # The tests of `make oldest`: what old versions can break (attention, loading, tokenising, sampling, TRL) and the pure functions.
 FAST := adapters advantages capture columns config console constraints controls data degenerate encode files group head \
-	heads layers load losses metrics named policy precision prefix rope row_files row_lists row_pairs row_responses \
+	heads joined layers load losses metrics named policy precision prefix rope row_files row_lists row_pairs row_responses \
 	salience signals stats text trl versions words
 # Not there: toy-encdec is a T5, which old versions read by eager attention alone; the losses are compared with private
 # functions of today's TRL; memory is measured once, by `make test`.
