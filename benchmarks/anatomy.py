@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Shape = tuple[int, int, int]
 PHASES = ("sample", "score", "update")
-FORWARDS = {"sample": 0, "score": 2, "update": 3}
+FORWARDS = {"score": 2, "update": 3}
 """Forwards over prompts and responses: the default reward reads twice (once without the question), a backward pass
 costs two. What is computed again in the backward pass is counted as overhead."""
 
@@ -109,9 +109,8 @@ def bounds(model: Path, shape: Shape) -> dict[str, float]:
     def taken(rows: int, times: float = 1) -> float:
         return 2 * times * rows * weights / speed(rows, config.hidden_size, config.intermediate_size)
 
-    found = {phase: taken(tokens, forwards) for phase, forwards in FORWARDS.items()}
-    found["sample"] = taken(count * length) + taken(samples, response)
-    return found
+    sample = taken(count * length) + taken(samples, response)
+    return {"sample": sample, **{phase: taken(tokens, forwards) for phase, forwards in FORWARDS.items()}}
 
 
 def anatomy(model: str, shape: Shape, steps: int, with_trl: bool) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,11 +23,12 @@ from adhere.data import read_rows, rows_of, write_jsonl
 from adhere.measure.metrics import contained
 from adhere.measure.stats import Estimate, bootstrap
 from adhere.model.settings import Sampling
+from adhere.reward.named import NAMED
 from adhere.text import sentences
 
 ASK = "Answer the question in one short sentence."
-DEFAULT = {"agreement": 10.0, "support": 5.0, "question_reliance": 0.5, "coherence": 1.0, "repetition": -5.0}
-MIXTURES: dict[str, dict[str, float]] = {
+DEFAULT = NAMED["attention"].weights
+MIXTURES: dict[str, Mapping[str, float]] = {
     "attention": DEFAULT,
     "without agreement": {**DEFAULT, "agreement": 0.0},
     "three times agreement": {**DEFAULT, "agreement": 30.0},
@@ -64,7 +65,7 @@ def scored(policy: Policy, data: Path, limit: int) -> Iterator[Response]:
             yield {"question": number, "kind": kind, "text": text, "right": bool(held), "signals": one["signals"]}
 
 
-def in_order(rows: list[Response], weights: dict[str, float]) -> list[float]:
+def in_order(rows: list[Response], weights: Mapping[str, float]) -> list[float]:
     """Share of (right, wrong) pairs of own samples in order, of each question that has both; ties are half."""
     shares = []
     for group in _by_question(rows):
@@ -75,7 +76,7 @@ def in_order(rows: list[Response], weights: dict[str, float]) -> list[float]:
     return shares
 
 
-def wins(rows: list[Response], weights: dict[str, float], kind: str) -> list[float]:
+def wins(rows: list[Response], weights: Mapping[str, float], kind: str) -> list[float]:
     """Of each question that has responses of a kind, whether the best is worth more than every own sample."""
     worth = []
     for group in _by_question(rows):
@@ -85,7 +86,7 @@ def wins(rows: list[Response], weights: dict[str, float], kind: str) -> list[flo
     return worth
 
 
-def mixed(one: Response, weights: dict[str, float]) -> float:
+def mixed(one: Response, weights: Mapping[str, float]) -> float:
     return float(sum(weight * one["signals"][name] for name, weight in weights.items()))
 
 

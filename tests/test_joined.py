@@ -98,6 +98,7 @@ def test_any_other_operation_sees_whole_keys():
     keys = Keys.of(shared[0], groups, tail[0])
     whole = torch.cat([shared[0][[0, 0, 1]], tail[0]], dim=2)
     assert keys.shape == whole.shape and type(keys + 0) is torch.Tensor
+    assert keys.whole is keys.whole  # one copy, however many operations
     assert torch.equal(keys.transpose(1, 2), whole.transpose(1, 2)) and torch.equal(
         torch.cat([keys, keys]), whole.repeat(2, 1, 1, 1)
     )
@@ -125,4 +126,5 @@ def test_no_family_copies_its_prompts_but_those_with_scores_of_their_own(family,
     prompts = policy.encode_texts(["w1 w2 w3", "w4 w5"])
     drawn = policy.sample(prompts, 3, sampling=Sampling(max_new_tokens=4))
     policy.read(drawn, copy_weights=torch.ones(policy.attention_shape) / 12)
+    policy.read_without(drawn, torch.where(torch.arange(prompts.ids.shape[1]) == 1, 0, -1).expand_as(prompts.ids))
     assert bool(copied) == (family in ("gemma2", "gpt_oss"))

@@ -15,14 +15,14 @@ FILE = "attention.json"
 """Where it is kept, in the folder of the evaluation."""
 
 
-def changed_places(before: Sequence[str], after: Sequence[str]) -> list[int]:
-    """The places where two answers differ, blanks at their ends aside."""
-    return [place for place, (a, b) in enumerate(zip(before, after, strict=True)) if a.strip() != b.strip()]
+def differ(before: str, after: str) -> bool:
+    """Whether two answers differ, blanks at their ends aside."""
+    return before.strip() != after.strip()
 
 
 def drawn_place(before: Sequence[str], after: Sequence[str]) -> int | None:
-    """One of them, by lot: neither the best nor the worst. None where nothing changed."""
-    places = changed_places(before, after)
+    """A place where the answers differ, by lot: neither the best nor the worst. None where none do."""
+    places = [place for place, pair in enumerate(zip(before, after, strict=True)) if differ(*pair)]
     return random.Random(0).choice(places) if places else None
 
 

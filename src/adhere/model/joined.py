@@ -90,12 +90,13 @@ class Keys(Tensor):
     shared: Tensor
     """[N, H_kv, P, D]."""
     groups: Groups
+    _whole: Tensor | None
 
     @classmethod
     def of(cls, shared: Tensor, groups: Groups, own: Tensor) -> Keys:
         """`own` is [B, H_kv, t, D]."""
         made = own.as_subclass(cls)
-        made.shared, made.groups = shared, groups
+        made.shared, made.groups, made._whole = shared, groups, None
         return made
 
     @property
@@ -106,8 +107,10 @@ class Keys(Tensor):
 
     @property
     def whole(self) -> Tensor:
-        """[B, H_kv, P + t, D]."""
-        return torch.cat([self.shared[self.groups.index], self.own], dim=2)
+        """[B, H_kv, P + t, D], copied once however many operations are done on it."""
+        if self._whole is None:
+            self._whole = torch.cat([self.shared[self.groups.index], self.own], dim=2)
+        return self._whole
 
     @classmethod
     def __torch_function__(

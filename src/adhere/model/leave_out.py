@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adhere.model.capture import attention_in_parts
 from adhere.model.head import Head
 from adhere.model.memory import freeing_layers
 from adhere.model.prefix import Predictions, accepted, positions, predictions, prefill, reading
@@ -37,7 +38,7 @@ def masked_forwards(
     before = replace(prompt, ids=prompt.ids[:, :cut], roles=prompt.roles[:, :cut], documents=(), sources=None)
     every = torch.arange(len(group), device=parts.device)
     pairs = torch.cartesian_prod(every, parts[parts >= 0].unique())
-    with original_frequencies(model), freeing_layers(model):
+    with original_frequencies(model), freeing_layers(model), attention_in_parts(model):
         prefix, _ = prefill(model, before)
         for some in pairs.split(max(1, max_tokens // (width + size))):
             rows, part = some.unbind(-1)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adhere.measure.changed import drawn_place
+from adhere.measure.changed import differ, drawn_place
 from adhere.measure.metrics import exact_match
 from adhere.report.curves import number
 from adhere.report.markup import clip
@@ -65,8 +65,7 @@ def _answers(sample: Sample) -> list[str]:
 
 
 def _changed(sample: Sample) -> bool:
-    before, after = (text_of(sample.get(key, "")) for key in ("before", "after"))
-    return before.strip() != after.strip()
+    return differ(*(text_of(sample.get(key, "")) for key in ("before", "after")))
 
 
 def _drawn_by_lot(samples: Sequence[Sample], limit: int, kind: str) -> str:
